@@ -1,0 +1,89 @@
+# Everything from a fresh clone on Debian 12 or Ubuntu 24.04. Each target does its own set-up first,
+# says what it installs, and may be repeated; what is already there is left alone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+FUZZ_PACKETS ?= 2000000
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+BIN := .venv/bin
+
+# libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
+# linux-libc-dev the kernel's headers.
+PACKAGES := clang curl ethtool iproute2 libbpf-dev linux-libc-dev llvm make nginx python3-venv tcpdump
+
+.PHONY: help setup system apt-install build lint test demo bench fuzz wheel clean
+
+help: ## list the targets
+	@sed -En 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 14
+
+setup: system .venv/.test ## install what is missing: apt packages, and Python packages into .venv
+
+system:
+	@command -v apt-get >/dev/null || {
+		echo "no apt here, nothing installed; needed, by their Debian names: $(PACKAGES)"
+		exit 0
+	}
+	missing=()
+	for package in $(PACKAGES); do
+		status=$$(dpkg-query --show --showformat '$${Status}' "$$package" 2>/dev/null || true)
+		[[ $$status == *" ok installed" ]] || missing+=("$$package")
+	done
+	[[ $${#missing[@]} = 0 ]] || $(SUDO) $(MAKE) --no-print-directory apt-install MISSING="$${missing[*]}"
+
+# As root. Debian starts a service as it installs it and again at each boot; the nginx wanted here is
+# only the program, so policy-rc.d forbids the first and update-rc.d undoes the second. Ubuntu's
+# needrestart would restart services that have nothing to do with this.
+apt-install: export DEBIAN_FRONTEND := noninteractive
+apt-install: export NEEDRESTART_SUSPEND := 1
+apt-install:
+	@echo "installing with apt: $(MISSING)"
+	policy=/usr/sbin/policy-rc.d
+	if [[ ! -e $$policy ]]; then
+		trap 'rm -f "$$policy"' EXIT
+		trap 'exit 1' HUP INT TERM
+		printf '#!/bin/sh\nexit 101\n' >"$$policy"
+		chmod 755 "$$policy"
+	fi
+	apt-get update -qq </dev/null
+	apt-get install --yes -qq --no-install-recommends $(MISSING) </dev/null
+	[[ " $(MISSING) " != *" nginx "* ]] || update-rc.d nginx disable
+
+# .venv/.test and .venv/.bench: the extra of that name is installed as pyproject.toml asks for it.
+.venv/.%: pyproject.toml | system
+	@echo "installing with pip into .venv: xdp-lb[$*] and what it requires"
+	[[ -x $(BIN)/pip ]] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+build: system ## compile the BPF programs
+	@$(MAKE) --no-print-directory -C xdp
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: setup build lint ## lint, then every test (as root: they make network namespaces)
+	$(SUDO) $(BIN)/python -m pytest
+
+demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
+	$(SUDO) $(BIN)/python -m netns_tests.demo
+
+bench: .venv/.bench build ## nanoseconds per packet of the dataplane
+	$(SUDO) $(BIN)/python -m bench dataplane
+
+fuzz: setup build ## the program against its model, for FUZZ_PACKETS packets (2000000)
+	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest xdp/tests/test_differential.py
+
+wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove what was built and set up (apt packages stay)
+	@$(MAKE) --no-print-directory -C xdp clean
+	$(SUDO) rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

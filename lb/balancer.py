@@ -1,0 +1,565 @@
+"""The one writer of store and dataplane: from the state in force to the state that is asked for.
+
+Enters: an operator's wish, in values of lb.model. Leaves: a Report of what became of it. A change
+goes validate -> plan -> open the store's transaction -> dataplane -> commit -> acknowledge:
+
+- Before the first write to the dataplane its generation becomes 0, after the commit that of the
+  store. Where the two differ, a change was cut short (or the host has booted), and the next change
+  writes everything, not only what differs.
+- VIP addresses are taken off before the commit and put on after it, so that the store knows of
+  every address that may be on an interface.
+- An error on the way puts the old state back, in the store and in the dataplane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+from lb.errors import AlreadyExists, DataplaneError, InvalidInput, LbError, NoRoute, NotFound
+from lb.model import Address, Backend, Interface, Mode, OwnAddress, Service, State, Vip
+from lb.paths import DEFAULT_NETNS, Paths
+from lb.report import (
+    Attachment,
+    BackendStatus,
+    Change,
+    Counters,
+    InterfaceStatus,
+    NextHop,
+    Report,
+    ServiceStatus,
+    Statistics,
+    Status,
+)
+from lb.ring import Plan
+from lb.store import Store, writer_lock
+
+T = TypeVar("T")
+
+REPAIRED = "the kernel did not hold what is stored: everything is written anew"
+ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach {0} forgets it"
+
+
+class Dataplane(Protocol):
+    """Programs and maps. All of it may be repeated: what is so already is not done again. Raises
+    DataplaneError."""
+
+    @property
+    def loaded(self) -> bool:
+        """Programs and maps are in the kernel, by this process or an earlier one."""
+
+    @property
+    def generation(self) -> int:
+        """That of the store which the kernel has applied completely; 0 if there is none."""
+
+    @generation.setter
+    def generation(self, value: int) -> None: ...
+
+    def load(self, services: Sequence[Service]) -> None:
+        """Have programs, and maps with room for `services`."""
+
+    def unload(self) -> None:
+        """Give them up, after the last detach."""
+
+    def attach(self, interface: Interface) -> Attachment:
+        """Run the program there, in the place of an older one of ours, never of someone else's."""
+
+    def detach(self, name: str) -> None: ...
+
+    def attachments(self) -> Mapping[str, Attachment]:
+        """Interface name -> our program there."""
+
+    def put(self, service: Service, hops: Mapping[Address, NextHop]) -> Plan:
+        """Create or change one service: members, then slots, then erasures."""
+
+    def plan(self, service: Service) -> Plan:
+        """What `put` would do to the ring; nothing is written."""
+
+    def remove(self, vip: Vip) -> None: ...
+
+    def vips(self) -> Set[Vip]: ...
+
+    def statistics(self) -> Statistics: ...
+
+
+class Network(Protocol):
+    """The host's routes, neighbours and addresses."""
+
+    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+        """Raises NoRoute for an address that is not reachable through an interface."""
+
+    def interface_exists(self, name: str) -> bool: ...
+
+    def addresses(self, name: str) -> list[Address]:
+        """Those of one interface, global scope first."""
+
+    def owner(self, address: Address) -> str | None:
+        """The local interface that has the address."""
+
+    def add_address(self, name: str, address: Address) -> None: ...
+
+    def remove_address(self, name: str, address: Address) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A change that is thought through and can be carried out."""
+
+    before: State
+    goal: State
+    services: tuple[Service, ...] = ()  # to be put
+    hops: Mapping[Address, NextHop] = field(default_factory=dict)
+    interfaces: tuple[Interface, ...] = ()  # to be attached
+    addresses_on: tuple[OwnAddress, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def addresses_off(self) -> tuple[OwnAddress, ...]:
+        return _differing(_addresses_in_force(self.goal), _addresses_in_force(self.before))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the dataplane answered."""
+
+    plans: Mapping[Vip, Plan]
+    attached: tuple[Attachment, ...] = ()
+
+
+class Balancer:
+    """`on_progress(done, total)` is called with the services that are written, of all to write."""
+
+    def __init__(
+        self, store: Store, dataplane: Dataplane, network: Network, netns: str = DEFAULT_NETNS
+    ) -> None:
+        self.network = network
+        self.on_progress: Callable[[int, int], None] | None = None
+        self._store = store
+        self._dataplane = dataplane
+        self._netns = netns
+        store.load()
+
+    @property
+    def state(self) -> State:
+        """The desired state, as it is stored."""
+        return self._store.state
+
+    # What an operator can ask for. Each raises LbError, and then nothing has changed.
+
+    def attach(
+        self,
+        interfaces: Sequence[Interface],
+        services: Sequence[Service] = (),
+        *,
+        own_addresses: bool = True,
+        dry_run: bool = False,
+    ) -> Report:
+        """Serve on `interfaces`, beside those attached already, `services` beside those stored.
+
+        Everything is written anew, which also repairs what others have changed. `own_addresses`
+        is about `services`; without them and False, about all that are stored.
+        """
+        goal = self.state
+        for service in services:
+            goal = _including(goal, service)
+        for interface in interfaces:
+            self._check_exists(interface)
+            goal = goal.with_interface(interface)
+        _check_something_to_serve(goal)
+        named = services or (() if own_addresses else goal.services)
+        goal = self._with_own_addresses(goal, named, own_addresses)
+        return self._change(goal, everything=True, dry_run=dry_run)
+
+    def detach(self, names: Sequence[str] = (), *, dry_run: bool = False) -> Report:
+        """Serve on `names` no longer, or nowhere (no names). The services stay stored."""
+        goal = self.state
+        for name in names:
+            if goal.interface(name) is None:
+                raise NotFound(f"interface {name}: not attached: see xdp-lb status")
+            goal = goal.without_interface(name)
+        if names and goal.interfaces:
+            self._check_replies(goal, names)
+            return self._change(goal, dry_run=dry_run)
+        return self._change(replace(goal, interfaces=()), dry_run=dry_run)
+
+    def add_service(
+        self, service: Service, *, own_address: bool = True, dry_run: bool = False
+    ) -> Report:
+        goal = self.state.with_service(service)
+        goal = self._with_own_addresses(goal, [service], own_address)
+        return self._change(goal, dry_run=dry_run)
+
+    def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
+        return self._change(self.state.without_service(vip), dry_run=dry_run)
+
+    def add_backends(
+        self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False
+    ) -> Report:
+        service = self.state.service(vip)
+        for backend in backends:
+            service = service.with_backend(backend)
+        return self._change_service(service, dry_run)
+
+    def add_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        return self.add_backends(vip, [backend], dry_run=dry_run)
+
+    def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        """At once: its connections end. See `drain_backend`."""
+        return self._change_service(self.state.service(vip).without_backend(backend), dry_run)
+
+    def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        """No new connections for it; those it has go on."""
+        service = self.state.service(vip)
+        drained = service.changing_backend(backend, lambda b: replace(b, draining=True))
+        return self._change_service(drained, dry_run)
+
+    def set_weight(
+        self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False
+    ) -> Report:
+        """Also ends a drain."""
+        service = self.state.service(vip)
+        weighted = service.changing_backend(
+            backend, lambda b: replace(b, weight=weight, draining=False)
+        )
+        return self._change_service(weighted, dry_run)
+
+    def apply(
+        self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False
+    ) -> Report:
+        """Make `services` all that is served."""
+        goal = replace(self.state, services=tuple(services))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        goal = self._with_own_addresses(goal, goal.services, own_addresses)
+        return self._change(goal, dry_run=dry_run)
+
+    def status(self) -> Status:
+        loaded = self._dataplane.loaded
+        attachments = self._dataplane.attachments()
+        statistics = self._dataplane.statistics() if loaded else Statistics()
+        return Status(
+            netns=self._netns,
+            loaded=loaded,
+            interfaces=tuple(
+                InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces
+            ),
+            services=tuple(_service_status(s, statistics) for s in self.state.services),
+            drops=_reasons(statistics, "drop_"),
+            passes=_reasons(statistics, "pass_"),
+        )
+
+    # How a change is thought through
+
+    def _change_service(self, service: Service, dry_run: bool) -> Report:
+        return self._change(self.state.replacing_service(service), dry_run=dry_run)
+
+    def _change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
+        step = self._prepare(self.state, self._with_homes(goal), everything)
+        if dry_run:
+            return _report(step, self._foresee(step), dry_run=True)
+        if step.goal == step.before and not everything and self._in_step(step.goal):
+            return _report(step, Outcome({}))
+        return _report(step, self._execute(step))
+
+    def _prepare(self, before: State, goal: State, everything: bool) -> Step:
+        if not goal.interfaces:
+            return Step(
+                before,
+                goal,
+                notes=(*_notes_of_storing(before, goal), *_notes_of_addresses(before, goal)),
+            )
+        notes: list[str] = []
+        if not everything and not self._in_step(before):
+            everything = True
+            notes += [REPAIRED] if before.interfaces else []
+        known = State() if everything else before
+        services = _differing(known.services, goal.services)
+        hops = self._next_hops(services)
+        goal, taken_along = _with_reply_interfaces(goal, services, hops)
+        interfaces = _differing(known.interfaces, goal.interfaces)
+        absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
+        return Step(
+            before,
+            goal,
+            services,
+            hops,
+            tuple(i for i in interfaces if i not in absent),
+            _differing(_addresses_in_force(known), _addresses_in_force(goal)),
+            (*notes, *taken_along, *_notes_of_addresses(before, goal)),
+            tuple(ABSENT.format(i.name) for i in absent),
+        )
+
+    def _next_hops(self, services: Sequence[Service]) -> dict[Address, NextHop]:
+        """One query for all. Raises NoRoute, also for a backend that mode dr cannot reach."""
+        addresses = {b.address for service in services for b in service.backends}
+        hops = self.network.next_hops(addresses) if addresses else {}
+        for service in services:
+            _check_on_link(service, hops)
+        return hops
+
+    def _in_step(self, state: State) -> bool:
+        """The kernel holds `state`, and so does the store."""
+        if state != self.state:
+            return False
+        if not state.interfaces:
+            return not self._dataplane.loaded and not self._dataplane.attachments()
+        return self._dataplane.loaded and self._dataplane.generation == self._store.generation
+
+    def _foresee(self, step: Step) -> Outcome:
+        """What a dry run can say. Before the first attach there is no ring to move slots of."""
+        asked = {i.name: i.xdp_mode.value for i in step.interfaces}
+        return Outcome(
+            {s.vip: self._dataplane.plan(s) for s in step.services if self._dataplane.loaded},
+            tuple(Attachment(name, mode, program_id=0) for name, mode in asked.items()),
+        )
+
+    def _with_own_addresses(self, goal: State, services: Sequence[Service], own: bool) -> State:
+        """Have the addresses of `services` put on an interface where nobody owns them, or not."""
+        named = {service.vip.address for service in services}
+        if not own:
+            return replace(
+                goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named)
+            )
+        unknown = named - {o.address for o in goal.own_addresses}
+        ours = (OwnAddress("", a) for a in unknown if self.network.owner(a) is None)
+        return replace(goal, own_addresses=(*goal.own_addresses, *ours))
+
+    def _with_homes(self, goal: State) -> State:
+        """Each own address that is served has an attached interface, as far as there is one: the
+        one it was on, else the first."""
+        homes = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
+        served = {service.vip.address for service in goal.services}
+        kept = [own for own in goal.own_addresses if own.address in served]
+        if homes:
+            kept = [o if o.interface in homes else replace(o, interface=homes[0]) for o in kept]
+        return replace(goal, own_addresses=tuple(kept))
+
+    def _check_exists(self, interface: Interface) -> None:
+        if not self.network.interface_exists(interface.name):
+            raise InvalidInput(f"interface {interface.name}: does not exist")
+
+    def _check_replies(self, goal: State, names: Sequence[str]) -> None:
+        """An interface that nat replies come in on cannot be detached alone."""
+        with suppress(NoRoute):  # then no replies come in
+            for name, backends in _reply_interfaces(
+                goal.services, self._next_hops(goal.services)
+            ).items():
+                if name in names:
+                    raise InvalidInput(
+                        f"interface {name}: nat replies of {_some(backends)} come in there:"
+                        " detach all interfaces, or remove those backends first"
+                    )
+
+    # How a change is carried out
+
+    def _execute(self, step: Step) -> Outcome:
+        try:
+            return self._carry_out(step)
+        except BaseException as error:
+            self._go_back(step, error)
+            raise
+
+    def _carry_out(self, step: Step) -> Outcome:
+        with self._store.saving(step.goal):
+            outcome = self._serve(step) if step.goal.interfaces else self._stop()
+            for own in step.addresses_off:
+                self.network.remove_address(own.interface, own.address)
+        for own in step.addresses_on:
+            self.network.add_address(own.interface, own.address)
+        if step.goal.interfaces:
+            self._dataplane.generation = self._store.generation
+        return outcome
+
+    def _go_back(self, step: Step, error: BaseException) -> None:
+        if self._in_step(step.before):
+            return
+        try:
+            self._carry_out(self._prepare(step.goal, step.before, everything=True))
+        except LbError as second:
+            raise DataplaneError(
+                f"{error}; nor could the old state be put back ({second}):"
+                " the next change tries again"
+            ) from error
+
+    def _serve(self, step: Step) -> Outcome:
+        if self._dataplane.loaded:
+            self._dataplane.generation = 0
+        self._dataplane.load(step.goal.services)
+        plans = self._put(step)
+        attached = tuple(self._dataplane.attach(interface) for interface in step.interfaces)
+        for name in sorted(self._dataplane.attachments()):
+            if step.goal.interface(name) is None:
+                self._dataplane.detach(name)
+        for vip in self._dataplane.vips() - {service.vip for service in step.goal.services}:
+            self._dataplane.remove(vip)
+        return Outcome(plans, attached)
+
+    def _put(self, step: Step) -> dict[Vip, Plan]:
+        plans = {}
+        for done, service in enumerate(step.services, start=1):
+            plans[service.vip] = self._dataplane.put(service, step.hops)
+            if self.on_progress:
+                self.on_progress(done, len(step.services))
+        return plans
+
+    def _stop(self) -> Outcome:
+        if self._dataplane.loaded:
+            self._dataplane.generation = 0
+        for name in sorted(self._dataplane.attachments()):
+            self._dataplane.detach(name)
+        if self._dataplane.loaded:
+            self._dataplane.unload()
+        return Outcome({})
+
+
+def _differing(before: Sequence[T], after: Sequence[T]) -> tuple[T, ...]:
+    """What of `after` is new or changed."""
+    known = set(before)
+    return tuple(one for one in after if one not in known)
+
+
+def _including(state: State, service: Service) -> State:
+    """With `service`, which may be there already if it is the same."""
+    if service in state.services:
+        return state
+    if any(service.vip == other.vip for other in state.services):
+        raise AlreadyExists(
+            f"vip {service.vip}: already served otherwise: change it with xdp-lb backend,"
+            " or remove it first"
+        )
+    return state.with_service(service)
+
+
+def _check_something_to_serve(goal: State) -> None:
+    if not goal.services:
+        raise InvalidInput("attach: nothing to serve: give --backends, or add a service first")
+    if not goal.interfaces:
+        raise InvalidInput("attach: no interface: name one, as in xdp-lb attach eth0")
+
+
+def _check_same_shape(before: State, goal: State) -> None:
+    """Mode and ring size hold as long as a VIP is served: its flows depend on them."""
+    old = {service.vip: service for service in before.services}
+    for new in goal.services:
+        was = old.get(new.vip, new)
+        for name, changes in (
+            ("mode", was.mode != new.mode),
+            ("ring size", was.ring_size != new.ring_size),
+        ):
+            if changes:
+                raise InvalidInput(
+                    f"vip {new.vip}: {name} cannot be changed while it is served: remove it first"
+                )
+
+
+def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
+    for backend in service.backends:
+        if service.mode is Mode.DR and not hops[backend.address].on_link:
+            raise NoRoute(
+                f"backend {backend}: mode dr needs a backend on a directly connected network,"
+                " not behind a gateway: use nat"
+            )
+
+
+def _reply_interfaces(
+    services: Iterable[Service], hops: Mapping[Address, NextHop]
+) -> dict[str, list[Backend]]:
+    """Interface -> the backends whose nat replies come in there."""
+    found: dict[str, list[Backend]] = {}
+    for service in services:
+        for backend in service.backends if service.mode is Mode.NAT else ():
+            found.setdefault(hops[backend.address].interface, []).append(backend)
+    return found
+
+
+def _with_reply_interfaces(
+    goal: State, services: Iterable[Service], hops: Mapping[Address, NextHop]
+) -> tuple[State, list[str]]:
+    """The program has to run where nat replies come in: `goal` with those interfaces, and notes."""
+    notes = []
+    for name, backends in _reply_interfaces(services, hops).items():
+        if goal.interface(name) is None:
+            goal = goal.with_interface(Interface(name))
+            notes.append(f"{name}: attached too: nat replies of {_some(backends)} come in there")
+    return goal, notes
+
+
+def _some(backends: Sequence[Backend]) -> str:
+    """A few addresses, for a line that stays a line."""
+    addresses = list(dict.fromkeys(str(backend.address) for backend in backends))
+    rest = [f"{len(addresses) - 2} more"] if len(addresses) > 2 else []
+    *first, last = [*addresses[:2], *rest]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _addresses_in_force(state: State) -> tuple[OwnAddress, ...]:
+    """Those whose interface is attached."""
+    return tuple(own for own in state.own_addresses if state.interface(own.interface))
+
+
+def _notes_of_addresses(before: State, goal: State) -> Iterator[str]:
+    old, new = _addresses_in_force(before), _addresses_in_force(goal)
+    for own in _differing(old, new):
+        yield f"{own.address}: put on {own.interface}, where no one had it"
+    for own in _differing(new, old):
+        yield f"{own.address}: taken off {own.interface}"
+
+
+def _notes_of_storing(before: State, goal: State) -> Iterator[str]:
+    if before.services != goal.services:
+        yield "stored only: nothing is attached: xdp-lb attach IFACE puts it in force"
+
+
+def _report(step: Step, outcome: Outcome, *, dry_run: bool = False) -> Report:
+    return Report(
+        changes=tuple(_changes(step, outcome.plans)),
+        attached=outcome.attached,
+        detached=tuple(i.name for i in step.before.interfaces if not step.goal.interface(i.name)),
+        notes=step.notes,
+        warnings=step.warnings,
+        dry_run=dry_run,
+    )
+
+
+def _changes(step: Step, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
+    old = {service.vip: service for service in step.before.services}
+    new = {service.vip: service for service in step.goal.services}
+    for vip in sorted(old.keys() | new.keys(), key=lambda v: v.sort_key):
+        if old.get(vip) != new.get(vip):
+            yield Change(vip, old.get(vip), new.get(vip), plans.get(vip))
+
+
+def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:
+    # The kernel knows a backend by address and port, not by its weight.
+    held = {str(b): c for b, c in statistics.backends.get(service.vip, {}).items()}
+    return ServiceStatus(
+        service,
+        statistics.slots_in_transition.get(service.vip, 0),
+        tuple(
+            BackendStatus(b, str(b) in held, held.get(str(b), Counters())) for b in service.backends
+        ),
+    )
+
+
+def _reasons(statistics: Statistics, prefix: str) -> dict[str, int]:
+    return {name: n for name, n in statistics.reasons.items() if name.startswith(prefix)}
+
+
+@contextmanager
+def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
+    """The balancer of one network namespace; to `write` is to hold its lock until the end.
+
+    Raises Busy, StoreError, DataplaneError.
+    """
+    from lb.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
+    from lb.neighbours import Network as KernelNetwork
+
+    with ExitStack() as stack:
+        if write:
+            stack.enter_context(writer_lock(paths.lock, paths.netns))
+        store = stack.enter_context(Store.open(paths.store, write))
+        dataplane = KernelDataplane.open(paths)
+        yield Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns)

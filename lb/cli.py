@@ -1,0 +1,629 @@
+"""The command line: words of the operator -> one call of the balancer -> lines or JSON.
+
+Each command parses its words into the model, opens the balancer for as long as the one call takes,
+and prints the report. Exit status: 0; 1 with one line `xdp-lb: what: why` on standard error; 2 for
+usage; 130 after Ctrl-C. `Commands.invoke` is the one place where errors become that line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+import click
+from click.exceptions import Abort, Exit
+
+from lb import completion, documents, output
+from lb.errors import InvalidInput, LbError
+from lb.model import DEFAULT_RING_SIZE, Address, Backend, Interface, Mode, Service, Vip, XdpMode
+from lb.progress import progress
+from lb.report import Report
+
+if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
+    from lb.balancer import Balancer
+
+DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+
+
+class Opener(Protocol):
+    """Gives the balancer of this network namespace; `write` takes the lock."""
+
+    def __call__(self, *, write: bool) -> AbstractContextManager[Balancer]: ...
+
+
+def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
+    from lb.balancer import open_balancer
+    from lb.paths import Paths
+
+    return open_balancer(Paths.here(), write=write)
+
+
+def open_balancer(*, write: bool) -> AbstractContextManager[Balancer]:
+    """By the opener that the caller of `cli` passed as `obj`."""
+    opener: Opener = click.get_current_context().find_root().obj
+    return opener(write=write)
+
+
+class Failure(click.ClickException):
+    """What ends the command with exit status 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"xdp-lb: {self.message}", err=True)
+
+
+def explain(error: Exception) -> str:
+    """One line for the operator: what, and why."""
+    if isinstance(error, LbError):
+        return str(error)
+    if isinstance(error, PermissionError):
+        return "not permitted: run as root (CAP_NET_ADMIN and CAP_BPF)"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'operating system'}: {error.strerror or error}"
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"internal error: {words} (XDP_LB_TRACEBACK=1 shows where)"
+
+
+def is_expected(error: Exception) -> bool:
+    return isinstance(error, LbError | OSError)
+
+
+class Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, Exit, Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            raise Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if os.environ.get("XDP_LB_TRACEBACK") == "1" and not is_expected(error):
+                raise
+            raise Failure(explain(error)) from error
+
+
+# Options and words that commands share
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a changing command was asked to run and to answer."""
+
+    dry_run: bool
+    as_json: bool
+
+    def run(self, change: Callable[[Balancer], Report]) -> None:
+        self.show(self.report(change), output.report_lines)
+
+    def report(self, change: Callable[[Balancer], Report]) -> Report:
+        with open_balancer(write=True) as balancer, progress(balancer):
+            return change(balancer)
+
+    def show(self, report: Report, lines: Callable[[Report], list[str]]) -> None:
+        for warning in documents.warnings(report):
+            click.echo(f"xdp-lb: warning: {warning}", err=True)
+        if self.as_json:
+            echo_json(documents.report_document(report))
+        else:
+            echo_lines(lines(report))
+
+
+def json_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def change_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`--dry-run` and `--json`, given to the command as one `change`."""
+
+    @wraps(command)
+    def with_change(*, dry_run: bool, as_json: bool, **words: Any) -> None:
+        command(change=Change(dry_run, as_json), **words)
+
+    dry_run = click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+    json = json_option("Print {dry_run, changes, attached, detached, notes, warnings}.")
+    return dry_run(json(with_change))
+
+
+vip_argument = click.argument("vip", type=Vip.parse, shell_complete=completion.vips)
+backend_argument = click.argument("backend", shell_complete=completion.backends)
+
+
+def interfaces_argument(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.argument(
+        "interfaces",
+        nargs=-1,
+        required=required,
+        metavar="IFACE..." if required else "[IFACE]...",
+        shell_complete=completion.interfaces,
+    )
+
+
+backends_option = click.option(
+    "--backends",
+    multiple=True,
+    metavar="A,B,...",
+    help="Backends, ADDR[:PORT][@WEIGHT] each. May be repeated.",
+)
+mode_option = click.option(
+    "--mode",
+    type=click.Choice([str(mode) for mode in Mode]),
+    metavar="MODE",
+    help="How packets reach the backends: nat or dr.  [default: nat]",
+)
+ring_size_option = click.option(
+    "--ring-size",
+    type=int,
+    metavar="N",
+    help=f"Slots of the ring, a prime from 251 to 131071.  [default: {DEFAULT_RING_SIZE}]",
+)
+vip_address_option = click.option(
+    "--no-vip-address",
+    "own_address",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Put no address on an interface: the VIP is routed to this host.",
+)
+
+
+def split_list(texts: Sequence[str]) -> list[str]:
+    return [word.strip() for text in texts for word in text.split(",")]
+
+
+def parse_backends(texts: Sequence[str], port: int) -> tuple[Backend, ...]:
+    return tuple(Backend.parse(text, port) for text in texts)
+
+
+def make_service(
+    vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None
+) -> Service:
+    return Service(
+        vip,
+        Mode(mode or Mode.NAT),
+        parse_backends(split_list(backends), vip.port),
+        DEFAULT_RING_SIZE if ring_size is None else ring_size,
+    )
+
+
+def echo_lines(lines: Sequence[str]) -> None:
+    click.echo("\n".join(lines))
+
+
+def echo_json(document: object) -> None:
+    click.echo(documents.to_json(document))
+
+
+def wants_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+# The commands
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+@click.version_option(package_name="xdp-lb", message="xdp-lb %(version)s")
+def cli() -> None:
+    """Balance TCP and UDP over backends, in XDP.
+
+    A VIP is written ADDR:PORT/PROTO (10.0.0.1:80/tcp, [2001:db8::1]:53/udp; /PROTO is /tcp where
+    it is missing, port 0 is any port). A backend is written ADDR[:PORT][@WEIGHT]; without PORT it
+    gets the port of the VIP.
+
+    \b
+    Examples:
+      # Balance eth0's own address, port 80, over two servers
+      xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
+      # Add a third while traffic flows, then take the first out gently
+      xdp-lb backend add 10.0.0.1:80/tcp 10.0.0.13
+      xdp-lb backend drain 10.0.0.1:80/tcp 10.0.0.11
+      # See who gets what
+      xdp-lb status
+    """
+
+
+@cli.command()
+@interfaces_argument(required=True)
+@click.option(
+    "--vip",
+    type=Vip.parse,
+    metavar="VIP",
+    help="What clients connect to.  [default: the first interface's address, port 80/tcp]",
+)
+@backends_option
+@mode_option
+@click.option(
+    "--xdp-mode",
+    type=click.Choice([str(mode) for mode in XdpMode]),
+    metavar="MODE",
+    default=str(XdpMode.AUTO),
+    help="native, generic, or auto: native, else generic with a warning.  [default: auto]",
+)
+@ring_size_option
+@vip_address_option
+@change_options
+def attach(
+    interfaces: tuple[str, ...],
+    vip: Vip | None,
+    backends: tuple[str, ...],
+    mode: str | None,
+    xdp_mode: str,
+    ring_size: int | None,
+    own_address: bool,
+    change: Change,
+) -> None:
+    """Attach to interfaces, and serve what is stored.
+
+    With --backends it adds a service first. Without, it starts what is stored: after a reboot, or
+    after xdp-lb detach. All interfaces share one set of services.
+
+    \b
+    Examples:
+      # Balance eth0's own address, port 80
+      xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
+      # A VIP of its own, direct return, weights 1 and 3
+      xdp-lb attach eth0 --vip 10.0.0.100:443 --mode dr \\
+          --backends 10.0.0.11,10.0.0.12@3
+      # Clients on eth0, servers behind eth1
+      xdp-lb attach eth0 eth1 --backends 10.1.0.11,10.1.0.12
+      # Start again what is stored
+      xdp-lb attach eth0
+    """
+    if not backends and (vip or mode or ring_size is not None):
+        raise click.UsageError("--vip, --mode and --ring-size need --backends.")
+    wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
+
+    def restore(balancer: Balancer) -> Report:
+        report = balancer.attach(wanted, own_addresses=own_address, dry_run=change.dry_run)
+        return with_note(report, output.extent(balancer.state.services))
+
+    def serve(balancer: Balancer) -> Report:
+        chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
+        service = make_service(chosen, backends, mode, ring_size)
+        report = balancer.attach(
+            wanted, [service], own_addresses=own_address, dry_run=change.dry_run
+        )
+        return report if vip else with_note(report, f"{chosen} is {interfaces[0]}'s own address")
+
+    change.run(serve if backends else restore)
+
+
+def with_note(report: Report, note: str) -> Report:
+    return replace(report, notes=(note, *report.notes))
+
+
+def default_vip(balancer: Balancer, interface: str, backend: str) -> Vip:
+    """The interface's own first address of the backend's family."""
+    family = Backend.parse(backend).address.version
+    for address in own_addresses(balancer, interface):
+        if address.version == family and not address.is_link_local:
+            return Vip(address, DEFAULT_PORT)
+    raise InvalidInput(f"interface {interface}: has no IPv{family} address for a VIP: give --vip")
+
+
+def own_addresses(balancer: Balancer, interface: str) -> list[Address]:
+    if not balancer.network.interface_exists(interface):
+        raise InvalidInput(f"interface {interface}: does not exist")
+    return balancer.network.addresses(interface)
+
+
+@cli.command()
+@interfaces_argument(required=False)
+@change_options
+def detach(interfaces: tuple[str, ...], change: Change) -> None:
+    """Detach from interfaces, or from all. Services stay stored.
+
+    Connections through a detached interface end. xdp-lb attach starts the services again.
+
+    \b
+    Examples:
+      # Stop balancing on eth1 alone
+      xdp-lb detach eth1
+      # Stop altogether
+      xdp-lb detach
+    """
+    change.run(lambda balancer: balancer.detach(interfaces, dry_run=change.dry_run))
+
+
+@cli.command()
+@json_option("Print JSON, as above.")
+def status(as_json: bool) -> None:
+    """Show interfaces, services and counters.
+
+    PACKETS and the BYTES beside them come from clients, REPLIES and the BYTES beside them go back
+    to clients (mode nat: with dr, backends answer directly). Numbers are exact in --json.
+
+    \b
+    JSON: {netns, loaded, interfaces, services, drops, passes}
+      interfaces  [{name, xdp_mode, attached, program_id}]
+      services    [{vip, address, port, protocol, mode, ring_size,
+                    flow_timeout_s, slots_in_transition, COUNTERS, backends}]
+      backends    [{backend, address, port, weight, draining, resolved,
+                    COUNTERS}]
+      COUNTERS    packets, bytes, reply_packets, reply_bytes, connections
+      drops       {reason: packets}, dropped
+      passes      {reason: packets}, left to the host
+
+    \b
+    Examples:
+      xdp-lb status
+      xdp-lb status --json | jq '.services[].backends[] | {backend, packets}'
+    """
+    with open_balancer(write=False) as balancer:
+        now = balancer.status()
+    if as_json:
+        echo_json(documents.status_document(now))
+    else:
+        echo_lines(output.status_lines(now, colour=wants_colour()))
+
+
+@cli.group()
+def vip() -> None:
+    """Add, remove and list services."""
+
+
+@vip.command("add")
+@click.argument("vip", type=Vip.parse)
+@backends_option
+@mode_option
+@ring_size_option
+@click.option(
+    "--flow-timeout",
+    type=int,
+    metavar="SECONDS",
+    default=3600,
+    show_default=True,
+    help="How long an idle connection is remembered.",
+)
+@vip_address_option
+@change_options
+def vip_add(
+    vip: Vip,
+    backends: tuple[str, ...],
+    mode: str | None,
+    ring_size: int | None,
+    flow_timeout: int,
+    own_address: bool,
+    change: Change,
+) -> None:
+    """Add a service at VIP.
+
+    \b
+    Examples:
+      xdp-lb vip add 10.0.0.100:80 --backends 10.0.0.11,10.0.0.12
+      # UDP, and direct return
+      xdp-lb vip add 10.0.0.100:53/udp --mode dr --backends 10.0.0.11
+      # IPv6, servers on another port
+      xdp-lb vip add '[2001:db8::100]:443' --backends '[2001:db8::11]:8443'
+    """
+    service = replace(make_service(vip, backends, mode, ring_size), flow_timeout_s=flow_timeout)
+    change.run(
+        lambda balancer: balancer.add_service(
+            service, own_address=own_address, dry_run=change.dry_run
+        )
+    )
+
+
+@vip.command("remove")
+@vip_argument
+@change_options
+def vip_remove(vip: Vip, change: Change) -> None:
+    """Remove the service at VIP, with its backends.
+
+    \b
+    Examples:
+      xdp-lb vip remove 10.0.0.100:80
+      # What would go
+      xdp-lb vip remove 10.0.0.100:80 --dry-run --json
+    """
+    change.run(lambda balancer: balancer.remove_service(vip, dry_run=change.dry_run))
+
+
+@vip.command("list")
+@json_option("Print JSON, as above.")
+def vip_list(as_json: bool) -> None:
+    """List the services that are stored.
+
+    \b
+    JSON: [{vip, address, port, protocol, mode, ring_size, flow_timeout_s,
+            backends: [{backend, address, port, weight, draining}]}]
+
+    \b
+    Examples:
+      xdp-lb vip list
+      xdp-lb vip list --json | jq -r '.[].vip'
+    """
+    services = stored_services()
+    if as_json:
+        echo_json(documents.services_document(services))
+    else:
+        echo_lines(output.services_table(services, colour=wants_colour()))
+
+
+def stored_services() -> tuple[Service, ...]:
+    with open_balancer(write=False) as balancer:
+        return balancer.state.services
+
+
+@cli.group()
+def backend() -> None:
+    """Add, remove, drain and weigh backends."""
+
+
+@backend.command("add")
+@vip_argument
+@click.argument("backends", nargs=-1, required=True, metavar="BACKEND...")
+@change_options
+def backend_add(vip: Vip, backends: tuple[str, ...], change: Change) -> None:
+    """Add backends to the service at VIP. Connections stay where they are.
+
+    \b
+    Examples:
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13
+      # Three times the share of the others
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13@3
+      # How many slots would move
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13 --dry-run
+    """
+    added = parse_backends(split_list(backends), vip.port)
+    change.run(lambda balancer: balancer.add_backends(vip, added, dry_run=change.dry_run))
+
+
+@backend.command("remove")
+@vip_argument
+@backend_argument
+@change_options
+def backend_remove(vip: Vip, backend: str, change: Change) -> None:
+    """Remove a backend at once. Its connections end; see drain.
+
+    \b
+    Examples:
+      xdp-lb backend remove 10.0.0.1:80 10.0.0.11
+    """
+    name = Backend.parse(backend, vip.port)
+    change.run(lambda balancer: balancer.remove_backend(vip, name, dry_run=change.dry_run))
+
+
+@backend.command("drain")
+@vip_argument
+@backend_argument
+@change_options
+def backend_drain(vip: Vip, backend: str, change: Change) -> None:
+    """Give a backend no new connections. Those it has go on.
+
+    xdp-lb backend weight ends the drain.
+
+    \b
+    Examples:
+      xdp-lb backend drain 10.0.0.1:80 10.0.0.11
+    """
+    name = Backend.parse(backend, vip.port)
+    change.run(lambda balancer: balancer.drain_backend(vip, name, dry_run=change.dry_run))
+
+
+@backend.command("weight", context_settings={"ignore_unknown_options": True})
+@vip_argument
+@backend_argument
+@click.argument("weight", type=int)
+@change_options
+def backend_weight(vip: Vip, backend: str, weight: int, change: Change) -> None:
+    """Set a backend's share of new connections, 0 to 65535. Ends a drain.
+
+    \b
+    Examples:
+      # Three times the share of a backend of weight 1
+      xdp-lb backend weight 10.0.0.1:80 10.0.0.11 3
+    """
+    name = replace(Backend.parse(backend, vip.port), weight=weight)
+    change.run(lambda balancer: balancer.set_weight(vip, name, weight, dry_run=change.dry_run))
+
+
+@backend.command("list")
+@click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
+@json_option("Print JSON, as above.")
+def backend_list(vip: Vip | None, as_json: bool) -> None:
+    """List the backends that are stored, of VIP or of all services.
+
+    \b
+    JSON: [{vip, backend, address, port, weight, draining}]
+
+    \b
+    Examples:
+      xdp-lb backend list
+      xdp-lb backend list 10.0.0.1:80
+    """
+    with open_balancer(write=False) as balancer:
+        state = balancer.state
+    services = (state.service(vip),) if vip else state.services
+    if as_json:
+        echo_json(documents.backends_document(services))
+    else:
+        echo_lines(output.backends_table(services, colour=wants_colour()))
+
+
+@cli.command()
+@click.option(
+    "-f",
+    "--file",
+    "path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The services wanted, in TOML.",
+)
+@vip_address_option
+@change_options
+def apply(path: Path, own_address: bool, change: Change) -> None:
+    """Make the services those of a file, and print the difference.
+
+    Services that the file does not name are removed.
+
+    \b
+    The file:
+      [[service]]
+      vip = "10.0.0.1:80/tcp"
+      mode = "nat"            # or "dr"
+      ring_size = 16381
+      flow_timeout = 3600     # seconds
+      backends = ["10.0.0.11", "10.0.0.12:8080@3",
+                  {address = "10.0.0.13", weight = 2, drain = true}]
+
+    \b
+    Examples:
+      # What would change
+      xdp-lb apply -f lb.toml --dry-run
+      xdp-lb apply -f lb.toml
+    """
+    from lb import config  # with tomllib, which no other command needs
+
+    services = config.read(path)
+    report = change.report(
+        lambda balancer: balancer.apply(services, own_addresses=own_address, dry_run=change.dry_run)
+    )
+    change.show(report, coloured_diff)
+
+
+DIFF_COLOURS = {"+": "green", "~": "yellow", "-": "red"}
+
+
+def coloured_diff(report: Report) -> list[str]:
+    lines = output.diff_lines(report)
+    if not wants_colour():
+        return lines
+    return [click.style(line, fg=DIFF_COLOURS.get(line.lstrip()[:1])) for line in lines]
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+def print_completion(shell: str) -> None:
+    """Print the script that makes SHELL complete xdp-lb's words.
+
+    \b
+    Examples:
+      # bash, in this shell; for all, put the line into ~/.bashrc
+      source <(xdp-lb completion bash)
+      # zsh, in ~/.zshrc
+      source <(xdp-lb completion zsh)
+      # fish
+      xdp-lb completion fish > ~/.config/fish/completions/xdp-lb.fish
+    """
+    click.echo(completion.script(cli, shell))
+
+
+def main() -> None:
+    """The console entry."""
+    try:
+        cli(prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, obj=open_here)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

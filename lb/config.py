@@ -1,0 +1,160 @@
+"""lb.toml -> the services it asks for.
+
+Enters: the text of a file such as
+
+    [[service]]
+    vip = "10.0.0.1:80/tcp"
+    mode = "nat"                # or "dr"
+    ring_size = 16381           # a prime
+    flow_timeout = 3600         # seconds
+    backends = [
+        "10.0.0.11",
+        "10.0.0.12:8080@3",
+        {address = "10.0.0.13:80", weight = 2, drain = true},
+    ]
+
+where only `vip` must be there. Leaves: services, or InvalidInput with one line that names file,
+service and key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from lb.errors import InvalidInput, LbError
+from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service, State, Vip
+
+Value = TypeVar("Value", str, int, bool, list[object])
+
+KINDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number with a fraction",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+FILE_KEYS = ("service",)
+SERVICE_KEYS = ("vip", "mode", "ring_size", "flow_timeout", "backends")
+BACKEND_KEYS = ("address", "weight", "drain")
+
+
+def read(path: Path) -> list[Service]:
+    """The services of a file, in the order of their VIPs. Raises InvalidInput."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{path}: not a text in UTF-8") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "lb.toml") -> list[Service]:
+    """The services of a text. `name` is what the errors call it. Raises InvalidInput."""
+    file = _Table(_document(text, name), name)
+    file.allow(FILE_KEYS)
+    services = tuple(_service(entries, name) for entries in _service_tables(file))
+    with _speaking_of(name):
+        return list(State(services).services)
+
+
+def _document(text: str, name: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{name}: not valid TOML: {error}") from None
+
+
+@contextmanager
+def _speaking_of(name: str) -> Iterator[None]:
+    """What the model finds wrong, with the place in the file before it."""
+    try:
+        yield
+    except LbError as error:
+        raise InvalidInput(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A TOML table, and what the errors call it."""
+
+    entries: Mapping[str, object]
+    name: str
+
+    def allow(self, keys: tuple[str, ...]) -> None:
+        for key in self.entries:
+            if key not in keys:
+                raise InvalidInput(f"{self.name}: {key}: no such key: there are {', '.join(keys)}")
+
+    def get(self, key: str, default: Value) -> Value:
+        """The value, which has to be of the default's type."""
+        value = self.entries.get(key, default)
+        # Not isinstance: a bool is no number here.
+        if type(value) is type(default):
+            return value
+        raise InvalidInput(f"{self.name}: {key}: {_kind(value)} where {_kind(default)} is expected")
+
+    def require(self, key: str) -> str:
+        if key not in self.entries:
+            raise InvalidInput(f"{self.name}: {key}: missing")
+        return self.get(key, "")
+
+
+def _kind(value: object) -> str:
+    return KINDS.get(type(value), "a date or time")
+
+
+def _service_tables(file: _Table) -> list[dict[str, object]]:
+    tables = file.entries.get("service", [])
+    if isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
+        return tables
+    raise InvalidInput(f"{file.name}: service: not a list of tables: write [[service]]")
+
+
+def _service(entries: Mapping[str, object], file: str) -> Service:
+    vip_text = _Table(entries, f"{file}: service").require("vip")
+    with _speaking_of(f"{file}: service"):
+        vip = Vip.parse(vip_text)
+    table = _Table(entries, f"{file}: service {vip}")
+    table.allow(SERVICE_KEYS)
+    ring_size = table.get("ring_size", DEFAULT_RING_SIZE)
+    flow_timeout_s = table.get("flow_timeout", DEFAULT_FLOW_TIMEOUT_S)
+    mode = _mode(table)
+    none: list[object] = []
+    backends = tuple(_backend(entry, table.name) for entry in table.get("backends", none))
+    with _speaking_of(table.name):
+        return Service(vip, mode, backends, ring_size, flow_timeout_s)
+
+
+def _mode(table: _Table) -> Mode:
+    text = table.get("mode", Mode.NAT.value)
+    if text not in list(Mode):
+        raise InvalidInput(f"{table.name}: mode {text}: not known: use {' or '.join(Mode)}")
+    return Mode(text)
+
+
+def _backend(entry: object, service: str) -> Backend:
+    if isinstance(entry, str):
+        with _speaking_of(service):
+            return Backend.parse(entry)
+    if isinstance(entry, dict):
+        return _backend_of_table(entry, service)
+    raise InvalidInput(f"{service}: backends: {_kind(entry)} where a string or a table is expected")
+
+
+def _backend_of_table(entries: dict[str, object], service: str) -> Backend:
+    text = _Table(entries, f"{service}: backend").require("address")
+    table = _Table(entries, f"{service}: backend {text}")
+    table.allow(BACKEND_KEYS)
+    if "@" in text and "weight" in table.entries:
+        raise InvalidInput(f"{table.name}: weight: given twice: leave one of them out")
+    with _speaking_of(service):
+        backend = Backend.parse(text)
+        weight = table.get("weight", backend.weight)
+        return replace(backend, weight=weight, draining=table.get("drain", False))

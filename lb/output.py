@@ -1,0 +1,356 @@
+"""Reports, services and status -> the sentences and tables that people read.
+
+In come the frozen values of lb.report and lb.model; out go lines. Nothing here knows a terminal:
+colour is asked for by the caller, and tables are never cut to a width, since a shortened address
+names nothing. Large counters are shortened; the exact ones are in the JSON documents.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lb.documents import total
+from lb.model import Backend, Service
+from lb.report import (
+    Attachment,
+    BackendStatus,
+    Change,
+    ChangeKind,
+    Counters,
+    InterfaceStatus,
+    Report,
+    ServiceStatus,
+    Status,
+)
+from lb.ring import Plan
+
+MOVES_TO = "->"
+SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}
+STYLES = {
+    "draining": "yellow",
+    "unresolved": "red",
+    "detached": "red",
+    "generic": "yellow",
+    "total": "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What became of one backend: `kind`, its name, and how it is (or has become)."""
+
+    kind: ChangeKind
+    backend: Backend
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.detail})" if self.detail else str(self.backend)
+
+
+def differences(before: Service | None, after: Service | None) -> list[Difference]:
+    """The backends that differ, in the order of their addresses."""
+    old = {str(b): b for b in before.backends} if before else {}
+    new = {str(b): b for b in after.backends} if after else {}
+    backends = sorted({**old, **new}.values(), key=lambda b: b.sort_key)
+    pairs = ((old.get(str(b)), new.get(str(b))) for b in backends)
+    return [_difference(was, now) for was, now in pairs if was != now]
+
+
+def _difference(was: Backend | None, now: Backend | None) -> Difference:
+    if now is None:
+        assert was is not None
+        return Difference(ChangeKind.REMOVE, was)
+    if was is None:
+        return Difference(ChangeKind.ADD, now, _condition(now))
+    return Difference(ChangeKind.CHANGE, now, ", ".join(_turns(was, now)))
+
+
+def _condition(backend: Backend) -> str:
+    weight = f"weight {backend.weight}" if backend.weight != 1 else ""
+    return ", ".join(word for word in (weight, "draining" if backend.draining else "") if word)
+
+
+def _turns(was: Backend, now: Backend) -> Iterator[str]:
+    if was.weight != now.weight:
+        yield f"weight {was.weight} {MOVES_TO} {now.weight}"
+    if was.draining != now.draining:
+        yield "draining" if now.draining else "active again"
+
+
+def _service_turns(change: Change) -> Iterator[str]:
+    if (
+        change.before
+        and change.after
+        and change.before.flow_timeout_s != change.after.flow_timeout_s
+    ):
+        yield (
+            f"flow timeout {change.before.flow_timeout_s} s"
+            f" {MOVES_TO} {change.after.flow_timeout_s} s"
+        )
+
+
+def _backend_turns(change: Change) -> Iterator[str]:
+    """What became of the backends: those removed in one phrase, those added in another."""
+    found = differences(change.before, change.after)
+    for kind, done in ((ChangeKind.REMOVE, "removed"), (ChangeKind.ADD, "added")):
+        some = [str(each) for each in found if each.kind is kind]
+        if some:
+            yield f"backend{'' if len(some) == 1 else 's'} {', '.join(some)} {done}"
+    yield from (f"backend {d.backend} {d.detail}" for d in found if d.kind is ChangeKind.CHANGE)
+
+
+def _joined(*parts: str) -> str:
+    return ": ".join(part for part in parts if part)
+
+
+def _moves(plan: Plan | None) -> str:
+    if plan is None:
+        return ""
+    if not plan.moved:
+        return "no slot moves"
+    return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _shape(service: Service) -> str:
+    return f"{service.mode}, {_count(len(service.backends), 'backend')}, ring {service.ring_size}"
+
+
+def extent(services: Sequence[Service]) -> str:
+    """How much is served, for who attaches what is stored."""
+    backends = sum(len(service.backends) for service in services)
+    return f"serving {_count(len(services), 'service')}, {_count(backends, 'backend')}"
+
+
+def change_sentence(change: Change) -> str:
+    """One line: `10.0.0.1:80/tcp: backend 10.0.0.13:80 added: 4095 of 16381 slots move (...)`."""
+    if change.after is None:
+        return f"{change.vip}: removed"
+    if change.before is None:
+        return f"{change.vip}: added: {_shape(change.after)}"
+    turns = ", ".join([*_service_turns(change), *_backend_turns(change)])
+    return _joined(str(change.vip), turns, _moves(change.plan))
+
+
+def attachment_sentence(attachment: Attachment) -> str:
+    return f"{attachment.interface}: attached, {attachment.mode} XDP"
+
+
+def report_lines(report: Report) -> list[str]:
+    """What has happened, a line each; notes are indented under what they explain."""
+    done = [
+        *(attachment_sentence(a) for a in report.attached),
+        *(f"{name}: detached" for name in report.detached),
+        *(change_sentence(c) for c in report.changes),
+    ]
+    return _with_notes([_headed(line, report) for line in done], report)
+
+
+def _headed(line: str, report: Report) -> str:
+    return f"dry run: {line}" if report.dry_run else line
+
+
+def _with_notes(done: list[str], report: Report) -> list[str]:
+    if not done and not report.notes:
+        return [_headed("nothing to change", report)]
+    return [*done, *(f"  {note}" if done else note for note in report.notes)]
+
+
+def diff_lines(report: Report) -> list[str]:
+    """The changes as a diff, each line led by `+`, `~` or `-`, and a line that counts them."""
+    lines = [line for change in report.changes for line in _diff_of_change(change)]
+    return _with_notes([*lines, _headed(_tally(report.changes), report)], report)
+
+
+def _diff_of_change(change: Change) -> Iterator[str]:
+    yield _joined(f"{SIGNS[change.kind]} service {change.vip}", *_diff_detail(change))
+    if change.kind is not ChangeKind.REMOVE:
+        for difference in differences(change.before, change.after):
+            yield f"  {SIGNS[difference.kind]} backend {difference}"
+
+
+def _diff_detail(change: Change) -> list[str]:
+    if change.before is None and change.after is not None:
+        return [_shape(change.after)]
+    return [*_service_turns(change), _moves(change.plan)]
+
+
+def _tally(changes: Sequence[Change]) -> str:
+    verbs = {ChangeKind.ADD: "added", ChangeKind.CHANGE: "changed", ChangeKind.REMOVE: "removed"}
+    counts = {verb: sum(c.kind is kind for c in changes) for kind, verb in verbs.items()}
+    parts = [f"{_count(n, 'service')} {verb}" for verb, n in counts.items() if n]
+    return ", ".join(parts) or "nothing to change"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    heading: str
+    number: bool = False
+    min_width: int = 0
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, colour: bool) -> list[str]:
+    """Lines of a table without borders, as wide as its contents; numbers stand to the right."""
+    from rich.console import Console  # 50 ms, which only tables are worth
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        grid.add_column(
+            column.heading,
+            justify="right" if column.number else "left",
+            min_width=column.min_width,
+            no_wrap=True,
+        )
+    for row in rows:
+        grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    out = io.StringIO()
+    system: Literal["standard"] | None = "standard" if colour else None
+    Console(file=out, width=1000, color_system=system, force_terminal=colour).print(grid)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def short(number: int) -> str:
+    """Three figures and a power of 1000, at most five characters: 9999, 12.3k, 1.23M."""
+    if number < 10_000:
+        return str(number)
+    power = 1
+    while number / 1000**power >= 999.5:
+        power += 1
+    figures = f"{number / 1000**power:#.3g}".rstrip(".")
+    return f"{figures}{'kMGTPE'[power - 1]}"
+
+
+def services_table(services: Sequence[Service], *, colour: bool) -> list[str]:
+    if not services:
+        return ["no services: add one with xdp-lb vip add"]
+    columns = [
+        Column("VIP"),
+        Column("MODE"),
+        Column("BACKENDS", number=True),
+        Column("RING", number=True),
+        Column("FLOW TIMEOUT", number=True),
+    ]
+    return table(columns, [_service_row(s) for s in services], colour=colour)
+
+
+def _service_row(service: Service) -> tuple[str, ...]:
+    count, size = len(service.backends), service.ring_size
+    return str(service), str(service.mode), str(count), str(size), f"{service.flow_timeout_s} s"
+
+
+def backends_table(services: Sequence[Service], *, colour: bool) -> list[str]:
+    rows = [(str(s), str(b), str(b.weight), _state(b)) for s in services for b in s.backends]
+    if not rows:
+        return ["no backends: add one with xdp-lb backend add"]
+    columns = [Column("VIP"), Column("BACKEND"), Column("WEIGHT", number=True), Column("STATE")]
+    return table(columns, rows, colour=colour)
+
+
+def _state(backend: Backend, *, resolved: bool = True) -> str:
+    if backend.draining:
+        return "draining"
+    return "active" if resolved else "unresolved"
+
+
+def status_lines(status: Status, *, colour: bool) -> list[str]:
+    """Interfaces, then each service with its backends, then what was not balanced and why."""
+    paragraphs = [
+        _headline(status),
+        _interfaces_table(status.interfaces, colour=colour),
+        *_service_paragraphs(status, colour=colour),
+        _reasons_table(status, colour=colour),
+    ]
+    filled = [paragraph for paragraph in paragraphs if paragraph]
+    return [line for paragraph in filled for line in ("", *paragraph)][1:]
+
+
+def _headline(status: Status) -> list[str]:
+    where = "" if status.netns == "default" else f"network namespace {status.netns}: "
+    if not status.services and not status.interfaces:
+        return [f"{where}nothing is served: start with xdp-lb attach IFACE --backends A,B"]
+    if not status.loaded:
+        return [f"{where}nothing is attached: xdp-lb attach IFACE starts what is stored"]
+    return [where.removesuffix(": ")] if where else []
+
+
+def _interfaces_table(interfaces: Sequence[InterfaceStatus], *, colour: bool) -> list[str]:
+    if not interfaces:
+        return []
+    columns = [Column("INTERFACE"), Column("XDP"), Column("PROGRAM", number=True)]
+    return table(columns, [_interface_row(i) for i in interfaces], colour=colour)
+
+
+def _interface_row(status: InterfaceStatus) -> tuple[str, str, str]:
+    if status.attached is None:
+        return status.interface.name, "detached", "-"
+    return status.interface.name, status.attached.mode, str(status.attached.program_id)
+
+
+def _service_paragraphs(status: Status, *, colour: bool) -> Iterator[list[str]]:
+    names = (str(b.backend) for s in status.services for b in s.backends)
+    width = max(map(len, names), default=0)
+    for service in status.services:
+        lines = _backend_status_table(service, status.loaded, width, colour=colour)
+        yield [_service_headline(service), *(f"  {line}" for line in lines)]
+
+
+def _service_headline(status: ServiceStatus) -> str:
+    service, moving = status.service, status.slots_in_transition
+    transition = f", {moving} slots in transition" if moving else ""
+    return f"{service}: {_shape(service)}{transition}"
+
+
+def _backend_status_table(
+    status: ServiceStatus, loaded: bool, width: int, *, colour: bool
+) -> list[str]:
+    if not status.backends:
+        return []
+    columns = [
+        Column("BACKEND", min_width=width),
+        Column("WEIGHT", number=True),
+        Column("STATE", min_width=len("draining")),
+        *(Column(heading, number=True, min_width=5) for heading in COUNTER_HEADINGS),
+    ]
+    rows = [_backend_status_row(b, loaded) for b in status.backends]
+    if len(rows) > 1:
+        rows.append(("total", "", "", *_counter_cells(total(status))))
+    return table(columns, rows, colour=colour)
+
+
+# Bytes stand right of the packets they belong to.
+COUNTER_HEADINGS = ("CONNS", "PACKETS", "BYTES", "REPLIES", "BYTES")
+
+
+def _backend_status_row(status: BackendStatus, loaded: bool) -> tuple[str, ...]:
+    backend = status.backend
+    state = _state(backend, resolved=status.resolved or not loaded)
+    return str(backend), str(backend.weight), state, *_counter_cells(status.counters)
+
+
+def _counter_cells(counters: Counters) -> tuple[str, ...]:
+    numbers = (
+        counters.connections,
+        counters.packets,
+        counters.bytes,
+        counters.reply_packets,
+        counters.reply_bytes,
+    )
+    return tuple(short(n) for n in numbers)
+
+
+def _reasons_table(status: Status, *, colour: bool) -> list[str]:
+    columns = [Column("NOT BALANCED"), Column("PACKETS", number=True)]
+    rows = [(reason, short(n)) for reason, n in _counted(status.drops, status.passes)]
+    return table(columns, rows, colour=colour) if rows else []
+
+
+def _counted(*reasons: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(reason, n) for each in reasons for reason, n in each.items() if n]

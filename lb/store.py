@@ -1,0 +1,359 @@
+"""The desired state on disk: a SQLite file for each network namespace, and the lock of its writers.
+
+Enters: a State. Leaves: the State that was saved last, whatever became of the process that saved
+it. A change is one transaction that stays open while the caller writes to the kernel, so that store
+and kernel go to the new state, or neither does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lb.errors import Busy, LbError, StoreError
+from lb.model import (
+    Backend,
+    Interface,
+    Mode,
+    OwnAddress,
+    Service,
+    State,
+    Vip,
+    XdpMode,
+    parse_address,
+)
+
+SCHEMA_VERSION = 1
+LOCK_WAIT_S = 5.0
+LOCK_POLL_S = 0.02
+
+SCHEMA = """
+CREATE TABLE generation (value INTEGER NOT NULL);
+CREATE TABLE service (
+    vip TEXT PRIMARY KEY,
+    mode TEXT NOT NULL,
+    ring_size INTEGER NOT NULL,
+    flow_timeout_s INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE backend (
+    vip TEXT NOT NULL,
+    address TEXT NOT NULL,
+    port INTEGER NOT NULL,
+    weight INTEGER NOT NULL,
+    draining INTEGER NOT NULL,
+    PRIMARY KEY (vip, address, port)
+) WITHOUT ROWID;
+CREATE TABLE interface (
+    position INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    xdp_mode TEXT NOT NULL
+);
+CREATE TABLE own_address (address TEXT PRIMARY KEY, interface TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
+WAYS_OUT = {
+    sqlite3.SQLITE_NOTADB: "not a store of xdp-lb: move the file away",
+    sqlite3.SQLITE_CORRUPT: "damaged: move the file away and run xdp-lb apply -f lb.toml",
+    sqlite3.SQLITE_FULL: "the disk is full: free some space and repeat the command",
+    sqlite3.SQLITE_READONLY: UNWRITABLE,
+    sqlite3.SQLITE_CANTOPEN: UNWRITABLE,
+    sqlite3.SQLITE_PERM: "not permitted: run as root",
+    sqlite3.SQLITE_IOERR: "the disk reports an error: see the kernel's log",
+    sqlite3.SQLITE_BUSY: "another program holds it open: end that program and repeat the command",
+}
+
+
+class Store:
+    """Remembers what it has loaded or saved last, so that saving writes only what differs."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+        self._state = State()
+        self._generation = 0
+
+    @classmethod
+    def open(cls, path: Path, write: bool) -> Store:
+        """For reading alone, a store that is not there is an empty one, and nothing is created."""
+        if write:
+            _create_file(path)
+        with _translated(path):
+            store = cls(_connect(path, write), path)
+            try:
+                store._prepare(write)
+            except BaseException:
+                store.close()
+                raise
+        return store
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def state(self) -> State:
+        """What was loaded or saved last."""
+        return self._state
+
+    @property
+    def generation(self) -> int:
+        """Grows by one with each saved change; 0 while there is no store. It starts at the time of
+        creation, so that a store made anew does not agree by chance with the maps that its
+        predecessor left in the kernel."""
+        return self._generation
+
+    def load(self) -> State:
+        """What was saved last. Raises StoreError."""
+        with _translated(self._path):
+            self._connection.execute("BEGIN")
+            try:
+                if self._version() == SCHEMA_VERSION:
+                    self._generation = self._stored_generation()
+                    self._state = _read_state(self._connection)
+            finally:
+                self._roll_back()
+        return self._state
+
+    @contextmanager
+    def saving(self, state: State) -> Iterator[None]:
+        """Save `state` if the body ends well: an exception in the body, or the end of the process,
+        leaves the old state. To be called with the lock held. Raises StoreError."""
+        with _translated(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            with _translated(self._path):
+                generation = self._write(state)
+            yield
+            with _translated(self._path):
+                self._connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+        self._state, self._generation = state, generation
+
+    def _roll_back(self) -> None:
+        # SQLite itself may have rolled back already, on a full disk for one.
+        if self._connection.in_transaction:
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+
+    def _prepare(self, write: bool) -> None:
+        version = self._version()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"store {self._path}: written by a newer xdp-lb (schema {version},"
+                f" this one knows {SCHEMA_VERSION}): upgrade xdp-lb"
+            )
+        if write and version == 0:
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
+                f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _stored_generation(self) -> int:
+        row = self._connection.execute("SELECT value FROM generation").fetchone()
+        if row is None:
+            raise StoreError(f"store {self._path}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}")
+        return int(row[0])
+
+    def _write(self, state: State) -> int:
+        """The rows that differ. Returns the generation that `state` gets."""
+        if state == self._state:
+            return self._generation
+        self._write_services(state)
+        self._write_interfaces(state)
+        self._write_own_addresses(state)
+        self._connection.execute("UPDATE generation SET value = ?", (self._generation + 1,))
+        return self._generation + 1
+
+    def _write_services(self, state: State) -> None:
+        old = {service.vip: service for service in self._state.services}
+        new = {service.vip: service for service in state.services}
+        for vip in old.keys() - new.keys():
+            self._connection.execute("DELETE FROM backend WHERE vip = ?", (str(vip),))
+            self._connection.execute("DELETE FROM service WHERE vip = ?", (str(vip),))
+        for vip, service in new.items():
+            if service != old.get(vip):
+                self._write_service(old.get(vip), service)
+
+    def _write_service(self, old: Service | None, new: Service) -> None:
+        vip = str(new.vip)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO service VALUES (?, ?, ?, ?)",
+            (vip, new.mode.value, new.ring_size, new.flow_timeout_s),
+        )
+        before = set(old.backends) if old else set()
+        after = set(new.backends)
+        self._connection.executemany(
+            "DELETE FROM backend WHERE vip = ? AND address = ? AND port = ?",
+            [(vip, str(b.address), b.port) for b in before - after],
+        )
+        self._connection.executemany(
+            "INSERT INTO backend VALUES (?, ?, ?, ?, ?)",
+            [(vip, str(b.address), b.port, b.weight, b.draining) for b in after - before],
+        )
+
+    def _write_interfaces(self, state: State) -> None:
+        if state.interfaces != self._state.interfaces:
+            rows = [(n, i.name, i.xdp_mode.value) for n, i in enumerate(state.interfaces)]
+            self._replace_table("interface", "(?, ?, ?)", rows)
+
+    def _write_own_addresses(self, state: State) -> None:
+        if state.own_addresses != self._state.own_addresses:
+            rows = [(str(own.address), own.interface) for own in state.own_addresses]
+            self._replace_table("own_address", "(?, ?)", rows)
+
+    def _replace_table(self, table: str, places: str, rows: Iterable[tuple[object, ...]]) -> None:
+        self._connection.execute(f"DELETE FROM {table}")
+        self._connection.executemany(f"INSERT INTO {table} VALUES {places}", rows)
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Foreign errors become StoreError here, and nowhere else."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"store {path}: {_way_out(error)}") from error
+    except OSError as error:
+        reason = f"{error.strerror}: run as root, or set XDP_LB_STATE_DIR"
+        raise StoreError(f"store {path}: {reason}") from error
+
+
+def _way_out(error: sqlite3.Error) -> str:
+    # Errors of the module itself carry no code; the low byte of an extended code is the plain one.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    return WAYS_OUT.get(code, f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}")
+
+
+def _make_folder(path: Path) -> None:
+    path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+
+
+def _create_file(path: Path) -> None:
+    """SQLite gives its journal the permissions that it finds on the file."""
+    with _translated(path):
+        _make_folder(path)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _connect(path: Path, write: bool) -> sqlite3.Connection:
+    if not write and not _is_there(path):
+        return sqlite3.connect(":memory:", isolation_level=None)
+    # For a reader too: SQLite may have to roll back what a killed writer has left in the file.
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCK_WAIT_S)
+    if not write:
+        connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read_state(connection: sqlite3.Connection) -> State:
+    try:
+        return State(
+            tuple(_read_services(connection)),
+            tuple(
+                Interface(name, XdpMode(mode))
+                for name, mode in connection.execute(
+                    "SELECT name, xdp_mode FROM interface ORDER BY position"
+                )
+            ),
+            tuple(
+                OwnAddress(interface, parse_address(address))
+                for address, interface in connection.execute(
+                    "SELECT address, interface FROM own_address"
+                )
+            ),
+        )
+    except (LbError, ValueError, TypeError, AttributeError) as error:
+        raise sqlite3.DatabaseError(f"holds an invalid value ({error})") from error
+
+
+def _read_services(connection: sqlite3.Connection) -> Iterator[Service]:
+    backends: dict[str, list[Backend]] = {}
+    for vip, address, port, weight, draining in connection.execute("SELECT * FROM backend"):
+        backend = Backend(parse_address(address), port, weight, bool(draining))
+        backends.setdefault(vip, []).append(backend)
+    for vip, mode, ring_size, flow_timeout_s in connection.execute("SELECT * FROM service"):
+        members = tuple(backends.get(vip, ()))
+        yield Service(Vip.parse(vip), Mode(mode), members, ring_size, flow_timeout_s)
+
+
+@contextmanager
+def writer_lock(path: Path, netns: str, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Hold the right to change `netns`. The kernel releases it with the process, however that ends.
+
+    Raises Busy when another process keeps it for `wait_s`, StoreError when the file cannot be made.
+    """
+    with _translated(path):
+        _make_folder(path)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not _locked_within(lock, wait_s):
+            raise Busy(
+                f"another xdp-lb ({_holder(lock)}) is changing network namespace {netns}:"
+                " try again when it has ended"
+            )
+        with _translated(path):
+            _name_holder(lock)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _locked_within(lock: int, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    while not _locked(lock):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOCK_POLL_S)  # flock(2) can wait for ever or not at all
+    return True
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _name_holder(lock: int) -> None:
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()}, {' '.join(command.split())[:80]}".encode(), 0)
+
+
+def _holder(lock: int) -> str:
+    return os.pread(lock, 400, 0).decode(errors="replace") or "starting"

@@ -1,0 +1,411 @@
+"""The commands over a dataplane and a network in memory: words in, lines, JSON and status out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lb.balancer import Balancer
+from lb.cli import cli
+from lb.errors import Busy, DataplaneError
+from lb.memory import MemoryDataplane, MemoryNetwork
+from lb.store import Store
+
+WEB = "10.0.0.1:80/tcp"
+RING = ("--ring-size", "251")
+
+
+@dataclass
+class Host:
+    """One host: its store, dataplane and network outlive the commands, as they do in the kernel."""
+
+    store: Path
+    dataplane: MemoryDataplane = field(default_factory=MemoryDataplane)
+    network: MemoryNetwork = field(
+        default_factory=lambda: MemoryNetwork(
+            {"eth0": ["10.0.0.1/24", "2001:db8::1/64"], "eth1": ["10.1.0.1/24"], "eth2": []}
+        )
+    )
+
+    @contextmanager
+    def open(self, *, write: bool) -> Iterator[Balancer]:
+        with Store.open(self.store, write) as store:
+            yield Balancer(store, self.dataplane, self.network)
+
+    def run(self, *words: str) -> Result:
+        return CliRunner().invoke(cli, words, obj=self.open)
+
+    def lines(self, *words: str) -> list[str]:
+        result = self.run(*words)
+        assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+        return result.stdout.splitlines()
+
+    def json(self, *words: str) -> Any:
+        return json.loads("\n".join(self.lines(*words, "--json")))
+
+    def error(self, *words: str) -> str:
+        """The one line of a command that fails."""
+        result = self.run(*words)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.count("\n") == 1
+        return result.stderr.removesuffix("\n")
+
+    def names(self) -> list[str]:
+        return [each["backend"] for each in self.json("backend", "list")]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path / "default" / "state.db")
+
+
+@pytest.fixture
+def serving(host: Host) -> Host:
+    """A host that balances its own address over two backends."""
+    host.lines("attach", "eth0", "--backends", "10.0.0.11,10.0.0.12", *RING)
+    return host
+
+
+def test_attach_with_backends_alone_serves_the_own_address_and_says_so(host: Host) -> None:
+    assert host.lines("attach", "eth0", "--backends", "10.0.0.11,10.0.0.12", *RING) == [
+        "eth0: attached, native XDP",
+        "10.0.0.1:80/tcp: added: nat, 2 backends, ring 251",
+        "  10.0.0.1:80/tcp is eth0's own address",
+    ]
+    assert host.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+def test_the_own_address_is_of_the_family_of_the_backends(host: Host) -> None:
+    host.lines("attach", "eth0", "--backends", "[2001:db8::11]:8080")
+    assert [s["vip"] for s in host.json("vip", "list")] == ["[2001:db8::1]:80/tcp"]
+
+
+def test_backends_may_be_repeated_and_separated_by_commas(host: Host) -> None:
+    words = ("--backends", "10.0.0.11, 10.0.0.12:81@3", "--backends", "10.0.0.13")
+    host.lines("vip", "add", WEB, *words)
+    assert [(b["backend"], b["weight"]) for b in host.json("backend", "list")] == [
+        ("10.0.0.11:80", 1),
+        ("10.0.0.12:81", 3),
+        ("10.0.0.13:80", 1),
+    ]
+
+
+def test_attach_alone_restores_what_is_stored(serving: Host) -> None:
+    serving.dataplane.forget()
+    assert serving.lines("attach", "eth0") == [
+        "eth0: attached, native XDP",
+        "  serving 1 service, 2 backends",
+    ]
+    assert serving.json("status")["services"][0]["vip"] == WEB
+
+
+def test_detach_keeps_what_is_stored(serving: Host) -> None:
+    assert serving.lines("detach")[0] == "eth0: detached"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+def test_a_dry_run_of_detach_detaches_nothing(serving: Host) -> None:
+    assert serving.lines("detach", "--dry-run") == ["dry run: eth0: detached"]
+    assert serving.json("status")["interfaces"][0]["attached"]
+
+
+def test_a_backend_is_added_with_what_it_costs(serving: Host) -> None:
+    (line,) = serving.lines("backend", "add", WEB, "10.0.0.13")
+    start = "10.0.0.1:80/tcp: backend 10.0.0.13:80 added: "
+    assert line.startswith(start)
+    assert "of 251 slots move (minimum " in line
+
+
+def test_several_backends_are_added_at_once(serving: Host) -> None:
+    (line,) = serving.lines("backend", "add", WEB, "10.0.0.13", "10.0.0.14@2")
+    assert line.startswith(
+        "10.0.0.1:80/tcp: backends 10.0.0.13:80, 10.0.0.14:80 (weight 2) added: "
+    )
+
+
+def test_of_several_backends_none_is_added_if_one_cannot_be(serving: Host) -> None:
+    assert "10.9.0.1" in serving.error("backend", "add", WEB, "10.0.0.13", "10.9.0.1")
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+def test_a_dry_run_changes_nothing(serving: Host) -> None:
+    (line,) = serving.lines("backend", "add", WEB, "10.0.0.13", "--dry-run")
+    assert line.startswith("dry run: 10.0.0.1:80/tcp: backend 10.0.0.13:80 added: ")
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+def test_a_backend_drains_and_its_weight_ends_the_drain(serving: Host) -> None:
+    (drained,) = serving.lines("backend", "drain", WEB, "10.0.0.11")
+    assert drained.startswith("10.0.0.1:80/tcp: backend 10.0.0.11:80 draining: ")
+    assert [b["draining"] for b in serving.json("backend", "list", WEB)] == [True, False]
+    (weighed,) = serving.lines("backend", "weight", WEB, "10.0.0.11", "3")
+    assert weighed.startswith("10.0.0.1:80/tcp: backend 10.0.0.11:80 weight 1 -> 3, active again: ")
+
+
+def test_a_backend_is_removed(serving: Host) -> None:
+    serving.lines("backend", "remove", WEB, "10.0.0.11")
+    assert serving.names() == ["10.0.0.12:80"]
+
+
+def test_a_service_is_removed(serving: Host) -> None:
+    assert serving.lines("vip", "remove", WEB) == ["10.0.0.1:80/tcp: removed"]
+    assert serving.json("vip", "list") == []
+
+
+def test_a_change_in_json(serving: Host) -> None:
+    report = serving.json("backend", "drain", WEB, "10.0.0.11", "--dry-run")
+    assert report.keys() == {"dry_run", "changes", "attached", "detached", "notes", "warnings"}
+    assert report["dry_run"] is True
+    assert [(c["vip"], c["change"], c["plan"]["slots"]) for c in report["changes"]] == [
+        (WEB, "change", 251)
+    ]
+
+
+def test_status_in_json(serving: Host) -> None:
+    status = serving.json("status")
+    assert status["loaded"] is True
+    assert status["interfaces"] == [
+        {"name": "eth0", "xdp_mode": "native", "attached": True, "program_id": 1}
+    ]
+    assert [b["backend"] for b in status["services"][0]["backends"]] == serving.names()
+
+
+def test_status_for_people(serving: Host) -> None:
+    assert [line for line in serving.lines("status") if line] == [
+        "INTERFACE  XDP     PROGRAM",
+        "eth0       native        1",
+        "10.0.0.1:80/tcp: nat, 2 backends, ring 251",
+        "  BACKEND       WEIGHT  STATE     CONNS  PACKETS  BYTES  REPLIES  BYTES",
+        "  10.0.0.11:80       1  active        0        0      0        0      0",
+        "  10.0.0.12:80       1  active        0        0      0        0      0",
+        "  total                               0        0      0        0      0",
+    ]
+
+
+CONFIG = """
+[[service]]
+vip = "10.0.0.1:80/tcp"
+ring_size = 251
+backends = ["10.0.0.12:80@2", "10.0.0.13:80"]
+
+[[service]]
+vip = "10.0.0.1:53/udp"
+ring_size = 251
+backends = ["10.0.0.11:53"]
+"""
+
+
+def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(CONFIG)
+    planned = serving.lines("apply", "-f", str(file), "--dry-run")
+    moves = planned.pop(2)
+    assert moves.startswith("~ service 10.0.0.1:80/tcp: ")
+    assert "of 251 slots move" in moves
+    assert planned == [
+        "+ service 10.0.0.1:53/udp: nat, 1 backend, ring 251",
+        "  + backend 10.0.0.11:53",
+        "  - backend 10.0.0.11:80",
+        "  ~ backend 10.0.0.12:80 (weight 1 -> 2)",
+        "  + backend 10.0.0.13:80",
+        "dry run: 1 service added, 1 service changed",
+    ]
+    done = serving.lines("apply", "-f", str(file))
+    assert done.pop(2) == moves
+    assert done == [*planned[:-1], "1 service added, 1 service changed"]
+    assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
+
+
+def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_path: Path) -> None:
+    """Backends without a port get that of the VIP, here and there."""
+    file = tmp_path / "lb.toml"
+    file.write_text(
+        '[[service]]\nvip = "10.0.0.1:80"\nring_size = 251\nbackends = ["10.0.0.11", "10.0.0.12"]'
+    )
+    assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("attach", "eth9", "--backends", "10.0.0.11"), "interface eth9: does not exist"),
+        (
+            ("attach", "eth2", "--backends", "10.0.0.11"),
+            "interface eth2: has no IPv4 address for a VIP: give --vip",
+        ),
+        (("attach", "eth9"), "interface eth9: does not exist"),
+        (
+            ("vip", "add", WEB),
+            "vip 10.0.0.1:80/tcp: already served",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80", "--backends", "2001:db8::11"),
+            "backend [2001:db8::11]:80: mode nat needs an IPv4 backend for 10.0.0.2:80/tcp",
+        ),
+        (
+            ("vip", "add", "10.0.0.300:80"),
+            "address 10.0.0.300: not an IPv4 or IPv6 address",
+        ),
+        (
+            ("vip", "add", "10.0.0.2"),
+            "vip 10.0.0.2: a port is missing: write 10.0.0.2:80/tcp (port 0: any)",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80/icmp"),
+            "protocol icmp: not known: use tcp or udp",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80", "--ring-size", "250"),
+            "ring size 250: out of range 251 to 131071",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80", "--flow-timeout", "0"),
+            "10.0.0.2:80/tcp: flow timeout 0 s: out of range 1 s to 7 days",
+        ),
+        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list"),
+        (
+            ("backend", "list", "10.0.0.2:80"),
+            "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list",
+        ),
+        (
+            ("backend", "remove", WEB, "10.0.0.19"),
+            "backend 10.0.0.19:80: not in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.11"),
+            "backend 10.0.0.11:80: already in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "weight", WEB, "10.0.0.11", "65536"),
+            "backend 10.0.0.11:80: weight 65536: out of range 0 to 65535",
+        ),
+        (
+            ("backend", "weight", WEB, "10.0.0.11", "-1"),
+            "backend 10.0.0.11:80: weight -1: out of range 0 to 65535",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.13:http"),
+            "backend 10.0.0.13:http: port http: not a number from 0 to 65535",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(serving: Host, words: tuple[str, ...], message: str) -> None:
+    assert serving.error(*words) == f"xdp-lb: {message}"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+def test_attach_with_nothing_to_serve_is_an_error(host: Host) -> None:
+    assert host.error("attach", "eth0").startswith("xdp-lb: attach: nothing to serve: ")
+
+
+def test_a_foreign_program_is_named(host: Host) -> None:
+    host.dataplane.foreign.add("eth0")
+    words = ("attach", "eth0", "--backends", "10.0.0.11")
+    assert host.error(*words).startswith("xdp-lb: eth0: another XDP program is attached")
+    assert host.json("vip", "list") == []
+
+
+def test_a_file_that_is_not_there_is_named(host: Host) -> None:
+    assert host.error("apply", "-f", "missing.toml") == (
+        "xdp-lb: missing.toml: No such file or directory"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Busy("another xdp-lb is at work"), "another xdp-lb is at work"),
+        (DataplaneError("the kernel refused"), "the kernel refused"),
+        (
+            PermissionError(errno.EPERM, "Operation not permitted"),
+            "not permitted: run as root (CAP_NET_ADMIN and CAP_BPF)",
+        ),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.db"), "x.db: No space left on device"),
+        (OSError("odd"), "operating system: odd"),
+        (
+            KeyError("one\ntwo"),
+            "internal error: KeyError: 'one\\ntwo' (XDP_LB_TRACEBACK=1 shows where)",
+        ),
+        (
+            ValueError("one\ntwo"),
+            "internal error: ValueError: one two (XDP_LB_TRACEBACK=1 shows where)",
+        ),
+    ],
+)
+def test_each_error_is_one_line(error: Exception, line: str) -> None:
+    assert failing(error).stderr == f"xdp-lb: {line}\n"
+    assert failing(error).exit_code == 1
+
+
+def failing(error: BaseException, **environment: str) -> Result:
+    def opener(*, write: bool) -> AbstractContextManager[Balancer]:
+        raise error
+
+    return CliRunner().invoke(cli, ["status"], obj=opener, env=environment)
+
+
+def test_a_traceback_is_shown_only_on_request() -> None:
+    error = ValueError("odd")
+    assert failing(error, XDP_LB_TRACEBACK="1").exception is error
+
+
+def test_ctrl_c_is_quiet() -> None:
+    result = failing(KeyboardInterrupt())
+    assert (result.exit_code, result.output) == (130, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attach",),
+        ("attach", "eth0", "--mode", "dr"),
+        ("attach", "eth0", "--vip", WEB),
+        ("attach", "eth0", "--xdp-mode", "fast"),
+        ("vip", "add", WEB, "--mode", "maglev"),
+        ("backend", "add", WEB),
+        ("backend", "weight", WEB, "10.0.0.11", "heavy"),
+        ("apply",),
+        ("nonsense",),
+    ],
+)
+def test_wrong_usage_is_exit_status_2(host: Host, words: tuple[str, ...]) -> None:
+    result = host.run(*words)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def test_warnings_go_to_standard_error(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = MemoryDataplane.attach
+
+    def with_warning(*arguments: Any) -> Any:
+        attachment = attach(*arguments)
+        return type(attachment)(attachment.interface, "generic", 1, "the driver has no native XDP")
+
+    monkeypatch.setattr(MemoryDataplane, "attach", with_warning)
+    result = host.run("attach", "eth0", "--backends", "10.0.0.11", "--json")
+    assert result.stderr == "xdp-lb: warning: eth0: the driver has no native XDP\n"
+    assert json.loads(result.stdout)["warnings"] == ["eth0: the driver has no native XDP"]
+
+
+def commands(group: Any = cli, *names: str) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield [*names, name]
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_help_of_each_command_has_examples_and_fits_80_columns(command: list[str]) -> None:
+    text = CliRunner().invoke(cli, [*command, "--help"]).stdout
+    assert "\n  Examples:\n" in text
+    assert max(map(len, text.splitlines())) <= 80

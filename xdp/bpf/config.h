@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The constants that user space may set before the program is loaded, and the clock. */
+#pragma once
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "types.h"
+
+/* Ports below 32768 are outside the kernel's default ip_local_port_range: nat never meets the host's own connections. */
+/*
+ * A function that is rarely called and verified once, by itself, whatever its callers know. Its pointers are unknown to
+ * the verifier, so each one is tested for NULL.
+ */
+#define SLOW_PATH __attribute__((noinline))
+
+const volatile struct config config = {
+	.hash_seed = 0x9e3779b97f4a7c15,
+	.refresh_ns = 1000000000,
+	.nat_opening_timeout_s = 60,
+	.nat_closed_timeout_s = 60,
+	.udp_timeout_s = 120,
+	.nat_port_first = 1024,
+	.nat_port_count = 32768 - 1024,
+};
+
+volatile struct control control = { .generation = 0 };
+
+static __always_inline __u64 now_ns(void)
+{
+	return config.test_clock ? control.test_clock_ns : bpf_ktime_get_coarse_ns();
+}
+
+static __always_inline int older_than(__u64 seen_ns, __u64 now, __u32 timeout_s)
+{
+	return now > seen_ns + timeout_s * 1000000000ull;
+}

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The one exit: a forwarded packet is counted for its member, every other one for its reason. */
+#pragma once
+
+#include "maps.h"
+#include "packet.h"
+
+static __always_inline struct counter *counter_of(__u32 index)
+{
+	return bpf_map_lookup_elem(&counters, &index);
+}
+
+static __always_inline enum reason count_request(const struct member *member, const struct packet *pkt, int opens)
+{
+	struct counter *counter = counter_of(member->counter);
+
+	if (counter) {
+		counter->packets++;
+		counter->bytes += pkt->bytes;
+		counter->connections += opens;
+	}
+	return FORWARDED;
+}
+
+static __always_inline enum reason count_reply(const struct nat_reply *reply, const struct packet *pkt)
+{
+	struct counter *counter = counter_of(reply->counter);
+
+	if (counter) {
+		counter->reply_packets++;
+		counter->reply_bytes += pkt->bytes;
+	}
+	return FORWARDED;
+}
+
+static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, enum reason why)
+{
+	__u32 index = why;
+	__u64 *packets;
+
+	if (why == FORWARDED)
+		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
+	packets = bpf_map_lookup_elem(&reasons, &index);
+	if (packets)
+		*packets += 1;
+	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
+}
