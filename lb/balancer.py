@@ -13,7 +13,7 @@ goes validate -> plan -> open the store's transaction -> dataplane -> commit -> 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
@@ -88,7 +88,11 @@ class Network(Protocol):
     """The host's routes, neighbours and addresses."""
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
-        """Raises NoRoute for an address that is not reachable through an interface."""
+        """Raises NoRoute for an address that is not reachable through an interface. The kernel
+        keeps the neighbours on the way resolved from then on, until `release`."""
+
+    def release(self, addresses: Collection[Address] | None = None) -> None:
+        """Stop keeping the neighbours with these addresses, or (None) all of them."""
 
     def interface_exists(self, name: str) -> bool: ...
 
@@ -132,9 +136,7 @@ class Outcome:
 class Balancer:
     """`on_progress(done, total)` is called with the services that are written, of all to write."""
 
-    def __init__(
-        self, store: Store, dataplane: Dataplane, network: Network, netns: str = DEFAULT_NETNS
-    ) -> None:
+    def __init__(self, store: Store, dataplane: Dataplane, network: Network, netns: str = DEFAULT_NETNS) -> None:
         self.network = network
         self.on_progress: Callable[[int, int], None] | None = None
         self._store = store
@@ -185,9 +187,7 @@ class Balancer:
             return self._change(goal, dry_run=dry_run)
         return self._change(replace(goal, interfaces=()), dry_run=dry_run)
 
-    def add_service(
-        self, service: Service, *, own_address: bool = True, dry_run: bool = False
-    ) -> Report:
+    def add_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
         goal = self.state.with_service(service)
         goal = self._with_own_addresses(goal, [service], own_address)
         return self._change(goal, dry_run=dry_run)
@@ -195,9 +195,7 @@ class Balancer:
     def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
         return self._change(self.state.without_service(vip), dry_run=dry_run)
 
-    def add_backends(
-        self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False
-    ) -> Report:
+    def add_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
         service = self.state.service(vip)
         for backend in backends:
             service = service.with_backend(backend)
@@ -216,19 +214,13 @@ class Balancer:
         drained = service.changing_backend(backend, lambda b: replace(b, draining=True))
         return self._change_service(drained, dry_run)
 
-    def set_weight(
-        self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False
-    ) -> Report:
+    def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
         """Also ends a drain."""
         service = self.state.service(vip)
-        weighted = service.changing_backend(
-            backend, lambda b: replace(b, weight=weight, draining=False)
-        )
+        weighted = service.changing_backend(backend, lambda b: replace(b, weight=weight, draining=False))
         return self._change_service(weighted, dry_run)
 
-    def apply(
-        self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False
-    ) -> Report:
+    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
         """Make `services` all that is served."""
         goal = replace(self.state, services=tuple(services))
         if self.state.interfaces:
@@ -243,9 +235,7 @@ class Balancer:
         return Status(
             netns=self._netns,
             loaded=loaded,
-            interfaces=tuple(
-                InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces
-            ),
+            interfaces=tuple(InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces),
             services=tuple(_service_status(s, statistics) for s in self.state.services),
             drops=_reasons(statistics, "drop_"),
             passes=_reasons(statistics, "pass_"),
@@ -259,6 +249,7 @@ class Balancer:
     def _change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         step = self._prepare(self.state, self._with_homes(goal), everything)
         if dry_run:
+            self._release_unused(step.hops.keys())
             return _report(step, self._foresee(step), dry_run=True)
         if step.goal == step.before and not everything and self._in_step(step.goal):
             return _report(step, Outcome({}))
@@ -296,9 +287,20 @@ class Balancer:
         """One query for all. Raises NoRoute, also for a backend that mode dr cannot reach."""
         addresses = {b.address for service in services for b in service.backends}
         hops = self.network.next_hops(addresses) if addresses else {}
-        for service in services:
-            _check_on_link(service, hops)
+        try:
+            for service in services:
+                _check_on_link(service, hops)
+        except NoRoute:
+            self._release_unused(addresses)
+            raise
         return hops
+
+    def _release_unused(self, addresses: Collection[Address]) -> None:
+        """Of these neighbours, those that no served backend is behind; gateways with the last."""
+        used = _served_backends(self.state)
+        unused = set(addresses) - used
+        if unused:
+            self.network.release(unused if used else None)
 
     def _in_step(self, state: State) -> bool:
         """The kernel holds `state`, and so does the store."""
@@ -320,9 +322,7 @@ class Balancer:
         """Have the addresses of `services` put on an interface where nobody owns them, or not."""
         named = {service.vip.address for service in services}
         if not own:
-            return replace(
-                goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named)
-            )
+            return replace(goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named))
         unknown = named - {o.address for o in goal.own_addresses}
         ours = (OwnAddress("", a) for a in unknown if self.network.owner(a) is None)
         return replace(goal, own_addresses=(*goal.own_addresses, *ours))
@@ -344,9 +344,7 @@ class Balancer:
     def _check_replies(self, goal: State, names: Sequence[str]) -> None:
         """An interface that nat replies come in on cannot be detached alone."""
         with suppress(NoRoute):  # then no replies come in
-            for name, backends in _reply_interfaces(
-                goal.services, self._next_hops(goal.services)
-            ).items():
+            for name, backends in _reply_interfaces(goal.services, self._next_hops(goal.services)).items():
                 if name in names:
                     raise InvalidInput(
                         f"interface {name}: nat replies of {_some(backends)} come in there:"
@@ -371,17 +369,18 @@ class Balancer:
             self.network.add_address(own.interface, own.address)
         if step.goal.interfaces:
             self._dataplane.generation = self._store.generation
+        self._release_unused(step.hops.keys() | _served_backends(step.before))
         return outcome
 
     def _go_back(self, step: Step, error: BaseException) -> None:
         if self._in_step(step.before):
+            self._release_unused(step.hops.keys())
             return
         try:
             self._carry_out(self._prepare(step.goal, step.before, everything=True))
         except LbError as second:
             raise DataplaneError(
-                f"{error}; nor could the old state be put back ({second}):"
-                " the next change tries again"
+                f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"
             ) from error
 
     def _serve(self, step: Step) -> Outcome:
@@ -427,8 +426,7 @@ def _including(state: State, service: Service) -> State:
         return state
     if any(service.vip == other.vip for other in state.services):
         raise AlreadyExists(
-            f"vip {service.vip}: already served otherwise: change it with xdp-lb backend,"
-            " or remove it first"
+            f"vip {service.vip}: already served otherwise: change it with xdp-lb backend, or remove it first"
         )
     return state.with_service(service)
 
@@ -450,9 +448,7 @@ def _check_same_shape(before: State, goal: State) -> None:
             ("ring size", was.ring_size != new.ring_size),
         ):
             if changes:
-                raise InvalidInput(
-                    f"vip {new.vip}: {name} cannot be changed while it is served: remove it first"
-                )
+                raise InvalidInput(f"vip {new.vip}: {name} cannot be changed while it is served: remove it first")
 
 
 def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
@@ -464,9 +460,7 @@ def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
             )
 
 
-def _reply_interfaces(
-    services: Iterable[Service], hops: Mapping[Address, NextHop]
-) -> dict[str, list[Backend]]:
+def _reply_interfaces(services: Iterable[Service], hops: Mapping[Address, NextHop]) -> dict[str, list[Backend]]:
     """Interface -> the backends whose nat replies come in there."""
     found: dict[str, list[Backend]] = {}
     for service in services:
@@ -493,6 +487,10 @@ def _some(backends: Sequence[Backend]) -> str:
     rest = [f"{len(addresses) - 2} more"] if len(addresses) > 2 else []
     *first, last = [*addresses[:2], *rest]
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def _served_backends(state: State) -> set[Address]:
+    return {b.address for s in state.services for b in s.backends} if state.interfaces else set()
 
 
 def _addresses_in_force(state: State) -> tuple[OwnAddress, ...]:
@@ -538,9 +536,7 @@ def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:
     return ServiceStatus(
         service,
         statistics.slots_in_transition.get(service.vip, 0),
-        tuple(
-            BackendStatus(b, str(b) in held, held.get(str(b), Counters())) for b in service.backends
-        ),
+        tuple(BackendStatus(b, str(b) in held, held.get(str(b), Counters())) for b in service.backends),
     )
 
 

@@ -2,15 +2,15 @@
 
 Each command parses its words into the model, opens the balancer for as long as the one call takes,
 and prints the report. Exit status: 0; 1 with one line `xdp-lb: what: why` on standard error; 2 for
-usage; 130 after Ctrl-C. `Commands.invoke` is the one place where errors become that line.
+usage; 130 after Ctrl-C. `errors_explained` is the one place where errors become that line.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -74,25 +74,36 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, LbError | OSError)
 
 
-class Commands(click.Group):
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, Exit, Abort, BrokenPipeError):
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """The edge where foreign errors become a Failure. Click's own go on to click."""
+    try:
+        yield
+    except (click.ClickException, Exit, Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        raise Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        if os.environ.get("XDP_LB_TRACEBACK") == "1" and not is_expected(error):
             raise
-        except KeyboardInterrupt:
-            raise Exit(EXIT_INTERRUPTED) from None
-        except Exception as error:
-            if os.environ.get("XDP_LB_TRACEBACK") == "1" and not is_expected(error):
-                raise
-            raise Failure(explain(error)) from error
+        raise Failure(explain(error)) from error
+
+
+class Commands(click.Group):
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with errors_explained():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with errors_explained():
+            return super().invoke(ctx)
 
 
 # Options and words that commands share
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Request:
     """How a changing command was asked to run and to answer."""
 
     dry_run: bool
@@ -119,15 +130,15 @@ def json_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def change_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`--dry-run` and `--json`, given to the command as one `change`."""
+    """`--dry-run` and `--json`, given to the command as one `request`."""
 
     @wraps(command)
-    def with_change(*, dry_run: bool, as_json: bool, **words: Any) -> None:
-        command(change=Change(dry_run, as_json), **words)
+    def with_request(*, dry_run: bool, as_json: bool, **words: Any) -> None:
+        command(request=Request(dry_run, as_json), **words)
 
     dry_run = click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
     json = json_option("Print {dry_run, changes, attached, detached, notes, warnings}.")
-    return dry_run(json(with_change))
+    return dry_run(json(with_request))
 
 
 vip_argument = click.argument("vip", type=Vip.parse, shell_complete=completion.vips)
@@ -164,10 +175,7 @@ ring_size_option = click.option(
 )
 vip_address_option = click.option(
     "--no-vip-address",
-    "own_address",
     is_flag=True,
-    flag_value=False,
-    default=True,
     help="Put no address on an interface: the VIP is routed to this host.",
 )
 
@@ -257,8 +265,8 @@ def attach(
     mode: str | None,
     xdp_mode: str,
     ring_size: int | None,
-    own_address: bool,
-    change: Change,
+    no_vip_address: bool,
+    request: Request,
 ) -> None:
     """Attach to interfaces, and serve what is stored.
 
@@ -282,18 +290,18 @@ def attach(
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
     def restore(balancer: Balancer) -> Report:
-        report = balancer.attach(wanted, own_addresses=own_address, dry_run=change.dry_run)
+        report = balancer.attach(wanted, own_addresses=not no_vip_address, dry_run=request.dry_run)
         return with_note(report, output.extent(balancer.state.services))
 
     def serve(balancer: Balancer) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
         service = make_service(chosen, backends, mode, ring_size)
         report = balancer.attach(
-            wanted, [service], own_addresses=own_address, dry_run=change.dry_run
+            wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run
         )
         return report if vip else with_note(report, f"{chosen} is {interfaces[0]}'s own address")
 
-    change.run(serve if backends else restore)
+    request.run(serve if backends else restore)
 
 
 def with_note(report: Report, note: str) -> Report:
@@ -318,7 +326,7 @@ def own_addresses(balancer: Balancer, interface: str) -> list[Address]:
 @cli.command()
 @interfaces_argument(required=False)
 @change_options
-def detach(interfaces: tuple[str, ...], change: Change) -> None:
+def detach(interfaces: tuple[str, ...], request: Request) -> None:
     """Detach from interfaces, or from all. Services stay stored.
 
     Connections through a detached interface end. xdp-lb attach starts the services again.
@@ -330,7 +338,7 @@ def detach(interfaces: tuple[str, ...], change: Change) -> None:
       # Stop altogether
       xdp-lb detach
     """
-    change.run(lambda balancer: balancer.detach(interfaces, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.detach(interfaces, dry_run=request.dry_run))
 
 
 @cli.command()
@@ -391,8 +399,8 @@ def vip_add(
     mode: str | None,
     ring_size: int | None,
     flow_timeout: int,
-    own_address: bool,
-    change: Change,
+    no_vip_address: bool,
+    request: Request,
 ) -> None:
     """Add a service at VIP.
 
@@ -405,9 +413,9 @@ def vip_add(
       xdp-lb vip add '[2001:db8::100]:443' --backends '[2001:db8::11]:8443'
     """
     service = replace(make_service(vip, backends, mode, ring_size), flow_timeout_s=flow_timeout)
-    change.run(
+    request.run(
         lambda balancer: balancer.add_service(
-            service, own_address=own_address, dry_run=change.dry_run
+            service, own_address=not no_vip_address, dry_run=request.dry_run
         )
     )
 
@@ -415,7 +423,7 @@ def vip_add(
 @vip.command("remove")
 @vip_argument
 @change_options
-def vip_remove(vip: Vip, change: Change) -> None:
+def vip_remove(vip: Vip, request: Request) -> None:
     """Remove the service at VIP, with its backends.
 
     \b
@@ -424,7 +432,7 @@ def vip_remove(vip: Vip, change: Change) -> None:
       # What would go
       xdp-lb vip remove 10.0.0.100:80 --dry-run --json
     """
-    change.run(lambda balancer: balancer.remove_service(vip, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.remove_service(vip, dry_run=request.dry_run))
 
 
 @vip.command("list")
@@ -462,7 +470,7 @@ def backend() -> None:
 @vip_argument
 @click.argument("backends", nargs=-1, required=True, metavar="BACKEND...")
 @change_options
-def backend_add(vip: Vip, backends: tuple[str, ...], change: Change) -> None:
+def backend_add(vip: Vip, backends: tuple[str, ...], request: Request) -> None:
     """Add backends to the service at VIP. Connections stay where they are.
 
     \b
@@ -474,14 +482,14 @@ def backend_add(vip: Vip, backends: tuple[str, ...], change: Change) -> None:
       xdp-lb backend add 10.0.0.1:80 10.0.0.13 --dry-run
     """
     added = parse_backends(split_list(backends), vip.port)
-    change.run(lambda balancer: balancer.add_backends(vip, added, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.add_backends(vip, added, dry_run=request.dry_run))
 
 
 @backend.command("remove")
 @vip_argument
 @backend_argument
 @change_options
-def backend_remove(vip: Vip, backend: str, change: Change) -> None:
+def backend_remove(vip: Vip, backend: str, request: Request) -> None:
     """Remove a backend at once. Its connections end; see drain.
 
     \b
@@ -489,14 +497,14 @@ def backend_remove(vip: Vip, backend: str, change: Change) -> None:
       xdp-lb backend remove 10.0.0.1:80 10.0.0.11
     """
     name = Backend.parse(backend, vip.port)
-    change.run(lambda balancer: balancer.remove_backend(vip, name, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.remove_backend(vip, name, dry_run=request.dry_run))
 
 
 @backend.command("drain")
 @vip_argument
 @backend_argument
 @change_options
-def backend_drain(vip: Vip, backend: str, change: Change) -> None:
+def backend_drain(vip: Vip, backend: str, request: Request) -> None:
     """Give a backend no new connections. Those it has go on.
 
     xdp-lb backend weight ends the drain.
@@ -506,7 +514,7 @@ def backend_drain(vip: Vip, backend: str, change: Change) -> None:
       xdp-lb backend drain 10.0.0.1:80 10.0.0.11
     """
     name = Backend.parse(backend, vip.port)
-    change.run(lambda balancer: balancer.drain_backend(vip, name, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.drain_backend(vip, name, dry_run=request.dry_run))
 
 
 @backend.command("weight", context_settings={"ignore_unknown_options": True})
@@ -514,7 +522,7 @@ def backend_drain(vip: Vip, backend: str, change: Change) -> None:
 @backend_argument
 @click.argument("weight", type=int)
 @change_options
-def backend_weight(vip: Vip, backend: str, weight: int, change: Change) -> None:
+def backend_weight(vip: Vip, backend: str, weight: int, request: Request) -> None:
     """Set a backend's share of new connections, 0 to 65535. Ends a drain.
 
     \b
@@ -523,7 +531,7 @@ def backend_weight(vip: Vip, backend: str, weight: int, change: Change) -> None:
       xdp-lb backend weight 10.0.0.1:80 10.0.0.11 3
     """
     name = replace(Backend.parse(backend, vip.port), weight=weight)
-    change.run(lambda balancer: balancer.set_weight(vip, name, weight, dry_run=change.dry_run))
+    request.run(lambda balancer: balancer.set_weight(vip, name, weight, dry_run=request.dry_run))
 
 
 @backend.command("list")
@@ -560,7 +568,7 @@ def backend_list(vip: Vip | None, as_json: bool) -> None:
 )
 @vip_address_option
 @change_options
-def apply(path: Path, own_address: bool, change: Change) -> None:
+def apply(path: Path, no_vip_address: bool, request: Request) -> None:
     """Make the services those of a file, and print the difference.
 
     Services that the file does not name are removed.
@@ -584,10 +592,12 @@ def apply(path: Path, own_address: bool, change: Change) -> None:
     from lb import config  # with tomllib, which no other command needs
 
     services = config.read(path)
-    report = change.report(
-        lambda balancer: balancer.apply(services, own_addresses=own_address, dry_run=change.dry_run)
+    report = request.report(
+        lambda balancer: balancer.apply(
+            services, own_addresses=not no_vip_address, dry_run=request.dry_run
+        )
     )
-    change.show(report, coloured_diff)
+    request.show(report, coloured_diff)
 
 
 DIFF_COLOURS = {"+": "green", "~": "yellow", "-": "red"}

@@ -19,7 +19,6 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from lb.errors import LbError
 from lb.model import State, Vip
 
 SHELLS = ("bash", "zsh", "fish")
@@ -96,5 +95,5 @@ def _state(ctx: click.Context) -> State:
         with ctx.find_root().obj(write=False) as balancer:
             state: State = balancer.state
             return state
-    except (LbError, OSError):
+    except Exception:  # whatever it is, the command itself will tell
         return State()

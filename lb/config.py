@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lb.errors import InvalidInput, LbError
-from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service, State, Vip
+from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service, Vip
 
 Value = TypeVar("Value", str, int, bool, list[object])
 
@@ -45,7 +45,7 @@ BACKEND_KEYS = ("address", "weight", "drain")
 
 
 def read(path: Path) -> list[Service]:
-    """The services of a file, in the order of their VIPs. Raises InvalidInput."""
+    """The services of a file. Raises InvalidInput."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -59,9 +59,12 @@ def parse(text: str, name: str = "lb.toml") -> list[Service]:
     """The services of a text. `name` is what the errors call it. Raises InvalidInput."""
     file = _Table(_document(text, name), name)
     file.allow(FILE_KEYS)
-    services = tuple(_service(entries, name) for entries in _service_tables(file))
-    with _speaking_of(name):
-        return list(State(services).services)
+    services: dict[Vip, Service] = {}
+    for entries in _service_tables(file):
+        service = _service(entries, name)
+        if services.setdefault(service.vip, service) is not service:
+            raise InvalidInput(f"{name}: service {service}: vip: given twice")
+    return list(services.values())
 
 
 def _document(text: str, name: str) -> dict[str, object]:
@@ -154,7 +157,9 @@ def _backend_of_table(entries: dict[str, object], service: str) -> Backend:
     table.allow(BACKEND_KEYS)
     if "@" in text and "weight" in table.entries:
         raise InvalidInput(f"{table.name}: weight: given twice: leave one of them out")
+    draining = table.get("drain", False)
     with _speaking_of(service):
         backend = Backend.parse(text)
-        weight = table.get("weight", backend.weight)
-        return replace(backend, weight=weight, draining=table.get("drain", False))
+    weight = table.get("weight", backend.weight)
+    with _speaking_of(service):
+        return replace(backend, weight=weight, draining=draining)

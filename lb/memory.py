@@ -8,7 +8,7 @@ test sets to blow at a chosen one, in the middle of a change.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
@@ -165,11 +165,10 @@ class MemoryDataplane:
         if held and (held.mode, len(held.words)) == (service.mode, service.ring_size):
             return held
         self.fuse.burn()
-        return self.rings.setdefault(service.vip, _empty_ring(service))
+        self.rings[service.vip] = _empty_ring(service)
+        return self.rings[service.vip]
 
-    def _put_members(
-        self, held: MemoryRing, service: Service, hops: Mapping[Address, NextHop]
-    ) -> None:
+    def _put_members(self, held: MemoryRing, service: Service, hops: Mapping[Address, NextHop]) -> None:
         for backend in service.backends:
             hop = hops[backend.address]
             if held.hops.get(held.ids.get(_key(backend), 0)) != hop:
@@ -204,12 +203,10 @@ class MemoryDataplane:
     def statistics(self) -> Statistics:
         return Statistics(
             backends={
-                vip: {b: self.counters.get((vip, b), Counters()) for b in held.ids}
-                for vip, held in self.rings.items()
+                vip: {b: self.counters.get((vip, b), Counters()) for b in held.ids} for vip, held in self.rings.items()
             },
             slots_in_transition={
-                vip: sum(ring.previous_member(word) != 0 for word in held.words)
-                for vip, held in self.rings.items()
+                vip: sum(ring.previous_member(word) != 0 for word in held.words) for vip, held in self.rings.items()
             },
             reasons=dict(self.reasons),
         )
@@ -233,11 +230,17 @@ class MemoryNetwork:
             name: [ip_interface(text) for text in texts] for name, texts in interfaces.items()
         }
         self.gateways = [ip_address(text) for text in gateways]
+        self.neighbours: set[Address] = set()  # kept until released
         self.queries = 0
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
         self.queries += 1
-        return {address: self._next_hop(address) for address in addresses}
+        hops = {address: self._next_hop(address) for address in addresses}
+        self.neighbours |= hops.keys()
+        return hops
+
+    def release(self, addresses: Collection[Address] | None = None) -> None:
+        self.neighbours -= self.neighbours if addresses is None else set(addresses)
 
     def _next_hop(self, address: Address) -> NextHop:
         if self.owner(address):

@@ -61,7 +61,7 @@ class XdpMode(StrEnum):
 
 def parse_address(text: str) -> Address:
     try:
-        address = ip_address(text.removeprefix("[").removesuffix("]"))
+        address = ip_address(text)
     except ValueError:
         raise InvalidInput(f"address {text}: not an IPv4 or IPv6 address") from None
     if isinstance(address, IPv6Address) and address.scope_id:
@@ -106,9 +106,7 @@ class Vip:
         where, slash, protocol = text.partition("/")
         address, port = _split_port(where, f"vip {text}")
         if port is None:
-            raise InvalidInput(
-                f"vip {text}: a port is missing: write {_join_port(address, 80)}/tcp (port 0: any)"
-            )
+            raise InvalidInput(f"vip {text}: a port is missing: write {_join_port(address, 80)}/tcp (port 0: any)")
         return cls(address, port, Protocol.parse(protocol) if slash else Protocol.TCP)
 
     def __str__(self) -> str:
@@ -131,9 +129,7 @@ class Backend:
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= MAX_WEIGHT:
-            raise InvalidInput(
-                f"backend {self}: weight {self.weight}: out of range 0 to {MAX_WEIGHT}"
-            )
+            raise InvalidInput(f"backend {self}: weight {self.weight}: out of range 0 to {MAX_WEIGHT}")
         if self.address.is_unspecified or self.address.is_multicast or self.address.is_loopback:
             raise InvalidInput(f"backend {self}: not a unicast address of another host")
 
@@ -142,9 +138,7 @@ class Backend:
         where, at, weight = text.partition("@")
         address, port = _split_port(where, f"backend {text}")
         if at and not (weight.isascii() and weight.isdigit()):
-            raise InvalidInput(
-                f"backend {text}: weight {weight or '(empty)'}: not a number from 0 to {MAX_WEIGHT}"
-            )
+            raise InvalidInput(f"backend {text}: weight {weight or '(empty)'}: not a number from 0 to {MAX_WEIGHT}")
         return cls(address, default_port if port is None else port, int(weight) if at else 1)
 
     def __str__(self) -> str:
@@ -181,9 +175,7 @@ class Service:
     def __post_init__(self) -> None:
         check_ring_size(self.ring_size)
         if not 1 <= self.flow_timeout_s <= 7 * 86400:
-            raise InvalidInput(
-                f"{self.vip}: flow timeout {self.flow_timeout_s} s: out of range 1 s to 7 days"
-            )
+            raise InvalidInput(f"{self.vip}: flow timeout {self.flow_timeout_s} s: out of range 1 s to 7 days")
         in_full = map(self._in_full, self.backends)
         object.__setattr__(self, "backends", tuple(sorted(in_full, key=lambda b: b.sort_key)))
         self._check_backends()
@@ -207,15 +199,12 @@ class Service:
     def _check_backend(self, backend: Backend) -> None:
         if backend.address.version != self.vip.address.version:
             raise InvalidInput(
-                f"backend {backend}: mode {self.mode} needs an IPv{self.vip.address.version}"
-                f" backend for {self.vip}"
+                f"backend {backend}: mode {self.mode} needs an IPv{self.vip.address.version} backend for {self.vip}"
             )
         if backend.address == self.vip.address:
             raise InvalidInput(f"backend {backend}: is the VIP's own address")
         if self.mode is Mode.DR and backend.port != self.vip.port:
-            raise InvalidInput(
-                f"backend {backend}: mode dr keeps the port: leave it out or say {self.vip.port}"
-            )
+            raise InvalidInput(f"backend {backend}: mode dr keeps the port: leave it out or say {self.vip.port}")
 
     def __str__(self) -> str:
         return str(self.vip)

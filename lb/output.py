@@ -27,7 +27,6 @@ from lb.report import (
 )
 from lb.ring import Plan
 
-MOVES_TO = "->"
 SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}
 STYLES = {
     "draining": "yellow",
@@ -36,6 +35,8 @@ STYLES = {
     "generic": "yellow",
     "total": "dim",
 }
+# Bytes stand right of the packets they belong to.
+COUNTER_HEADINGS = ("CONNS", "PACKETS", "BYTES", "REPLIES", "BYTES")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +76,20 @@ def _condition(backend: Backend) -> str:
 
 def _turns(was: Backend, now: Backend) -> Iterator[str]:
     if was.weight != now.weight:
-        yield f"weight {was.weight} {MOVES_TO} {now.weight}"
+        yield f"weight {was.weight} -> {now.weight}"
     if was.draining != now.draining:
         yield "draining" if now.draining else "active again"
 
 
-def _service_turns(change: Change) -> Iterator[str]:
-    if (
-        change.before
-        and change.after
-        and change.before.flow_timeout_s != change.after.flow_timeout_s
-    ):
-        yield (
-            f"flow timeout {change.before.flow_timeout_s} s"
-            f" {MOVES_TO} {change.after.flow_timeout_s} s"
-        )
+def _service_turns(before: Service | None, after: Service | None) -> list[str]:
+    if before is None or after is None:
+        return []
+    facts = (
+        ("mode", before.mode, after.mode),
+        ("ring", before.ring_size, after.ring_size),
+        ("flow timeout", f"{before.flow_timeout_s} s", f"{after.flow_timeout_s} s"),
+    )
+    return [f"{name} {was} -> {now}" for name, was, now in facts if was != now]
 
 
 def _backend_turns(change: Change) -> Iterator[str]:
@@ -134,7 +134,7 @@ def change_sentence(change: Change) -> str:
         return f"{change.vip}: removed"
     if change.before is None:
         return f"{change.vip}: added: {_shape(change.after)}"
-    turns = ", ".join([*_service_turns(change), *_backend_turns(change)])
+    turns = ", ".join([*_service_turns(change.before, change.after), *_backend_turns(change)])
     return _joined(str(change.vip), turns, _moves(change.plan))
 
 
@@ -178,7 +178,7 @@ def _diff_of_change(change: Change) -> Iterator[str]:
 def _diff_detail(change: Change) -> list[str]:
     if change.before is None and change.after is not None:
         return [_shape(change.after)]
-    return [*_service_turns(change), _moves(change.plan)]
+    return [*_service_turns(change.before, change.after), _moves(change.plan)]
 
 
 def _tally(changes: Sequence[Change]) -> str:
@@ -192,7 +192,6 @@ def _tally(changes: Sequence[Change]) -> str:
 class Column:
     heading: str
     number: bool = False
-    min_width: int = 0
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, colour: bool) -> list[str]:
@@ -206,7 +205,6 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, colour: b
         grid.add_column(
             column.heading,
             justify="right" if column.number else "left",
-            min_width=column.min_width,
             no_wrap=True,
         )
     for row in rows:
@@ -314,19 +312,15 @@ def _backend_status_table(
     if not status.backends:
         return []
     columns = [
-        Column("BACKEND", min_width=width),
+        Column("BACKEND".ljust(width)),
         Column("WEIGHT", number=True),
-        Column("STATE", min_width=len("draining")),
-        *(Column(heading, number=True, min_width=5) for heading in COUNTER_HEADINGS),
+        Column("STATE".ljust(len("draining"))),
+        *(Column(heading, number=True) for heading in COUNTER_HEADINGS),
     ]
     rows = [_backend_status_row(b, loaded) for b in status.backends]
     if len(rows) > 1:
         rows.append(("total", "", "", *_counter_cells(total(status))))
     return table(columns, rows, colour=colour)
-
-
-# Bytes stand right of the packets they belong to.
-COUNTER_HEADINGS = ("CONNS", "PACKETS", "BYTES", "REPLIES", "BYTES")
 
 
 def _backend_status_row(status: BackendStatus, loaded: bool) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_NETNS = "default"
+ROOT_NAMESPACE = Path("/proc/1/ns/net")
 NAMED_NAMESPACES = Path("/run/netns")  # where ip-netns(8) mounts them
 
 
@@ -33,7 +34,7 @@ def current_netns() -> str:
     """What this process's network namespace is called: `default` if it is that of process 1, else
     by its ip-netns(8) name, else `net-INODE`."""
     own = _identity(Path("/proc/self/ns/net"))
-    if own is None or own == _identity(Path("/proc/1/ns/net")):
+    if own is None or own == _identity(ROOT_NAMESPACE):
         return DEFAULT_NETNS
     for path in _named_namespaces():
         if path.name != DEFAULT_NETNS and _identity(path) == own:

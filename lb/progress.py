@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,12 @@ PATIENCE_S = 1.0
 class Bar:
     """Appears with the first report that comes more than `PATIENCE_S` after its creation."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._since = clock()
+    def __init__(self) -> None:
+        self._since = time.monotonic()
         self._shown: tuple[Progress, TaskID] | None = None
 
     def update(self, done: int, total: int) -> None:
-        if self._shown is None and self._clock() - self._since > PATIENCE_S:
+        if self._shown is None and time.monotonic() - self._since > PATIENCE_S:
             self._shown = _start()
         if self._shown:
             progress, task = self._shown

@@ -136,19 +136,27 @@ class Store:
     @contextmanager
     def saving(self, state: State) -> Iterator[None]:
         """Save `state` if the body ends well: an exception in the body, or the end of the process,
-        leaves the old state. To be called with the lock held. Raises StoreError."""
+        leaves the old state. To be called with the lock held. Raises StoreError.
+
+        A state that is stored already needs no transaction: so the kernel can be brought back to it
+        when the store cannot be written.
+        """
+        if state == self._state:
+            yield
+            return
         with _translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
         try:
             with _translated(self._path):
-                generation = self._write(state)
+                self._write(state)
             yield
             with _translated(self._path):
                 self._connection.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
-        self._state, self._generation = state, generation
+        self._state = state
+        self._generation += 1
 
     def _roll_back(self) -> None:
         # SQLite itself may have rolled back already, on a full disk for one.
@@ -178,15 +186,12 @@ class Store:
             raise StoreError(f"store {self._path}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}")
         return int(row[0])
 
-    def _write(self, state: State) -> int:
-        """The rows that differ. Returns the generation that `state` gets."""
-        if state == self._state:
-            return self._generation
+    def _write(self, state: State) -> None:
+        """The rows that differ."""
         self._write_services(state)
         self._write_interfaces(state)
         self._write_own_addresses(state)
         self._connection.execute("UPDATE generation SET value = ?", (self._generation + 1,))
-        return self._generation + 1
 
     def _write_services(self, state: State) -> None:
         old = {service.vip: service for service in self._state.services}
@@ -238,14 +243,14 @@ def _translated(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise StoreError(f"store {path}: {_way_out(error)}") from error
     except OSError as error:
-        reason = f"{error.strerror}: run as root, or set XDP_LB_STATE_DIR"
-        raise StoreError(f"store {path}: {reason}") from error
+        name, reason = error.filename or path, error.strerror
+        raise StoreError(f"store {name}: {reason}: run as root, or set XDP_LB_STATE_DIR") from error
 
 
 def _way_out(error: sqlite3.Error) -> str:
-    # Errors of the module itself carry no code; the low byte of an extended code is the plain one.
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    return WAYS_OUT.get(code, f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}")
+    # The low byte of an extended code is the plain one. What `_read_state` raises has none.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return WAYS_OUT.get(code) or f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}"
 
 
 def _make_folder(path: Path) -> None:
@@ -285,15 +290,11 @@ def _read_state(connection: sqlite3.Connection) -> State:
             tuple(_read_services(connection)),
             tuple(
                 Interface(name, XdpMode(mode))
-                for name, mode in connection.execute(
-                    "SELECT name, xdp_mode FROM interface ORDER BY position"
-                )
+                for name, mode in connection.execute("SELECT name, xdp_mode FROM interface ORDER BY position")
             ),
             tuple(
                 OwnAddress(interface, parse_address(address))
-                for address, interface in connection.execute(
-                    "SELECT address, interface FROM own_address"
-                )
+                for address, interface in connection.execute("SELECT address, interface FROM own_address")
             ),
         )
     except (LbError, ValueError, TypeError, AttributeError) as error:
@@ -322,8 +323,7 @@ def writer_lock(path: Path, netns: str, wait_s: float = LOCK_WAIT_S) -> Iterator
     try:
         if not _locked_within(lock, wait_s):
             raise Busy(
-                f"another xdp-lb ({_holder(lock)}) is changing network namespace {netns}:"
-                " try again when it has ended"
+                f"another xdp-lb ({_holder(lock)}) is changing network namespace {netns}: try again when it has ended"
             )
         with _translated(path):
             _name_holder(lock)

@@ -98,6 +98,13 @@ def attached(ifindex: int) -> Attached | None:
     return link.running if link else None
 
 
+def all_attached() -> dict[str, Attached]:
+    """Interface name -> what it runs, for all that run something."""
+    with route_socket() as ipr:
+        links = [_link(message) for message in ipr.link("dump")]
+    return {link.name: link.running for link in links if link.running}
+
+
 def detach(ifindex: int, expected_fd: int | None = None) -> None:
     """Take the program off; with `expected_fd` only that one: another stays where it is.
 
@@ -165,9 +172,7 @@ def _running(xdp: Any) -> Attached | None:
     return None
 
 
-def _refuse_foreign(
-    link: _Link, program_id: int, replace_fd: int | None, describe: Callable[[int], str]
-) -> None:
+def _refuse_foreign(link: _Link, program_id: int, replace_fd: int | None, describe: Callable[[int], str]) -> None:
     """With `replace_fd` the kernel itself compares, at the moment of the exchange."""
     running = link.running
     if running is None or running.program_id == program_id or replace_fd is not None:
@@ -180,14 +185,10 @@ def _refuse_foreign(
 
 def _refuse_mode_change(link: _Link, mode: str) -> None:
     if link.running is not None and mode not in (AUTO, link.running.mode):
-        raise AttachError(
-            f"{link.name}: runs in {link.running.mode} mode: detach it first to change to {mode}"
-        )
+        raise AttachError(f"{link.name}: runs in {link.running.mode} mode: detach it first to change to {mode}")
 
 
-def _put(
-    ipr: IPRoute, link: _Link, fd: int, program_id: int, mode: str, replace_fd: int | None
-) -> str | None:
+def _put(ipr: IPRoute, link: _Link, fd: int, program_id: int, mode: str, replace_fd: int | None) -> str | None:
     """Make the kernel run the program; why it is in generic mode, if nobody asked for that."""
     if link.running is None:
         return _put_first(ipr, link, fd, mode)
@@ -208,9 +209,7 @@ def _put_first(ipr: IPRoute, link: _Link, fd: int, mode: str) -> str | None:
     return None
 
 
-def _set_program(
-    ipr: IPRoute, ifindex: int, fd: int, flags: int, expected_fd: int | None = None
-) -> None:
+def _set_program(ipr: IPRoute, ifindex: int, fd: int, flags: int, expected_fd: int | None = None) -> None:
     """RTM_SETLINK with IFLA_XDP; with `expected_fd` compare and exchange, EEXIST if it differs."""
     attributes = [("IFLA_XDP_FD", fd)]
     if expected_fd is not None:
@@ -225,10 +224,7 @@ def _checksum_warning(link: _Link) -> str | None:
     if link.kind != "veth":
         return None
     if link.peer is None:
-        return (
-            f"{link.name}: is a veth: packets sent on its other end need full checksums:"
-            " ethtool -K DEV tx off there"
-        )
+        return f"{link.name}: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
     try:
         peer = socket.if_indextoname(link.peer)
         offloads = _leaves_checksums_out(peer)

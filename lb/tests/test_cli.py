@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from lb.balancer import Balancer
 from lb.cli import cli
 from lb.errors import Busy, DataplaneError
 from lb.memory import MemoryDataplane, MemoryNetwork
+from lb.model import Interface
+from lb.progress import progress
 from lb.store import Store
 
 WEB = "10.0.0.1:80/tcp"
@@ -97,6 +102,29 @@ def test_backends_may_be_repeated_and_separated_by_commas(host: Host) -> None:
         ("10.0.0.12:81", 3),
         ("10.0.0.13:80", 1),
     ]
+
+
+VIP_ADDRESS_COMMANDS = [
+    ("attach", "eth0", "--vip", "10.0.0.100:80", "--backends", "10.0.0.11"),
+    ("vip", "add", "10.0.0.100:80", "--backends", "10.0.0.11"),
+]
+
+
+@pytest.mark.parametrize("words", VIP_ADDRESS_COMMANDS)
+def test_a_vip_that_nobody_owns_is_put_on_the_interface_unless_told(
+    serving: Host, words: tuple[str, ...]
+) -> None:
+    serving.lines(*words, "--dry-run")
+    assert owner(serving) is None
+    serving.lines(*words, "--no-vip-address")
+    assert owner(serving) is None
+    serving.lines("vip", "remove", "10.0.0.100:80")
+    assert "  10.0.0.100: put on eth0, where no one had it" in serving.lines(*words)
+    assert owner(serving) == "eth0"
+
+
+def owner(host: Host) -> str | None:
+    return host.network.owner(ip_address("10.0.0.100"))
 
 
 def test_attach_alone_restores_what_is_stored(serving: Host) -> None:
@@ -394,6 +422,31 @@ def test_warnings_go_to_standard_error(host: Host, monkeypatch: pytest.MonkeyPat
     result = host.run("attach", "eth0", "--backends", "10.0.0.11", "--json")
     assert result.stderr == "xdp-lb: warning: eth0: the driver has no native XDP\n"
     assert json.loads(result.stdout)["warnings"] == ["eth0: the driver has no native XDP"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_while_restoring(host: Host, patience_s: float, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a terminal gets on standard error while `host` is attached again."""
+    terminal = Terminal()
+    monkeypatch.setattr("lb.progress.PATIENCE_S", patience_s)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with host.open(write=True) as balancer, progress(balancer):
+        balancer.attach([Interface("eth0")])
+    return terminal.getvalue()
+
+
+def test_what_takes_long_shows_how_far_it_is(
+    serving: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "1/1" in shown_while_restoring(serving, 0, monkeypatch)
+
+
+def test_what_is_quick_shows_no_bar(serving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown_while_restoring(serving, 60, monkeypatch) == ""
 
 
 def commands(group: Any = cli, *names: str) -> Iterator[list[str]]:

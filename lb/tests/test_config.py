@@ -36,6 +36,13 @@ def backend(address: str, port: int, weight: int = 1, draining: bool = False) ->
 def test_every_key_is_read_and_every_default_filled_in() -> None:
     assert config.parse(WHOLE) == [
         Service(
+            Vip.parse("10.0.0.2:443/tcp"),
+            Mode.DR,
+            (backend("10.0.0.11", 443),),
+            ring_size=65537,
+            flow_timeout_s=60,
+        ),
+        Service(
             Vip.parse("10.0.0.1:80/tcp"),
             Mode.NAT,
             (
@@ -45,13 +52,6 @@ def test_every_key_is_read_and_every_default_filled_in() -> None:
             ),
             ring_size=16381,
             flow_timeout_s=3600,
-        ),
-        Service(
-            Vip.parse("10.0.0.2:443/tcp"),
-            Mode.DR,
-            (backend("10.0.0.11", 443),),
-            ring_size=65537,
-            flow_timeout_s=60,
         ),
     ]
 
@@ -79,8 +79,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         ),
         (
             '[[service]]\nvip = "10.0.0.1"',
-            "lb.toml: service: vip 10.0.0.1: a port is missing:"
-            " write 10.0.0.1:80/tcp (port 0: any)",
+            "lb.toml: service: vip 10.0.0.1: a port is missing: write 10.0.0.1:80/tcp (port 0: any)",
         ),
         (
             SERVICE + "ring = 251",
@@ -137,7 +136,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
             SERVICE + 'backends = [{address = "10.0.0.11@2", weight = 3}]',
             f"{HERE}: backend 10.0.0.11@2: weight: given twice: leave one of them out",
         ),
-        (SERVICE + SERVICE, "lb.toml: vip 10.0.0.1:80/tcp: given twice"),
+        (SERVICE + SERVICE, f"{HERE}: vip: given twice"),
     ],
 )
 def test_a_mistake_is_named_with_file_service_and_key(text: str, line: str) -> None:

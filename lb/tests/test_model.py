@@ -201,9 +201,7 @@ def test_an_interface_attached_again_keeps_its_place() -> None:
 
 
 def test_states_are_equal_whatever_the_order_of_own_addresses() -> None:
-    own = [
-        OwnAddress("eth0", ip_address(text)) for text in ("2001:db8::1", "10.0.0.9", "10.0.0.10")
-    ]
+    own = [OwnAddress("eth0", ip_address(text)) for text in ("2001:db8::1", "10.0.0.9", "10.0.0.10")]
     assert State(own_addresses=tuple(own)) == State(own_addresses=tuple(reversed(own)))
 
 

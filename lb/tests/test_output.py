@@ -200,6 +200,13 @@ def test_a_change_is_one_sentence(change: Change, sentence: str) -> None:
     assert output.change_sentence(change) == sentence
 
 
+def test_a_service_that_is_only_stored_may_change_in_every_way() -> None:
+    after = replace(WEB_SERVICE, mode=Mode.DR, ring_size=251)
+    assert output.change_sentence(changed(after, plan=None)) == (
+        "10.0.0.1:80/tcp: mode nat -> dr, ring 16381 -> 251"
+    )
+
+
 def test_the_end_of_a_drain_is_told() -> None:
     draining = WEB_SERVICE.changing_backend(FIRST, lambda b: replace(b, draining=True))
     assert output.change_sentence(Change(WEB, draining, WEB_SERVICE)) == (

@@ -23,7 +23,9 @@ const volatile struct config config = {
 	.nat_port_count = 32768 - 1024,
 };
 
-volatile struct control control = { .generation = 0 };
+const volatile struct names names = {};
+
+volatile struct control control SEC(".data") = {};
 
 static __always_inline __u64 now_ns(void)
 {

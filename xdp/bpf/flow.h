@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * Just-enough tracking: only a slot in transition has its flows looked up and recorded. A TCP packet that does not open
- * a connection and is unknown belongs to a connection older than the change, hence to the previous member.
+ * a connection and is unknown belongs to a connection older than the change, hence to the previous member. UDP has no
+ * such mark: for udp_timeout after the change, what is unknown counts as older.
  */
 #pragma once
 
@@ -14,7 +15,7 @@ static __always_inline int belongs_to_previous(const struct service *service, co
 {
 	if (pkt->flow.protocol == IPPROTO_TCP)
 		return !opens_connection(pkt);
-	return now < service->udp_new_after_ns;
+	return !older_than(service->changed_ns, now, config.udp_timeout_s);
 }
 
 static __always_inline void touch(struct flow *flow, const struct packet *pkt, __u64 now)

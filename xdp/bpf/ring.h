@@ -30,9 +30,10 @@ static __always_inline __u64 flow_hash(const struct flow_key *flow, int family)
 static __always_inline __u32 slot_word(const struct service *service, __u64 hash)
 {
 	__u32 slot = service->ring_base + ((hash >> 32) * service->ring_size >> 32);
-	__u32 *word = bpf_map_lookup_elem(&rings, &slot);
+	__u32 line = slot / SLOT_WORDS;
+	struct slot_words *words = bpf_map_lookup_elem(&rings, &line);
 
-	return word ? *word : 0;
+	return words ? words->words[slot % SLOT_WORDS] : 0;
 }
 
 /* Place 0 of a service's block is never alive: number 0 stands for "none". */

@@ -13,6 +13,13 @@
 #define RING_PREVIOUS(word) ((word) >> 15 & 0x7fff)
 #define RING_TRACK (1u << 30)
 
+#define SLOT_WORDS 16
+
+/* A cache line of slot words. An array map pads each value to 8 bytes, so a value a word would waste every other one. */
+struct slot_words {
+	__u32 words[SLOT_WORDS];
+};
+
 /* Why a packet left the way it did. Everything from DROP_MALFORMED on is dropped. */
 enum reason {
 	GO_ON,
@@ -57,14 +64,14 @@ struct service_key6 {
 };
 
 struct service {
-	__u32 ring_base;
+	__u32 ring_base; /* in words */
 	__u32 ring_size;
 	__u32 member_base;
 	__u32 member_count; /* size of the block, not of the set: for the allocator in user space */
 	__u32 flow_timeout_s;
 	__u8 mode;
 	__u8 zero[3];
-	__u64 udp_new_after_ns; /* on a slot in transition, UDP first seen before this belongs to the previous member */
+	__u64 changed_ns; /* when the ring last changed, CLOCK_MONOTONIC */
 };
 
 /* Where a frame goes. */
@@ -177,4 +184,12 @@ struct config {
 	__u16 nat_port_count;
 	__u8 test_clock;
 	__u8 zero[7];
+};
+
+/* Never read: it puts the enums, which user space knows by name, into the object's BTF. */
+struct names {
+	enum reason reason;
+	enum mode mode;
+	enum member_flag member_flag;
+	enum nat_state nat_state;
 };

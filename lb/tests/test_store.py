@@ -1,0 +1,332 @@
+"""What was saved last is there, whatever became of the process; what cannot be read is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lb import paths
+from lb.errors import Busy, StoreError
+from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, Vip, XdpMode
+from lb.paths import Paths
+from lb.store import Store, writer_lock
+
+STATE = State(
+    services=(
+        Service(
+            Vip.parse("10.0.0.1:80/tcp"),
+            Mode.NAT,
+            (
+                Backend(ip_address("10.0.0.11"), 80),
+                Backend(ip_address("10.0.0.12"), 8080, weight=3, draining=True),
+            ),
+            ring_size=251,
+            flow_timeout_s=60,
+        ),
+        Service(Vip.parse("[2001:db8::1]:53/udp"), Mode.DR),
+    ),
+    interfaces=(Interface("eth1", XdpMode.GENERIC), Interface("eth0")),
+    own_addresses=(OwnAddress("eth1", ip_address("10.0.0.1")),),
+)
+OTHER = replace(STATE, services=STATE.services[1:], interfaces=())
+
+
+def save(path: Path, state: State) -> int:
+    with Store.open(path, write=True) as store:
+        store.load()
+        with store.saving(state):
+            pass
+        return store.generation
+
+
+def load(path: Path) -> State:
+    with Store.open(path, write=False) as store:
+        return store.load()
+
+
+def many_services(services: int, backends: int) -> State:
+    members = tuple(Backend(ip_address(f"10.1.0.{n}"), 80) for n in range(1, backends + 1))
+    vips = (f"10.0.{n // 250}.{n % 250 + 1}:80" for n in range(services))
+    return State(tuple(Service(Vip.parse(vip), Mode.NAT, members) for vip in vips))
+
+
+def in_child(act: Callable[[], None]) -> int:
+    """The signal that ended a child which did `act`, 0 if it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "lib" / "blue" / "state.db"
+
+
+def test_what_was_saved_is_loaded(path: Path) -> None:
+    save(path, STATE)
+    assert load(path) == STATE
+
+
+def test_each_change_replaces_what_was_there(path: Path) -> None:
+    heavier = STATE.services[0].changing_backend(Backend.parse("10.0.0.11"), lambda b: replace(b, weight=9))
+    without = heavier.without_backend(Backend.parse("10.0.0.12:8080"))
+    states = [
+        STATE,
+        STATE.replacing_service(heavier),
+        STATE.replacing_service(without),
+        replace(STATE, own_addresses=(), interfaces=STATE.interfaces[1:]),
+        OTHER,
+        State(),
+        STATE,
+    ]
+    with Store.open(path, write=True) as store:
+        store.load()
+        for state in states:
+            with store.saving(state):
+                pass
+            assert load(path) == state
+
+
+def test_the_generation_grows_with_each_change_and_only_then(path: Path) -> None:
+    first = save(path, STATE)
+    assert save(path, STATE) == first
+    assert save(path, OTHER) == first + 1
+
+
+def test_a_store_made_anew_does_not_repeat_a_generation(path: Path) -> None:
+    before = int(time.time())
+    assert save(path, STATE) > before
+
+
+def test_an_error_in_the_body_leaves_the_old_state(path: Path) -> None:
+    generation = save(path, STATE)
+    with Store.open(path, write=True) as store:
+        store.load()
+        with pytest.raises(RuntimeError), store.saving(OTHER):
+            raise RuntimeError
+        assert (store.state, store.generation) == (STATE, generation)
+        assert load(path) == STATE
+        with store.saving(OTHER):
+            pass
+    assert load(path) == OTHER
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_process_killed_in_the_body_leaves_the_old_state(path: Path, write: bool) -> None:
+    def change() -> None:
+        with Store.open(path, write=True) as store:
+            store.load()
+            with store.saving(OTHER):
+                die()
+
+    save(path, STATE)
+    assert in_child(change) == signal.SIGKILL
+    with Store.open(path, write=write) as store:
+        assert store.load() == STATE
+
+
+def test_a_reader_sees_the_old_state_while_a_change_is_under_way(path: Path) -> None:
+    save(path, STATE)
+    with Store.open(path, write=True) as store:
+        store.load()
+        with store.saving(OTHER):
+            assert load(path) == STATE
+    assert load(path) == OTHER
+
+
+def test_reading_a_missing_store_creates_nothing(path: Path) -> None:
+    with Store.open(path, write=False) as store:
+        assert (store.load(), store.generation) == (State(), 0)
+    assert not path.parent.exists()
+
+
+def test_a_store_opened_for_reading_cannot_be_changed(path: Path) -> None:
+    save(path, STATE)
+    with Store.open(path, write=False) as store:
+        store.load()
+        with pytest.raises(StoreError, match="cannot be written"), store.saving(OTHER):
+            pass
+    assert load(path) == STATE
+
+
+def test_only_its_owner_can_read_it(path: Path) -> None:
+    save(path, STATE)
+    modes = [p.stat().st_mode & 0o777 for p in (path.parent.parent, path.parent, path)]
+    assert modes == [0o700, 0o700, 0o600]
+
+
+def test_a_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
+    save(path, STATE)
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 7")
+    connection.close()
+    for write in (False, True):
+        with pytest.raises(StoreError) as caught:
+            Store.open(path, write=write)
+        assert str(caught.value) == (
+            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 1): upgrade xdp-lb"
+        )
+
+
+def test_a_file_that_is_no_store_is_named_with_the_way_out(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a database " * 100)
+    for write in (False, True):
+        with pytest.raises(StoreError) as caught:
+            Store.open(path, write=write)
+        assert str(caught.value) == f"store {path}: not a store of xdp-lb: move the file away"
+
+
+def test_a_damaged_store_is_named_with_the_way_out(path: Path) -> None:
+    save(path, many_services(20, 20))
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    with pytest.raises(StoreError, match=r"state\.db: damaged: move the file away"):
+        load(path)
+
+
+def test_a_value_that_makes_no_sense_is_named(path: Path) -> None:
+    save(path, STATE)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE backend SET weight = 70000 WHERE port = 80")
+    connection.close()
+    with pytest.raises(StoreError, match=r"holds an invalid value .*weight 70000.*damaged"):
+        load(path)
+
+
+def test_a_full_disk_leaves_the_old_state(path: Path) -> None:
+    save(path, STATE)
+    with Store.open(path, write=True) as store:
+        store.load()
+        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with (
+            pytest.raises(StoreError, match="the disk is full: free some space"),
+            store.saving(many_services(50, 50)),
+        ):
+            pass
+    assert load(path) == STATE
+
+
+def test_a_path_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for act in (
+        lambda path: Store.open(path, write=True),
+        lambda path: Store.open(path, write=False),
+        lambda path: writer_lock(path, "blue").__enter__(),
+    ):
+        with pytest.raises(StoreError, match=r"file.*: run as root, or set XDP_LB_STATE_DIR"):
+            act(tmp_path / "file" / "blue" / "state.db")
+
+
+def test_one_backend_of_a_hundred_thousand_is_changed_by_few_rows(path: Path) -> None:
+    state = many_services(1000, 100)
+    save(path, state)
+    service = state.services[500]
+    lighter = service.changing_backend(service.backends[50], lambda b: replace(b, weight=0))
+    changed = state.replacing_service(lighter)
+    with Store.open(path, write=True) as store:
+        store.load()
+        before = store._connection.total_changes
+        with store.saving(changed):
+            pass
+        assert store._connection.total_changes - before <= 5
+    assert load(path) == changed
+
+
+def test_a_second_writer_is_told_who_the_first_one_is(tmp_path: Path) -> None:
+    lock = tmp_path / "blue" / "lock"
+    with (
+        writer_lock(lock, "blue"),
+        pytest.raises(Busy) as caught,
+        writer_lock(lock, "blue", wait_s=0),
+    ):
+        pass
+    line = str(caught.value)
+    assert line.startswith(f"another xdp-lb (pid {os.getpid()}, ")
+    assert line.endswith(") is changing network namespace blue: try again when it has ended")
+
+
+def test_the_lock_is_free_when_its_holder_has_ended(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with writer_lock(lock, "blue"):
+        pass
+    with writer_lock(lock, "blue", wait_s=0):
+        pass
+
+
+def test_the_lock_is_free_when_its_holder_was_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+
+    def hold() -> None:
+        with writer_lock(lock, "blue"):
+            die()
+
+    assert in_child(hold) == signal.SIGKILL
+    with writer_lock(lock, "blue", wait_s=0):
+        pass
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    locked, release = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with writer_lock(lock, "blue"):
+            os.write(locked[1], b".")
+            os.read(release[0], 1)
+            os._exit(0)
+    os.read(locked[0], 1)
+    os.write(release[1], b".")
+    with writer_lock(lock, "blue"):
+        pass
+    os.waitpid(child, 0)
+    for end in (*locked, *release):
+        os.close(end)
+
+
+def test_each_network_namespace_has_its_own_folder() -> None:
+    here = Paths(Path("/state"), Path("/run"), "blue")
+    assert here.store == Path("/state/blue/state.db")
+    assert here.lock == Path("/state/blue/lock")
+
+
+def test_the_environment_moves_the_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDP_LB_STATE_DIR", "/srv/state")
+    monkeypatch.setenv("XDP_LB_RUN_DIR", "")
+    here = Paths.here()
+    assert (here.state_dir, here.run_dir) == (Path("/srv/state"), Path("/run/xdp-lb"))
+
+
+def test_a_namespace_is_called_by_the_name_that_ip_netns_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = os.stat("/proc/self/ns/net")
+    monkeypatch.setattr(paths, "NAMED_NAMESPACES", tmp_path)
+    monkeypatch.setattr(paths, "ROOT_NAMESPACE", tmp_path / "none")
+    assert paths.current_netns() == f"net-{own.st_ino}"
+    (tmp_path / "blue").symlink_to("/proc/self/ns/net")
+    assert paths.current_netns() == "blue"
+    monkeypatch.setattr(paths, "ROOT_NAMESPACE", Path("/proc/self/ns/net"))
+    assert paths.current_netns() == "default"

@@ -1,0 +1,154 @@
+"""Typed BPF maps: keys and values are the ctypes classes that BTF gives.
+
+Integers and tuples of addresses are the caller's; a key may be given as a plain int where its type is one. Per-CPU maps are read as
+sums. Hash maps are read in batches, arrays that are BPF_F_MMAPABLE through one mmap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from xdp import libbpf
+from xdp.btf import CType
+from xdp.errors import MapError
+
+ANY, NO_EXIST, EXIST = 0, 1, 2
+_PER_CPU_TYPES = {5, 6, 10}  # per-CPU hash, array, LRU hash
+_BATCH = 4096
+
+
+def map_info(fd: int) -> libbpf.MapInfo:
+    info = libbpf.MapInfo()
+    libbpf.info_by_fd(fd, ctypes.byref(info), ctypes.c_uint32(ctypes.sizeof(info)))
+    return info
+
+
+class Map:
+    """One map. Raises KeyError for a key that is not there, MapError for anything the kernel refuses."""
+
+    def __init__(self, name: str, fd: int, key_type: CType, value_type: CType) -> None:
+        self.name, self.fd, self.key_type, self.value_type = name, fd, key_type, value_type
+
+    @cached_property
+    def info(self) -> libbpf.MapInfo:
+        return map_info(self.fd)
+
+    def __len__(self) -> int:
+        """The size of an array; how many entries any other map can hold."""
+        return int(self.info.max_entries)
+
+    def _key(self, key: Any) -> Any:
+        return key if isinstance(key, self.key_type) else self.key_type(key)
+
+    def _failed(self, doing: str, error: OSError) -> MapError:
+        return MapError(f"map {self.name}: cannot {doing}: {error.strerror}")
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.value_type()
+        try:
+            libbpf.lookup(self.fd, ctypes.byref(self._key(key)), ctypes.byref(value))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise KeyError(key) from None
+            raise self._failed("read", error) from error
+        return value
+
+    def get(self, key: Any) -> Any | None:
+        try:
+            return self[key]
+        except KeyError:
+            return None
+
+    def __contains__(self, key: Any) -> bool:
+        return self.get(key) is not None
+
+    def put(self, key: Any, value: Any, flags: int = ANY) -> None:
+        given = value if isinstance(value, self.value_type) else self.value_type(value)
+        try:
+            libbpf.update(self.fd, ctypes.byref(self._key(key)), ctypes.byref(given), flags)
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise MapError(f"map {self.name}: full: holds {len(self)} entries") from error
+            raise self._failed("write", error) from error
+
+    __setitem__ = put
+
+    def __delitem__(self, key: Any) -> None:
+        try:
+            libbpf.delete(self.fd, ctypes.byref(self._key(key)))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise KeyError(key) from None
+            raise self._failed("delete", error) from error
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """All entries of a hash map, a batch at a time; entries that come and go meanwhile may or may not be seen."""
+        size, token, first = _BATCH, (ctypes.c_uint8 * max(ctypes.sizeof(self.key_type), 8))(), True
+        while True:
+            keys, values, count = (self.key_type * size)(), (self.value_type * size)(), ctypes.c_uint32(size)
+            try:
+                start = None if first else token
+                libbpf.lookup_batch(self.fd, start, token, keys, values, ctypes.byref(count), None)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:  # a bucket longer than the batch
+                    size *= 2
+                    continue
+                if error.errno != errno.ENOENT:
+                    raise self._failed("read", error) from error
+                yield from zip(keys[: count.value], values[: count.value], strict=True)
+                return
+            first = False
+            yield from zip(keys[: count.value], values[: count.value], strict=True)
+
+    def view(self) -> Any:
+        """A live ctypes array over the whole of an array map; it stays mapped as long as it is referred to."""
+        return (self.value_type * len(self)).from_buffer(self.bytes())
+
+    def bytes(self) -> mmap.mmap:
+        """The memory of an array map: values lie 8-byte aligned, one after the other."""
+        size = len(self) * (ctypes.sizeof(self.value_type) + 7 & ~7)
+        try:
+            return mmap.mmap(self.fd, size)
+        except OSError as error:
+            raise self._failed("map into memory", error) from error
+
+    def per_cpu(self, index: int) -> list[Any]:
+        """The values of one entry of a per-CPU map, by CPU."""
+        padded = ctypes.sizeof(self.value_type) + 7 & ~7
+        buffer = (ctypes.c_uint8 * (padded * libbpf.possible_cpus()))()
+        try:
+            libbpf.lookup(self.fd, ctypes.byref(self._key(index)), buffer)
+        except OSError as error:
+            raise self._failed("read", error) from error
+        return [self.value_type.from_buffer(buffer, at) for at in range(0, len(buffer), padded)]
+
+    def total(self, index: int) -> Any:
+        """One entry of a per-CPU map, summed over CPUs field by field (all of them counters)."""
+        return _sum(self.value_type, self.per_cpu(index))
+
+    def set_total(self, index: int, value: Any) -> None:
+        """Gives the whole sum to the first CPU, zero to the others."""
+        padded = ctypes.sizeof(self.value_type) + 7 & ~7
+        buffer = (ctypes.c_uint8 * (padded * libbpf.possible_cpus()))()
+        ctypes.memmove(buffer, ctypes.byref(value), ctypes.sizeof(self.value_type))
+        try:
+            libbpf.update(self.fd, ctypes.byref(self._key(index)), buffer, ANY)
+        except OSError as error:
+            raise self._failed("write", error) from error
+
+    def totals(self) -> list[Any]:
+        return [self.total(index) for index in range(len(self))]
+
+
+def _sum(value_type: CType, values: list[Any]) -> Any:
+    if not hasattr(value_type, "_fields_"):
+        return sum(v.value for v in values)
+    result = value_type()
+    for field, _ in value_type._fields_:
+        setattr(result, field, sum(getattr(v, field) for v in values))
+    return result

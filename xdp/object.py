@@ -1,0 +1,274 @@
+"""A compiled BPF object: open, set its constants and sizes, load (or adopt what an earlier process pinned), use.
+
+Enters: a .bpf.o made by xdp/Makefile. Leaves: programs that can be attached or test-run, typed maps, live global variables. What a
+process has loaded dies with it unless it is pinned or attached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from xdp import libbpf
+from xdp.btf import Btf, CType
+from xdp.errors import LoadError, NotPermitted, XdpError
+from xdp.maps import Map, map_info
+
+LB_OBJECT = Path(__file__).with_name("bpf") / "lb.bpf.o"
+
+_LOG_LINES_SHOWN = 12
+_OUTPUT_ROOM = 512  # what a program may add in front of a frame, with room to spare
+
+
+class XdpMd(ctypes.Structure):
+    """struct xdp_md, <linux/bpf.h>: in a test run `data` counts from the start of the frame."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint32)
+        for name in ("data", "data_end", "data_meta", "ingress_ifindex", "rx_queue_index", "egress_ifindex")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """The outcome of BPF_PROG_TEST_RUN: `verdict` is the program's return value, `duration_ns` the mean of one run."""
+
+    verdict: int
+    data: bytes
+    duration_ns: int
+
+
+class Program:
+    """One loaded program."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name, self.fd = name, fd
+
+    @cached_property
+    def id(self) -> int:
+        return int(program_info(self.fd).id)
+
+    def test_run(self, frame: bytes, *, ingress_ifindex: int = 0, repeat: int = 1) -> TestRun:
+        """Runs the program on `frame` (14 to 3,520 bytes), as if it had come in on `ingress_ifindex` (0: the loopback)."""
+        out = ctypes.create_string_buffer(len(frame) + _OUTPUT_ROOM)
+        context = XdpMd(data_end=len(frame), ingress_ifindex=ingress_ifindex)
+        opts = libbpf.TestRunOpts(
+            sz=ctypes.sizeof(libbpf.TestRunOpts),
+            data_in=ctypes.cast(ctypes.c_char_p(frame), ctypes.c_void_p),
+            data_size_in=len(frame),
+            data_out=ctypes.addressof(out),
+            data_size_out=len(out),
+            repeat=repeat,
+        )
+        if ingress_ifindex:
+            opts.ctx_in, opts.ctx_size_in = ctypes.addressof(context), ctypes.sizeof(context)
+        libbpf.program_test_run(self.fd, ctypes.byref(opts))
+        return TestRun(opts.retval, out.raw[: opts.data_size_out], opts.duration)
+
+    def run_syscall(self, context: ctypes.Structure) -> int:
+        """Runs a SEC("syscall") program; `context` is changed in place. Returns the program's value."""
+        opts = libbpf.TestRunOpts(
+            sz=ctypes.sizeof(libbpf.TestRunOpts),
+            ctx_in=ctypes.addressof(context),
+            ctx_size_in=ctypes.sizeof(context),
+        )
+        libbpf.program_test_run(self.fd, ctypes.byref(opts))
+        return ctypes.c_int32(opts.retval).value
+
+
+def program_info(fd: int) -> libbpf.ProgramInfo:
+    info = libbpf.ProgramInfo()
+    libbpf.info_by_fd(fd, ctypes.byref(info), ctypes.c_uint32(ctypes.sizeof(info)))
+    return info
+
+
+def program_name(program_id: int) -> str:
+    """The name of any loaded program; "?" when it is gone or may not be looked at."""
+    try:
+        fd = libbpf.program_fd_by_id(program_id)
+    except OSError:
+        return "?"
+    try:
+        return bytes(program_info(fd).name).decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+def pinned_program(directory: str, name: str) -> Program:
+    """A program that pin() left in a directory. Raises LoadError."""
+    try:
+        return Program(name, libbpf.get_pinned(os.fsencode(f"{directory}/prog_{name}")))
+    except OSError as error:
+        raise LoadError(f"pin {directory}/prog_{name}: {error.strerror}") from error
+
+
+class BpfObject:
+    """One object file, and after load() or adopt() its programs and maps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = _open(path)
+        self._adopted: list[int] = []
+        self._map_fds: dict[str, int] = {}
+        self._program_fds: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        return cls(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the file descriptors back; programs and maps live on where they are pinned or attached."""
+        for fd in self._adopted:
+            os.close(fd)
+        self._adopted.clear()
+        if self._handle:
+            libbpf.object_close(self._handle)
+        self._handle = None
+
+    @cached_property
+    def types(self) -> Btf:
+        size = ctypes.c_uint32()
+        data = libbpf.btf_raw_data(libbpf.object_btf(self._handle), ctypes.byref(size))
+        return Btf(ctypes.string_at(data, size.value))
+
+    @cached_property
+    def _map_handles(self) -> dict[str, int]:
+        """Name -> struct bpf_map *. Global data is called by its section: .rodata, .data."""
+        handles, handle = {}, libbpf.object_next_map(self._handle, None)
+        while handle:
+            name = libbpf.map_name(handle).decode()
+            handles[name[name.index(".") :] if "." in name else name] = handle
+            handle = libbpf.object_next_map(self._handle, handle)
+        return handles
+
+    @property
+    def map_names(self) -> Sequence[str]:
+        return tuple(self._map_handles)
+
+    def configure(self, variable: str, **values: int) -> None:
+        """Sets fields of a `const volatile struct` variable, before load(). Raises AttributeError for an unknown field."""
+        size = ctypes.c_size_t()
+        address = libbpf.map_initial_value(self._map_handles[".rodata"], ctypes.byref(size))
+        target = getattr(self.types.section(".rodata").from_address(address), variable)
+        for field, value in values.items():
+            setattr(target, field, value)
+
+    def resize(self, name: str, entries: int) -> None:
+        """Sets how many entries a map holds, before load()."""
+        libbpf.map_set_max_entries(self._map_handles[name], entries)
+
+    def reuse(self, name: str, fd: int) -> None:
+        """Takes an existing map in the place of a new one, before load(). Raises LoadError if it is of another shape."""
+        self._check_shape(name, fd)
+        libbpf.map_reuse_fd(self._map_handles[name], fd)
+
+    def load(self) -> None:
+        """Creates the maps and loads the programs. Raises LoadError with the end of the verifier's log, or NotPermitted."""
+        with libbpf.messages() as said:
+            try:
+                libbpf.object_load(self._handle)
+            except OSError as error:
+                raise _load_error(self.path, error, said) from error
+        self._map_fds = {name: libbpf.map_fd(handle) for name, handle in self._map_handles.items()}
+        self._program_fds = {name: libbpf.program_fd(handle) for name, handle in self._program_handles().items()}
+
+    def adopt(self, directory: str) -> None:
+        """Takes programs and maps from the pins that pin() made. Raises LoadError if they are of another version or incomplete."""
+        for name in self._map_handles:
+            fd = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
+            self._check_shape(name, fd)
+            self._map_fds[name] = fd
+        for name in self._program_handles():
+            self._program_fds[name] = self._get_pinned(directory, f"prog_{name}")
+
+    def _get_pinned(self, directory: str, name: str) -> int:
+        try:
+            fd: int = libbpf.get_pinned(os.fsencode(f"{directory}/{name}"))
+        except OSError as error:
+            raise LoadError(f"pin {directory}/{name}: {error.strerror}") from error
+        self._adopted.append(fd)
+        return fd
+
+    def pin(self, directory: str) -> None:
+        """Pins every map and program in a directory of a bpffs: maps as map_NAME, programs as prog_NAME."""
+        for name, fd in self._map_fds.items():
+            libbpf.pin(fd, os.fsencode(f"{directory}/map_{name.removeprefix('.')}"))
+        for name, fd in self._program_fds.items():
+            libbpf.pin(fd, os.fsencode(f"{directory}/prog_{name}"))
+
+    def _program_handles(self) -> dict[str, int]:
+        handles, handle = {}, libbpf.object_next_program(self._handle, None)
+        while handle:
+            handles[libbpf.program_name(handle).decode()] = handle
+            handle = libbpf.object_next_program(self._handle, handle)
+        return handles
+
+    def _map_types(self, name: str) -> tuple[CType, CType]:
+        if name.startswith("."):
+            return ctypes.c_uint32, self.types.section(name)
+        types = self.types.map_types(name)
+        if types is None:
+            raise XdpError(f"map {name}: not in {self.path.name}")
+        return types
+
+    def _check_shape(self, name: str, fd: int) -> None:
+        info, (key, value) = map_info(fd), self._map_types(name)
+        if (info.key_size, info.value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
+            raise LoadError(f"map {name}: made by another version of this program: detach and attach again")
+
+    def program(self, name: str) -> Program:
+        return Program(name, self._program_fds[name])
+
+    def map(self, name: str) -> Map:
+        return Map(name, self._map_fds[name], *self._map_types(name))
+
+    def variable(self, name: str) -> Any:
+        """A global variable of .data as a live ctypes struct."""
+        section = self.types.section(".data")
+        return getattr(section.from_buffer(self.map(".data").bytes()), name)
+
+
+def _open(path: Path) -> int:
+    with libbpf.messages() as said:
+        try:
+            handle: int = libbpf.object_open(os.fsencode(path), None)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise LoadError(f"{path}: not there: run `make build`") from None
+            raise LoadError(f"{path}: not a BPF object: {' '.join(said).strip() or error.strerror}") from error
+    return handle
+
+
+def _load_error(path: Path, error: OSError, said: list[str]) -> XdpError:
+    if error.errno == errno.EPERM and not any("BEGIN PROG LOAD LOG" in message for message in said):
+        return NotPermitted("not permitted to load BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)")
+    lines = [line for message in said for line in message.splitlines() if line.strip()]
+    return LoadError(f"{path.name}: the kernel refuses it: {error.strerror}{useful_tail(lines)}")
+
+
+def useful_tail(lines: list[str]) -> str:
+    """The last lines of a verifier log that say something, and how many were left out."""
+    begin = next((n for n, line in enumerate(lines) if "BEGIN PROG LOAD LOG" in line), -1)
+    end = next((n for n, line in enumerate(lines) if "END PROG LOAD LOG" in line), len(lines))
+    log = [
+        line
+        for line in lines[begin + 1 : end]
+        if not line.startswith(("processed ", "verification time", "stack depth"))
+    ]
+    program = next((line for line in lines if "prog '" in line), "").removeprefix("libbpf: ")
+    shown = log[-_LOG_LINES_SHOWN:]
+    left_out = len(log) - len(shown)
+    omitted = [f"({left_out} lines of the log left out)"] if left_out else []
+    return "".join(f"\n  {line}" for line in (program, *omitted, *shown) if line)
