@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, ParamSpec, TypeVar
@@ -269,7 +269,8 @@ class KernelDataplane:
         """
         attached = self.attachments()
         obj = self._new_object(sizes, keep=self._obj)
-        _copy_contents(self._obj, obj)
+        places = (p.member_base + number for p in self._placed.values() for number in self._members_held(p).values())
+        _copy_contents(self._obj, obj, places)
         self._install(obj)
         for name in attached:
             self.attach(Interface(name))
@@ -607,17 +608,17 @@ def _address(field: Any, version: int) -> Address:
     return IPv4Address(field) if version == 4 else IPv6Address(bytes(field))
 
 
-def _copy_contents(old: BpfObject, new: BpfObject) -> None:
-    """Everything but the tables of flows that both share."""
-    for name in ("services4", "services6", *_FLOW_TABLES):
-        source, target = old.map(name), new.map(name)
-        if len(source) != len(target):
-            for key, value in source.items():
-                target[key] = value
+def _copy_contents(old: BpfObject, new: BpfObject, members: Iterable[int]) -> None:
+    """Everything but the tables of flows that both share. members: the places in use, whose counters are copied."""
+    resized = [name for name in _FLOW_TABLES if len(old.map(name)) != len(new.map(name))]
+    for name in ("services4", "services6", *resized):
+        new.map(name).copy_from(old.map(name))
     for name in ("rings", "members"):
-        source_bytes, target_bytes = old.map(name).bytes(), new.map(name).bytes()
-        target_bytes[: len(source_bytes)] = source_bytes[:]
-    for name in ("counters", "reasons"):
-        for index in range(len(old.map(name))):
-            new.map(name).set_total(index, old.map(name).total(index))
-    ctypes.pointer(new.variable("control"))[0] = old.variable("control")
+        source, target = old.map(name).bytes(), new.map(name).bytes()
+        target[: len(source)] = source[:]
+    for index in members:
+        new.map("counters").set_total(index, old.map("counters").total(index))
+    for reason, packets in enumerate(old.map("reasons").totals()):
+        new.map("reasons").set_total(reason, packets)
+    control, same = old.variable("control"), new.variable("control")  # named: each keeps its memory mapped
+    ctypes.memmove(ctypes.addressof(same), ctypes.addressof(control), ctypes.sizeof(control))

@@ -78,7 +78,7 @@ class Service:
     members: dict[int, Member]
     slots: list[Slot]
     flow_timeout_s: int = 3600
-    udp_new_after_ns: int = 0
+    changed_ns: int = 0
 
     def live(self, number: int) -> Member | None:
         member = self.members.get(number)
@@ -279,7 +279,8 @@ class Model:
     def _first_seen(self, service: Service, slot: Slot, packet: Packet) -> Member | None:
         """Unknown and not opening a connection, or UDP soon after the change: older than the change."""
         is_udp = packet.flow.protocol == IPPROTO_UDP
-        is_older = self.now_ns < service.udp_new_after_ns if is_udp else packet.belongs_to_open_connection
+        is_soon = not self._older_than(service.changed_ns, self.settings.udp_timeout_s)
+        is_older = is_soon if is_udp else packet.belongs_to_open_connection
         return (service.live(slot.previous) if is_older else None) or service.live(slot.current)
 
     # Mode nat, towards the member

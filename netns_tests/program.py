@@ -103,7 +103,7 @@ class LoadedProgram:
             member_base=member_base,
             flow_timeout_s=service.flow_timeout_s,
             mode=self._modes[f"MODE_{service.mode.upper()}"],
-            udp_new_after_ns=service.udp_new_after_ns,
+            changed_ns=service.changed_ns,
         )
 
     def _service_key(self, service: Service) -> Any:

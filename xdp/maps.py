@@ -133,13 +133,20 @@ class Map:
 
     def set_total(self, index: int, value: Any) -> None:
         """Gives the whole sum to the first CPU, zero to the others."""
-        padded = ctypes.sizeof(self.value_type) + 7 & ~7
-        buffer = (ctypes.c_uint8 * (padded * libbpf.possible_cpus()))()
-        ctypes.memmove(buffer, ctypes.byref(value), ctypes.sizeof(self.value_type))
+        raw = bytes(value if isinstance(value, ctypes.Structure) else self.value_type(value))
+        padded = len(raw) + 7 & ~7
         try:
-            libbpf.update(self.fd, ctypes.byref(self._key(index)), buffer, ANY)
+            libbpf.update(self.fd, ctypes.byref(self._key(index)), raw.ljust(padded * libbpf.possible_cpus(), b"\0"), ANY)
         except OSError as error:
             raise self._failed("write", error) from error
+
+    def copy_from(self, other: Map) -> None:
+        """All entries of a hash map of the same shape."""
+        for key, value in other.items():
+            try:
+                libbpf.update(self.fd, ctypes.byref(key), ctypes.byref(value), ANY)
+            except OSError as error:
+                raise self._failed("copy", error) from error
 
     def totals(self) -> list[Any]:
         return [self.total(index) for index in range(len(self))]

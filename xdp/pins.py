@@ -126,5 +126,5 @@ class Pins:
             return
         with suppress(FileNotFoundError):
             shutil.rmtree(root / self._folder)
-        if not any(root.iterdir()):
+        if all("." in path.name for path in root.iterdir()):  # the kernel's own: maps.debug, progs.debug
             _in_home(_home(), "umount", str(self.mount_point))
