@@ -536,7 +536,14 @@ def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:
     return ServiceStatus(
         service,
         statistics.slots_in_transition.get(service.vip, 0),
-        tuple(BackendStatus(b, str(b) in held, held.get(str(b), Counters())) for b in service.backends),
+        tuple(
+            BackendStatus(
+                b,
+                resolved=str(b) in held and b.address not in statistics.unresolved,
+                counters=held.get(str(b), Counters()),
+            )
+            for b in service.backends
+        ),
     )
 
 

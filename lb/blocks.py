@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Blocks:
-    """The blocks in use of an array of `capacity` elements. First fit, so that what was freed is filled before the end."""
+    """The blocks in use of an array of `capacity` elements. First fit: what was freed is filled before the end."""
 
     def __init__(self, used: Iterable[tuple[int, int]], capacity: int) -> None:
         self._used = sorted(used)

@@ -188,9 +188,7 @@ def parse_backends(texts: Sequence[str], port: int) -> tuple[Backend, ...]:
     return tuple(Backend.parse(text, port) for text in texts)
 
 
-def make_service(
-    vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None
-) -> Service:
+def make_service(vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None) -> Service:
     return Service(
         vip,
         Mode(mode or Mode.NAT),
@@ -296,9 +294,7 @@ def attach(
     def serve(balancer: Balancer) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
         service = make_service(chosen, backends, mode, ring_size)
-        report = balancer.attach(
-            wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run
-        )
+        report = balancer.attach(wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run)
         return report if vip else with_note(report, f"{chosen} is {interfaces[0]}'s own address")
 
     request.run(serve if backends else restore)
@@ -413,11 +409,7 @@ def vip_add(
       xdp-lb vip add '[2001:db8::100]:443' --backends '[2001:db8::11]:8443'
     """
     service = replace(make_service(vip, backends, mode, ring_size), flow_timeout_s=flow_timeout)
-    request.run(
-        lambda balancer: balancer.add_service(
-            service, own_address=not no_vip_address, dry_run=request.dry_run
-        )
-    )
+    request.run(lambda balancer: balancer.add_service(service, own_address=not no_vip_address, dry_run=request.dry_run))
 
 
 @vip.command("remove")
@@ -593,9 +585,7 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
 
     services = config.read(path)
     report = request.report(
-        lambda balancer: balancer.apply(
-            services, own_addresses=not no_vip_address, dry_run=request.dry_run
-        )
+        lambda balancer: balancer.apply(services, own_addresses=not no_vip_address, dry_run=request.dry_run)
     )
     request.show(report, coloured_diff)
 

@@ -1,8 +1,9 @@
 """The kernel side of the balancer: services, members and rings as BPF maps, programs on interfaces.
 
-Enters: desired services and their next hops. Leaves: map contents that the programs act on, and what they have counted. The kernel's maps are
-the only memory here: which number a member has, where a ring lies and what its slots say is read from them, so that any process goes on
-where another stopped. Writes go members first, then slots, then erasures; each one leaves a state that the programs can work with.
+Enters: desired services and their next hops. Leaves: map contents that the programs act on, and what they have counted.
+The kernel's maps are the only memory here: which number a member has, where a ring lies and what its slots say is read
+from them, so that any process goes on where another stopped. Writes go members first, then slots, then erasures; each
+one leaves a state that the programs can work with.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ __all__ = ["KernelDataplane", "route_socket"]
 
 PROGRAM = "xdp_lb"
 
-# What maps hold at least. Rings: 64 services of the default size, 4 MiB. A translated flow costs about 260 bytes (IPv4) in its two entries.
+# What maps hold at least. Rings: 64 services of the default size, 4 MiB. A translated flow has two entries, together
+# about 260 bytes for IPv4.
 LEAST_SERVICES = 256
 LEAST_SLOTS = 1 << 20
 LEAST_MEMBERS = 1 << 13
@@ -263,7 +265,7 @@ class KernelDataplane:
         self._use(obj)
 
     def _grow(self, sizes: Sizes) -> None:
-        """Larger maps with the same contents, and programs that use them in the place of the old ones: nothing is dropped.
+        """Larger maps with the same contents, and programs that use them in the place of the old: nothing is dropped.
 
         The old program counts on until it is replaced; what it counts between the copy and then is lost.
         """
@@ -422,7 +424,7 @@ class KernelDataplane:
         return int(self._obj.map(".rodata")[0].config.hash_seed)
 
     def _place(self, service: Service) -> Placed:
-        """Where the service lies: where it was, in a larger block of members if it has outgrown its own, or in new blocks."""
+        """Where the service lies: where it was, with a larger block of members if need be, or in new blocks."""
         old = self._placed.get(service.vip)
         if old and self._has_room(old, service):
             return replace(old, flow_timeout_s=service.flow_timeout_s)
@@ -563,7 +565,13 @@ class KernelDataplane:
             reasons={
                 name.lower(): totals[number] for name, number in names.items() if name.startswith(("PASS_", "DROP_"))
             },
+            unresolved={address for placed in self._placed.values() for address in self._unresolved(placed)},
         )
+
+    def _unresolved(self, placed: Placed) -> Iterator[Address]:
+        for (address, _), number in self._members_held(placed).items():
+            if not self._members[placed.member_base + number].flags & self._resolved:
+                yield _unpacked(address, placed.vip.address.version)
 
     def _backend_counters(self, placed: Placed) -> dict[Backend, Counters]:
         version = placed.vip.address.version

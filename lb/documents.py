@@ -175,7 +175,7 @@ def _counters_document(counters: Counters) -> Document:
 
 def warnings(report: Report) -> list[str]:
     """Each warning once, those of the interfaces included."""
-    of_interfaces = (f"{a.interface}: {a.warning}" for a in report.attached if a.warning)
+    of_interfaces = (a.warning for a in report.attached if a.warning)
     return list(dict.fromkeys([*report.warnings, *of_interfaces]))
 
 

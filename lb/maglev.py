@@ -87,9 +87,7 @@ def permutation(name: str, size: int) -> tuple[int, int]:
     return offset, skip
 
 
-def populate(
-    order: Iterable[int], permutations: Sequence[tuple[int, int]], size: int
-) -> array[int]:
+def populate(order: Iterable[int], permutations: Sequence[tuple[int, int]], size: int) -> array[int]:
     """The claims made in `order` (indices into `permutations`, `size` of them): slot -> index."""
     owners = array("H", bytes(2 * size))
     taken = bytearray(size)

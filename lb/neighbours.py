@@ -229,9 +229,7 @@ def _route(ipr: IPRoute, address: Address) -> _Route:
         message = ipr.route("get", dst=str(address))[0]
     except NetlinkError as error:
         words = _NO_ROUTE_WORDS.get(error.code, error.args[1])
-        raise NoRoute(
-            f"backend {address}: no route: {words}: see ip route get {address}"
-        ) from error
+        raise NoRoute(f"backend {address}: no route: {words}: see ip route get {address}") from error
     _check_type(address, message["type"])
     return _route_of(address, message)
 
@@ -247,8 +245,7 @@ def _route_of(address: Address, message: Any) -> _Route:
     source = message.get_attr("RTA_PREFSRC")
     if source is None or ip_address(source).is_unspecified:
         raise NoRoute(
-            f"backend {address}: no source address: give this host an IPv{address.version} address"
-            " on the way there"
+            f"backend {address}: no source address: give this host an IPv{address.version} address on the way there"
         )
     gateway = _gateway(message)
     return _Route(

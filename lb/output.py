@@ -306,9 +306,7 @@ def _service_headline(status: ServiceStatus) -> str:
     return f"{service}: {_shape(service)}{transition}"
 
 
-def _backend_status_table(
-    status: ServiceStatus, loaded: bool, width: int, *, colour: bool
-) -> list[str]:
+def _backend_status_table(status: ServiceStatus, loaded: bool, width: int, *, colour: bool) -> list[str]:
     if not status.backends:
         return []
     columns = [

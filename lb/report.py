@@ -5,7 +5,7 @@ All values are frozen and plain, so that the command line, the JSON output and (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -15,7 +15,7 @@ from lb.ring import Plan
 
 @dataclass(frozen=True, slots=True)
 class NextHop:
-    """Where frames for one backend go. `dst_mac` is None while the neighbour does not answer: the kernel's FIB decides then."""
+    """Where frames for one backend go. `dst_mac` is None while the neighbour does not answer: the FIB decides then."""
 
     interface: str
     ifindex: int
@@ -108,6 +108,7 @@ class Statistics:
     backends: Mapping[Vip, Mapping[Backend, Counters]] = field(default_factory=dict)
     slots_in_transition: Mapping[Vip, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
+    unresolved: Set[Address] = frozenset()  # backends whose neighbour has not answered
 
 
 @dataclass(frozen=True, slots=True)

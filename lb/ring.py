@@ -69,10 +69,7 @@ def transition(words: array[int], table: Sequence[int], alive: Container[int]) -
 
     return array(
         "I",
-        [
-            word if word == current else follow(word, current)
-            for word, current in zip(words, table, strict=True)
-        ],
+        [word if word == current else follow(word, current) for word, current in zip(words, table, strict=True)],
     )
 
 

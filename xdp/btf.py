@@ -1,8 +1,8 @@
 """From an object's BTF to ctypes classes: the C headers stay the only definition of every struct.
 
-Enters: raw BTF (Documentation/bpf/btf.rst). Leaves: one ctypes class for each struct, with big-endian fields where the header says
-__be16 or __be32, name -> value for enums, and the (key, value) types of maps. Only what shared structs use is known: integers, arrays,
-structs, enums.
+Enters: raw BTF (Documentation/bpf/btf.rst). Leaves: one ctypes class for each struct, with big-endian fields where the
+header says __be16 or __be32, name -> value for enums, and the (key, value) types of maps. Only what shared structs use
+is known: integers, arrays, structs, enums.
 """
 
 from __future__ import annotations

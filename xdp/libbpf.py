@@ -1,7 +1,7 @@
 """The system's libbpf (1.x) through ctypes: signatures, and nothing else.
 
-A negative return or a NULL becomes an OSError with the errno here, so that callers deal in exceptions only. libbpf's own messages
-(warnings, and the verifier's log when a load fails) are kept for the caller instead of being printed.
+A negative return or a NULL becomes an OSError with the errno here, so that callers deal in exceptions only. libbpf's
+own messages (warnings, and the verifier's log when a load fails) are kept for the caller instead of being printed.
 """
 
 from __future__ import annotations

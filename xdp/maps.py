@@ -1,7 +1,7 @@
 """Typed BPF maps: keys and values are the ctypes classes that BTF gives.
 
-Integers and tuples of addresses are the caller's; a key may be given as a plain int where its type is one. Per-CPU maps are read as
-sums. Hash maps are read in batches, arrays that are BPF_F_MMAPABLE through one mmap.
+A key or value may be given as a plain int where its type is one. Per-CPU maps are read as sums, hash maps in batches,
+arrays that are BPF_F_MMAPABLE through one mmap.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class Map:
         raw = bytes(value if isinstance(value, ctypes.Structure) else self.value_type(value))
         padded = len(raw) + 7 & ~7
         try:
-            libbpf.update(self.fd, ctypes.byref(self._key(index)), raw.ljust(padded * libbpf.possible_cpus(), b"\0"), ANY)
+            libbpf.update(
+                self.fd, ctypes.byref(self._key(index)), raw.ljust(padded * libbpf.possible_cpus(), b"\0"), ANY
+            )
         except OSError as error:
             raise self._failed("write", error) from error
 

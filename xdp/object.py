@@ -1,7 +1,7 @@
 """A compiled BPF object: open, set its constants and sizes, load (or adopt what an earlier process pinned), use.
 
-Enters: a .bpf.o made by xdp/Makefile. Leaves: programs that can be attached or test-run, typed maps, live global variables. What a
-process has loaded dies with it unless it is pinned or attached.
+Enters: a .bpf.o made by xdp/Makefile. Leaves: programs that can be attached or test-run, typed maps, live global
+variables. What a process has loaded dies with it unless it is pinned or attached.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Program:
         return int(program_info(self.fd).id)
 
     def test_run(self, frame: bytes, *, ingress_ifindex: int = 0, repeat: int = 1) -> TestRun:
-        """Runs the program on `frame` (14 to 3,520 bytes), as if it had come in on `ingress_ifindex` (0: the loopback)."""
+        """Runs the program on `frame` (14 to 3,520 bytes), as if it had come in on that interface (0: the loopback)."""
         out = ctypes.create_string_buffer(len(frame) + _OUTPUT_ROOM)
         context = XdpMd(data_end=len(frame), ingress_ifindex=ingress_ifindex)
         opts = libbpf.TestRunOpts(
@@ -158,7 +158,7 @@ class BpfObject:
         return tuple(self._map_handles)
 
     def configure(self, variable: str, **values: int) -> None:
-        """Sets fields of a `const volatile struct` variable, before load(). Raises AttributeError for an unknown field."""
+        """Sets fields of a `const volatile struct` variable, before load(). AttributeError for an unknown field."""
         size = ctypes.c_size_t()
         address = libbpf.map_initial_value(self._map_handles[".rodata"], ctypes.byref(size))
         target = getattr(self.types.section(".rodata").from_address(address), variable)
@@ -170,12 +170,12 @@ class BpfObject:
         libbpf.map_set_max_entries(self._map_handles[name], entries)
 
     def reuse(self, name: str, fd: int) -> None:
-        """Takes an existing map in the place of a new one, before load(). Raises LoadError if it is of another shape."""
+        """Takes an existing map in the place of a new one, before load(). LoadError if it is of another shape."""
         self._check_shape(name, fd)
         libbpf.map_reuse_fd(self._map_handles[name], fd)
 
     def load(self) -> None:
-        """Creates the maps and loads the programs. Raises LoadError with the end of the verifier's log, or NotPermitted."""
+        """Creates the maps, loads the programs. Raises LoadError with the end of the verifier's log, NotPermitted."""
         with libbpf.messages() as said:
             try:
                 libbpf.object_load(self._handle)
@@ -185,7 +185,7 @@ class BpfObject:
         self._program_fds = {name: libbpf.program_fd(handle) for name, handle in self._program_handles().items()}
 
     def adopt(self, directory: str) -> None:
-        """Takes programs and maps from the pins that pin() made. Raises LoadError if they are of another version or incomplete."""
+        """Takes programs and maps from what pin() left. Raises LoadError if it is of another version or incomplete."""
         for name in self._map_handles:
             fd = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
             self._check_shape(name, fd)

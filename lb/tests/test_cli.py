@@ -111,9 +111,7 @@ VIP_ADDRESS_COMMANDS = [
 
 
 @pytest.mark.parametrize("words", VIP_ADDRESS_COMMANDS)
-def test_a_vip_that_nobody_owns_is_put_on_the_interface_unless_told(
-    serving: Host, words: tuple[str, ...]
-) -> None:
+def test_a_vip_that_nobody_owns_is_put_on_the_interface_unless_told(serving: Host, words: tuple[str, ...]) -> None:
     serving.lines(*words, "--dry-run")
     assert owner(serving) is None
     serving.lines(*words, "--no-vip-address")
@@ -155,9 +153,7 @@ def test_a_backend_is_added_with_what_it_costs(serving: Host) -> None:
 
 def test_several_backends_are_added_at_once(serving: Host) -> None:
     (line,) = serving.lines("backend", "add", WEB, "10.0.0.13", "10.0.0.14@2")
-    assert line.startswith(
-        "10.0.0.1:80/tcp: backends 10.0.0.13:80, 10.0.0.14:80 (weight 2) added: "
-    )
+    assert line.startswith("10.0.0.1:80/tcp: backends 10.0.0.13:80, 10.0.0.14:80 (weight 2) added: ")
 
 
 def test_of_several_backends_none_is_added_if_one_cannot_be(serving: Host) -> None:
@@ -193,17 +189,13 @@ def test_a_change_in_json(serving: Host) -> None:
     report = serving.json("backend", "drain", WEB, "10.0.0.11", "--dry-run")
     assert report.keys() == {"dry_run", "changes", "attached", "detached", "notes", "warnings"}
     assert report["dry_run"] is True
-    assert [(c["vip"], c["change"], c["plan"]["slots"]) for c in report["changes"]] == [
-        (WEB, "change", 251)
-    ]
+    assert [(c["vip"], c["change"], c["plan"]["slots"]) for c in report["changes"]] == [(WEB, "change", 251)]
 
 
 def test_status_in_json(serving: Host) -> None:
     status = serving.json("status")
     assert status["loaded"] is True
-    assert status["interfaces"] == [
-        {"name": "eth0", "xdp_mode": "native", "attached": True, "program_id": 1}
-    ]
+    assert status["interfaces"] == [{"name": "eth0", "xdp_mode": "native", "attached": True, "program_id": 1}]
     assert [b["backend"] for b in status["services"][0]["backends"]] == serving.names()
 
 
@@ -256,9 +248,7 @@ def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path)
 def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_path: Path) -> None:
     """Backends without a port get that of the VIP, here and there."""
     file = tmp_path / "lb.toml"
-    file.write_text(
-        '[[service]]\nvip = "10.0.0.1:80"\nring_size = 251\nbackends = ["10.0.0.11", "10.0.0.12"]'
-    )
+    file.write_text('[[service]]\nvip = "10.0.0.1:80"\nring_size = 251\nbackends = ["10.0.0.11", "10.0.0.12"]')
     assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
 
 
@@ -343,9 +333,7 @@ def test_a_foreign_program_is_named(host: Host) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(host: Host) -> None:
-    assert host.error("apply", "-f", "missing.toml") == (
-        "xdp-lb: missing.toml: No such file or directory"
-    )
+    assert host.error("apply", "-f", "missing.toml") == ("xdp-lb: missing.toml: No such file or directory")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +404,7 @@ def test_warnings_go_to_standard_error(host: Host, monkeypatch: pytest.MonkeyPat
 
     def with_warning(*arguments: Any) -> Any:
         attachment = attach(*arguments)
-        return type(attachment)(attachment.interface, "generic", 1, "the driver has no native XDP")
+        return type(attachment)(attachment.interface, "generic", 1, "eth0: the driver has no native XDP")
 
     monkeypatch.setattr(MemoryDataplane, "attach", with_warning)
     result = host.run("attach", "eth0", "--backends", "10.0.0.11", "--json")
@@ -439,9 +427,7 @@ def shown_while_restoring(host: Host, patience_s: float, monkeypatch: pytest.Mon
     return terminal.getvalue()
 
 
-def test_what_takes_long_shows_how_far_it_is(
-    serving: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_long_shows_how_far_it_is(serving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1/1" in shown_while_restoring(serving, 0, monkeypatch)
 
 

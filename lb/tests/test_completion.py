@@ -35,9 +35,7 @@ def complete(line: str, opener: object = stored) -> list[str]:
         "COMP_LINE": line,
         "COMP_POINT": str(len(line.encode())),
     }
-    result = CliRunner().invoke(
-        cli, env=variables, prog_name="xdp-lb", complete_var=completion.VARIABLE, obj=opener
-    )
+    result = CliRunner().invoke(cli, env=variables, prog_name="xdp-lb", complete_var=completion.VARIABLE, obj=opener)
     assert result.stderr == ""
     return [each.partition(",")[2] for each in result.stdout.split()]
 

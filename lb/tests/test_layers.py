@@ -86,9 +86,7 @@ def test_this_tree_is_where_the_packages_are() -> None:
         ("bench/live.py", "import netns_tests.topology_extra", "netns_tests.topology_extra"),
     ],
 )
-def test_an_import_the_wrong_way_is_found(
-    tmp_path: Path, file: str, source: str, imported: str
-) -> None:
+def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str, imported: str) -> None:
     write(tmp_path / file, source)
     line = source.count("\n") + 1
     assert forbidden_imports(tmp_path) == [f"{file}:{line}: {imported}"]

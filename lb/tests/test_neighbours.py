@@ -52,9 +52,7 @@ class Bed:
     def answer_for(self, address: Any) -> None:
         options = {"flags": IFA_F_NODAD} if address.version == 6 else {}
         prefix_length = 64 if address.version == 6 else 24
-        self.there.addr(
-            "add", index=self.far, address=str(address), prefixlen=prefix_length, **options
-        )
+        self.there.addr("add", index=self.far, address=str(address), prefixlen=prefix_length, **options)
 
     def hop(self, source: Any, *, answered: bool = True, on_link: bool = True) -> NextHop:
         dst_mac = self.far_mac if answered else None
@@ -65,8 +63,7 @@ class Bed:
         return {
             ip_address(entry.get_attr("NDA_DST"))
             for entry in self.here.neigh("dump")
-            if entry.get_attr("NDA_FLAGS_EXT") == NTF_EXT_MANAGED
-            and entry.get_attr("NDA_PROTOCOL") == PROTOCOL
+            if entry.get_attr("NDA_FLAGS_EXT") == NTF_EXT_MANAGED and entry.get_attr("NDA_PROTOCOL") == PROTOCOL
         }
 
 
@@ -125,9 +122,7 @@ def test_backend_on_the_link_is_its_own_next_hop(bed: Bed, network: Network) -> 
     }
 
 
-def test_backend_behind_a_gateway_is_reached_by_the_gateways_mac(
-    bed: Bed, network: Network
-) -> None:
+def test_backend_behind_a_gateway_is_reached_by_the_gateways_mac(bed: Bed, network: Network) -> None:
     bed.here.route("add", dst="10.9.0.0/16", gateway=str(GATEWAY4))
     bed.here.route("add", dst="fd00:9::/64", gateway=str(GATEWAY6), oif=bed.near)
     assert network.next_hops([ROUTED4, ROUTED6]) == {
@@ -155,9 +150,7 @@ def test_silent_neighbour_holds_nobody_up_and_has_no_mac(bed: Bed, network: Netw
     }
 
 
-def test_silent_neighbour_is_waited_for_once(
-    bed: Bed, network: Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_neighbour_is_waited_for_once(bed: Bed, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     network.next_hops([SILENT4])
     monkeypatch.setattr("lb.neighbours.ANSWER_TIMEOUT_S", 60)
     began = time.monotonic()
@@ -190,9 +183,7 @@ def test_released_neighbours_leave_nothing_behind(bed: Bed, network: Network) ->
         assert bed.kept() == set()
 
 
-def test_permanent_neighbour_of_the_operator_is_used_and_left_alone(
-    bed: Bed, network: Network
-) -> None:
+def test_permanent_neighbour_of_the_operator_is_used_and_left_alone(bed: Bed, network: Network) -> None:
     mac = "02:00:00:00:00:99"
     bed.here.neigh("add", dst=str(SILENT4), ifindex=bed.near, lladdr=mac, state=NUD_PERMANENT)
     assert network.next_hops([SILENT4])[SILENT4].dst_mac == bytes.fromhex("020000000099")
@@ -229,9 +220,7 @@ def open_socket_to_a_full_table() -> IPRoute:
 def test_full_neighbour_table_is_reported() -> None:
     with pytest.raises(DataplaneError) as refusal:
         Network(open_socket_to_a_full_table).next_hops([BACKEND4])
-    assert str(refusal.value) == (
-        f"neighbour {BACKEND4}: cannot be looked for: No buffer space available"
-    )
+    assert str(refusal.value) == (f"neighbour {BACKEND4}: cannot be looked for: No buffer space available")
 
 
 @pytest.mark.parametrize(
@@ -242,18 +231,14 @@ def test_full_neighbour_table_is_reported() -> None:
         ("prohibit", "a prohibit route leads there"),
     ],
 )
-@pytest.mark.parametrize(
-    ("backend", "net"), [(ROUTED4, "10.9.0.0/16"), (ROUTED6, "fd00:9::/64")], ids=str
-)
+@pytest.mark.parametrize(("backend", "net"), [(ROUTED4, "10.9.0.0/16"), (ROUTED6, "fd00:9::/64")], ids=str)
 def test_route_that_refuses_is_no_route(
     bed: Bed, network: Network, backend: Any, net: str, kind: str, words: str
 ) -> None:
     bed.here.route("add", dst=net, type=kind)
     with pytest.raises(NoRoute) as refusal:
         network.next_hops([backend])
-    assert str(refusal.value) == (
-        f"backend {backend}: no route: {words}: see ip route get {backend}"
-    )
+    assert str(refusal.value) == (f"backend {backend}: no route: {words}: see ip route get {backend}")
 
 
 @pytest.mark.parametrize("backend", [ROUTED4, ROUTED6], ids=str)
@@ -278,9 +263,7 @@ def test_backend_behind_a_tunnel_device_is_refused(bed: Bed, network: Network) -
     tun = bed.here.link_lookup(ifname="tun0")[0]
     bed.here.link("set", index=tun, state="up")
     bed.here.addr("add", index=tun, address="10.8.0.1", prefixlen=24)
-    with pytest.raises(
-        NoRoute, match=r"^backend 10\.8\.0\.2: is behind tun0, which is not an Ethernet interface"
-    ):
+    with pytest.raises(NoRoute, match=r"^backend 10\.8\.0\.2: is behind tun0, which is not an Ethernet interface"):
         network.next_hops([ip_address("10.8.0.2")])
 
 
@@ -301,9 +284,7 @@ def test_unknown_interface_is_named(network: Network) -> None:
         network.add_address("eth9", SILENT4)
 
 
-def test_addresses_come_global_first_and_a_vip_after_the_hosts_own(
-    bed: Bed, network: Network
-) -> None:
+def test_addresses_come_global_first_and_a_vip_after_the_hosts_own(bed: Bed, network: Network) -> None:
     network.add_address("near", SILENT6)
     *usable, link_local = network.addresses("near")
     assert usable == [SELF4, SELF6, SILENT6]
@@ -323,9 +304,7 @@ def test_vip_is_put_on_an_interface_and_taken_off_again(network: Network, vip: A
     network.remove_address("eth9", vip)
 
 
-def test_vip_answers_at_once_and_adds_no_route_but_the_local_one(
-    bed: Bed, network: Network
-) -> None:
+def test_vip_answers_at_once_and_adds_no_route_but_the_local_one(bed: Bed, network: Network) -> None:
     before = {str(route) for route in main_routes(bed.here)}
     network.add_address("near", SILENT4)
     network.add_address("near", SILENT6)
@@ -336,14 +315,11 @@ def test_vip_answers_at_once_and_adds_no_route_but_the_local_one(
 
 def main_routes(ipr: IPRoute) -> list[tuple[Any, ...]]:
     return [
-        (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF"))
-        for route in ipr.get_routes(table=254)
+        (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_OIF")) for route in ipr.get_routes(table=254)
     ]
 
 
-def test_vip_that_resembles_a_backend_does_not_become_the_source(
-    bed: Bed, network: Network
-) -> None:
+def test_vip_that_resembles_a_backend_does_not_become_the_source(bed: Bed, network: Network) -> None:
     network.add_address("near", ip_address("fd00::10"))
     network.add_address("near", ip_address("10.0.0.10"))
     assert network.next_hops([BACKEND4, BACKEND6]) == {

@@ -48,9 +48,7 @@ STATUS = Status(
             slots_in_transition=8190,
             backends=(
                 BackendStatus(FIRST, True, Counters(12_345, 9_876_543, 9999, 1_234_567_890, 801)),
-                BackendStatus(
-                    replace(SECOND, draining=True, weight=3), True, Counters(5, 300, 4, 9000, 1)
-                ),
+                BackendStatus(replace(SECOND, draining=True, weight=3), True, Counters(5, 300, 4, 9000, 1)),
             ),
         ),
         ServiceStatus(
@@ -122,9 +120,7 @@ def test_status_of_nothing_tells_how_to_start() -> None:
 
 def test_backends_are_not_called_unresolved_while_nothing_is_attached() -> None:
     text = output.status_lines(replace(STATUS, loaded=False), colour=False)
-    assert text[0] == (
-        "network namespace lb1: nothing is attached: xdp-lb attach IFACE starts what is stored"
-    )
+    assert text[0] == ("network namespace lb1: nothing is attached: xdp-lb attach IFACE starts what is stored")
     assert "unresolved" not in "\n".join(text)
 
 
@@ -148,9 +144,7 @@ VIP                   BACKEND            WEIGHT  STATE
 
 def test_empty_lists_say_what_to_do() -> None:
     assert output.services_table([], colour=False) == ["no services: add one with xdp-lb vip add"]
-    assert output.backends_table([], colour=False) == [
-        "no backends: add one with xdp-lb backend add"
-    ]
+    assert output.backends_table([], colour=False) == ["no backends: add one with xdp-lb backend add"]
 
 
 @pytest.mark.parametrize(
@@ -178,9 +172,7 @@ def test_empty_lists_say_what_to_do() -> None:
             "10.0.0.1:80/tcp: backend 10.0.0.11:80 removed",
         ),
         (
-            changed(
-                WEB_SERVICE.changing_backend(FIRST, lambda b: replace(b, draining=True)), plan=None
-            ),
+            changed(WEB_SERVICE.changing_backend(FIRST, lambda b: replace(b, draining=True)), plan=None),
             "10.0.0.1:80/tcp: backend 10.0.0.11:80 draining",
         ),
         (
@@ -202,9 +194,7 @@ def test_a_change_is_one_sentence(change: Change, sentence: str) -> None:
 
 def test_a_service_that_is_only_stored_may_change_in_every_way() -> None:
     after = replace(WEB_SERVICE, mode=Mode.DR, ring_size=251)
-    assert output.change_sentence(changed(after, plan=None)) == (
-        "10.0.0.1:80/tcp: mode nat -> dr, ring 16381 -> 251"
-    )
+    assert output.change_sentence(changed(after, plan=None)) == ("10.0.0.1:80/tcp: mode nat -> dr, ring 16381 -> 251")
 
 
 def test_the_end_of_a_drain_is_told() -> None:
@@ -250,9 +240,7 @@ def test_a_report_of_nothing_is_not_silent() -> None:
 
 def test_diff_marks_services_and_backends() -> None:
     after = (
-        WEB_SERVICE.with_backend(THIRD)
-        .without_backend(FIRST)
-        .changing_backend(SECOND, lambda b: replace(b, weight=3))
+        WEB_SERVICE.with_backend(THIRD).without_backend(FIRST).changing_backend(SECOND, lambda b: replace(b, weight=3))
     )
     report = Report(
         changes=(
@@ -382,7 +370,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
 def test_report_document_has_the_documented_keys() -> None:
     report = Report(
         changes=(changed(WEB_SERVICE.without_backend(FIRST)),),
-        attached=(Attachment("eth0", "generic", 37, "the driver has no native XDP"),),
+        attached=(Attachment("eth0", "generic", 37, "eth0: the driver has no native XDP"),),
         detached=("eth1",),
         notes=("a note",),
         warnings=("a warning",),

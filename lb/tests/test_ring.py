@@ -297,9 +297,7 @@ class OpenFlowsStay(RuleBasedStateMachine):
         kept = still_tracked | {self.path.slot(flow) for flow in live_entries}
         self.path.words = expire(self.path.words, kept)
         self.path.recorded = {
-            flow: member
-            for flow, member in self.path.recorded.items()
-            if self.path.slot(flow) in kept
+            flow: member for flow, member in self.path.recorded.items() if self.path.slot(flow) in kept
         }
 
     @invariant()

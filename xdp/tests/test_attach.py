@@ -198,9 +198,7 @@ def test_detaching_without_a_program_to_compare_takes_any_off(veth: int, program
     assert attached(veth) is None
 
 
-def test_detaching_leaves_the_program_of_someone_else(
-    veth: int, program: Program, other_program: Program
-) -> None:
+def test_detaching_leaves_the_program_of_someone_else(veth: int, program: Program, other_program: Program) -> None:
     attach(veth, program.fd, program.id)
     detach(veth, other_program.fd)
     assert attached(veth) == Attached(NATIVE, program.id)
@@ -236,8 +234,7 @@ def test_veth_whose_peer_is_out_of_sight_is_pointed_at(
 ) -> None:
     ipr.link("set", index=ipr.link_lookup(ifname="far")[0], net_ns_fd=namespaces[1])
     assert attach(veth, program.fd, program.id).warning == (
-        "near: is a veth: packets sent on its other end need full checksums:"
-        " ethtool -K DEV tx off there"
+        "near: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
     )
 
 
