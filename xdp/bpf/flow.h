@@ -13,7 +13,7 @@
 
 static __always_inline int belongs_to_previous(const struct service *service, const struct packet *pkt, __u64 now)
 {
-	if (pkt->flow.protocol == IPPROTO_TCP)
+	if (pkt->flow->protocol == IPPROTO_TCP)
 		return !opens_connection(pkt);
 	return !older_than(service->changed_ns, now, config.udp_timeout_s);
 }
@@ -36,7 +36,7 @@ static __always_inline void record(struct packet *pkt, const struct member *memb
 {
 	struct flow flow = { .seen_ns = now, .uid = member->uid, .member = member->number };
 
-	bpf_map_update_elem(MAP(flows, family), &pkt->flow, &flow, BPF_ANY);
+	bpf_map_update_elem(MAP(flows, family), pkt->flow, &flow, BPF_ANY);
 }
 
 static __always_inline struct member *first_seen_member(const struct service *service, const struct packet *pkt,
@@ -52,7 +52,7 @@ static __always_inline struct member *first_seen_member(const struct service *se
 static __always_inline struct member *tracked_member(const struct service *service, struct packet *pkt, __u32 word,
 						     int family)
 {
-	struct flow *flow = bpf_map_lookup_elem(MAP(flows, family), &pkt->flow);
+	struct flow *flow = bpf_map_lookup_elem(MAP(flows, family), pkt->flow);
 	struct member *member = NULL;
 	__u64 now = now_ns();
 
@@ -63,14 +63,14 @@ static __always_inline struct member *tracked_member(const struct service *servi
 		return member;
 	}
 	member = first_seen_member(service, pkt, word, now);
-	if (member && RING_PREVIOUS(word) && pkt->l4_kind != L4_ICMP_ERROR)
+	if (member && (flow || RING_PREVIOUS(word)) && pkt->l4_kind != L4_ICMP_ERROR)
 		record(pkt, member, now, family);
 	return member;
 }
 
 static __always_inline struct member *select_member(const struct service *service, struct packet *pkt, int family)
 {
-	__u32 word = slot_word(service, flow_hash(&pkt->flow, family));
+	__u32 word = slot_word(service, flow_hash(pkt->flow, family));
 
 	if (word & RING_TRACK)
 		return tracked_member(service, pkt, word, family);
@@ -80,10 +80,10 @@ static __always_inline struct member *select_member(const struct service *servic
 /* For mode nat, whose translation table has every flow already: what it does not know is new, but for open TCP connections. */
 static __always_inline struct member *select_member_untracked(const struct service *service, struct packet *pkt, int family)
 {
-	__u32 word = slot_word(service, flow_hash(&pkt->flow, family));
+	__u32 word = slot_word(service, flow_hash(pkt->flow, family));
 	struct member *member = NULL;
 
-	if (pkt->flow.protocol == IPPROTO_TCP && !opens_connection(pkt))
+	if (pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt))
 		member = live_member(service, RING_PREVIOUS(word));
 	return member ? member : live_member(service, RING_CURRENT(word));
 }

@@ -48,8 +48,8 @@ static __always_inline void refresh(struct xdp_md *ctx, const struct service *se
 		return;
 	flow->seen_ns = now;
 	flow->state = state;
-	flow->timeout_s = timeout_s(&pkt->flow, state, service->flow_timeout_s);
-	refresh_reply(ctx, member, &pkt->flow, flow, family);
+	flow->timeout_s = timeout_s(pkt->flow, state, service->flow_timeout_s);
+	refresh_reply(ctx, member, pkt->flow, flow, family);
 }
 
 static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
@@ -59,7 +59,7 @@ static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *
 		.source = member->source,
 		.destination = member->address,
 		.source_port = port,
-		.destination_port = member_port(member, &pkt->flow),
+		.destination_port = member_port(member, pkt->flow),
 	};
 	enum reason why = go_to_member(ctx, pkt, member, family);
 
@@ -83,8 +83,8 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 	member = select_member_untracked(service, pkt, family);
 	if (!member)
 		return DROP_NO_BACKEND;
-	port = open_reply(ctx, member, &pkt->flow, family);
-	if (!port || open_request(member, &pkt->flow, port, family))
+	port = open_reply(ctx, member, pkt->flow, family);
+	if (!port || open_request(member, pkt->flow, port, family))
 		return DROP_NAT_NO_PORT;
 	return to_member(ctx, pkt, member, port, 1, family);
 }
@@ -98,7 +98,7 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 
 	if (ttl_expired(pkt, family))
 		return DROP_TTL_EXPIRED;
-	flow = bpf_map_lookup_elem(MAP(nat_flows, family), &pkt->flow);
+	flow = bpf_map_lookup_elem(MAP(nat_flows, family), pkt->flow);
 	if (flow && !is_over(flow, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);
 	if (!member)
@@ -116,13 +116,13 @@ static __always_inline void refresh_from_reply(struct packet *pkt, struct nat_re
 		return;
 	reply->seen_ns = now;
 	reply->state = state;
-	refresh_request(&pkt->flow, reply, family);
+	refresh_request(pkt->flow, reply, family);
 }
 
 /* Anything that is for no service may be a reply; what is not is the host's own. */
 static __always_inline enum reason forward_reply(struct packet *pkt, int family)
 {
-	struct nat_reply *reply = bpf_map_lookup_elem(MAP(nat_replies, family), &pkt->flow);
+	struct nat_reply *reply = bpf_map_lookup_elem(MAP(nat_replies, family), pkt->flow);
 	struct rewrite new;
 
 	if (!reply)

@@ -51,7 +51,7 @@ static __always_inline __u64 rewrite_quoted(struct packet *pkt, const struct rew
 
 	if (family == AF_INET)
 		icmp = update_quoted_ip(ip, addresses, icmp);
-	if (pkt->flow.protocol == IPPROTO_UDP)
+	if (pkt->flow->protocol == IPPROTO_UDP)
 		icmp = update_quoted_udp((void *)quoted_ports, addresses + ports, icmp);
 	else
 		icmp = update_quoted_tcp(pkt, (void *)quoted_ports, addresses + ports, icmp, family);

@@ -68,7 +68,7 @@ static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pk
 		return refuse(ctx, why, family);
 	if (why)
 		return why;
-	service = find_service(flow_destination(&pkt->flow, family), pkt->flow.destination_port, pkt->flow.protocol, family);
+	service = find_service(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol, family);
 	if (!service)
 		return forward_reply(pkt, family);
 	if (service->mode == MODE_NAT)
@@ -80,7 +80,8 @@ SEC("xdp")
 int xdp_lb(struct xdp_md *ctx)
 {
 	struct ethhdr *eth = (void *)(long)ctx->data;
-	struct packet pkt = {};
+	struct flow_key flow = {};
+	struct packet pkt = { .flow = &flow };
 	enum reason why = PASS_NOT_IP;
 
 	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)

@@ -157,7 +157,7 @@ SLOW_PATH int open_request(const struct member *member, struct flow_key *flow, _
 
 static __always_inline __u32 state_after_request(__u32 state, const struct packet *pkt)
 {
-	if (pkt->flow.protocol != IPPROTO_TCP)
+	if (pkt->flow->protocol != IPPROTO_TCP)
 		return state;
 	if (!opens_connection(pkt))
 		state |= NAT_ESTABLISHED;

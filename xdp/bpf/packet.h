@@ -58,8 +58,8 @@ struct packet {
 	__u32 l4_bytes; /* by the IP header, which the frame holds in full */
 	__u32 egress; /* ifindex, once the packet is FORWARDED */
 	__u32 tcp_flags;
-	__u64 l4_kind; /* enum l4_kind; a whole stack slot, so that the verifier knows its value on every path */
-	struct flow_key flow;
+	enum l4_kind l4_kind;
+	struct flow_key *flow; /* apart, since maps want its address: the rest stays in registers */
 };
 
 static __always_inline int ip_header_size(int family)
@@ -114,8 +114,8 @@ static __always_inline enum reason parse_ip4(struct packet *pkt, __u8 *protocol)
 	if (total < sizeof(*ip) || pkt->ip + total > pkt->end)
 		return DROP_MALFORMED;
 	pkt->l4_bytes = total - sizeof(*ip);
-	pkt->flow.address[0] = ip->saddr;
-	pkt->flow.address[1] = ip->daddr;
+	pkt->flow->address[0] = ip->saddr;
+	pkt->flow->address[1] = ip->daddr;
 	*protocol = ip->protocol;
 	return GO_ON;
 }
@@ -129,7 +129,7 @@ static __always_inline enum reason parse_ip6(struct packet *pkt, __u8 *protocol)
 	pkt->l4_bytes = bpf_ntohs(ip->payload_len);
 	if (pkt->l4 + pkt->l4_bytes > pkt->end)
 		return DROP_MALFORMED;
-	__builtin_memcpy(pkt->flow.address, &ip->saddr, 32);
+	__builtin_memcpy(pkt->flow->address, &ip->saddr, 32);
 	*protocol = ip->nexthdr;
 	return GO_ON;
 }
@@ -142,8 +142,8 @@ static __always_inline enum reason parse_tcp(struct packet *pkt)
 		return PASS_MALFORMED;
 	if (tcp->doff < 5 || tcp->doff * 4 > pkt->l4_bytes)
 		return DROP_MALFORMED;
-	pkt->flow.source_port = tcp->source;
-	pkt->flow.destination_port = tcp->dest;
+	pkt->flow->source_port = tcp->source;
+	pkt->flow->destination_port = tcp->dest;
 	pkt->tcp_flags = ((__u8 *)tcp)[13];
 	pkt->l4_kind = L4_TCP;
 	return GO_ON;
@@ -159,8 +159,8 @@ static __always_inline enum reason parse_udp(struct packet *pkt)
 	length = bpf_ntohs(udp->len);
 	if (length < sizeof(*udp) || length > pkt->l4_bytes)
 		return DROP_MALFORMED;
-	pkt->flow.source_port = udp->source;
-	pkt->flow.destination_port = udp->dest;
+	pkt->flow->source_port = udp->source;
+	pkt->flow->destination_port = udp->dest;
 	pkt->l4_kind = L4_UDP;
 	return GO_ON;
 }
@@ -174,7 +174,7 @@ static __always_inline int is_icmp_error(__u8 type, int family)
 
 static __always_inline int quotes_its_receiver(struct packet *pkt, void *quoted_ip, int family)
 {
-	__be32 *receiver = flow_destination(&pkt->flow, family);
+	__be32 *receiver = flow_destination(pkt->flow, family);
 
 	if (family == AF_INET)
 		return ((struct iphdr *)quoted_ip)->saddr == receiver[0];
@@ -188,12 +188,12 @@ static __always_inline int quoted_flow(struct packet *pkt, void *quoted_ip, __u8
 
 		if (ip->version != 4 || ip->ihl != 5 || ip->frag_off & IP_OFFSET)
 			return 0;
-		pkt->flow.address[0] = ip->daddr;
+		pkt->flow->address[0] = ip->daddr;
 		*protocol = ip->protocol;
 	} else {
 		struct ipv6hdr *ip = quoted_ip;
 
-		__builtin_memcpy(pkt->flow.address, &ip->daddr, 16);
+		__builtin_memcpy(pkt->flow->address, &ip->daddr, 16);
 		*protocol = ip->nexthdr;
 	}
 	return *protocol == IPPROTO_TCP || *protocol == IPPROTO_UDP;
@@ -214,8 +214,8 @@ static __always_inline enum reason parse_icmp(struct packet *pkt, __u8 *protocol
 		return PASS_MALFORMED;
 	if (!quotes_its_receiver(pkt, quoted_ip, family) || !quoted_flow(pkt, quoted_ip, protocol, family))
 		return PASS_ICMP;
-	pkt->flow.source_port = ports[1];
-	pkt->flow.destination_port = ports[0];
+	pkt->flow->source_port = ports[1];
+	pkt->flow->destination_port = ports[0];
 	pkt->l4_kind = L4_ICMP_ERROR;
 	return GO_ON;
 }
@@ -249,7 +249,7 @@ static __always_inline enum reason parse_l4(struct packet *pkt, int family)
 		why = parse_icmp(pkt, &protocol, family);
 	else
 		why = family == AF_INET ? PASS_NOT_TCP_OR_UDP : other_header(pkt, protocol);
-	pkt->flow.protocol = protocol;
+	pkt->flow->protocol = protocol;
 	return why;
 }
 

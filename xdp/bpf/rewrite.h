@@ -28,9 +28,9 @@ static __always_inline __u64 replaced_address(__u64 difference, const __be32 *ol
 
 static __always_inline __u64 address_difference(struct packet *pkt, const struct rewrite *new, int family)
 {
-	__u64 difference = replaced_address(0, flow_source(&pkt->flow), new->source, family);
+	__u64 difference = replaced_address(0, flow_source(pkt->flow), new->source, family);
 
-	return replaced_address(difference, flow_destination(&pkt->flow, family), new->destination, family);
+	return replaced_address(difference, flow_destination(pkt->flow, family), new->destination, family);
 }
 
 /* An ICMP error's own source may be any router on the way; the destination is the flow's. */
@@ -40,14 +40,14 @@ static __always_inline __u64 outer_difference(struct packet *pkt, const struct r
 						 : ((struct ipv6hdr *)pkt->ip)->saddr.in6_u.u6_addr32;
 	__u64 difference = replaced_address(0, source, new->source, family);
 
-	return replaced_address(difference, flow_destination(&pkt->flow, family), new->destination, family);
+	return replaced_address(difference, flow_destination(pkt->flow, family), new->destination, family);
 }
 
 static __always_inline __u64 port_difference(const struct packet *pkt, const struct rewrite *new)
 {
-	__u64 difference = replaced16(0, pkt->flow.source_port, new->source_port);
+	__u64 difference = replaced16(0, pkt->flow->source_port, new->source_port);
 
-	return replaced16(difference, pkt->flow.destination_port, new->destination_port);
+	return replaced16(difference, pkt->flow->destination_port, new->destination_port);
 }
 
 static __always_inline void set_addresses(void *ip, const __be32 *source, const __be32 *destination, int family)
