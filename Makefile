@@ -60,8 +60,10 @@ apt-install:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-build: system ## compile the BPF programs
-	@$(MAKE) --no-print-directory -C xdp
+# The benchmarks' programs are built by the same rule, but not in xdp/, so the wheel does not have them.
+build: system ## compile the BPF programs and lb/native
+	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c))
+	@$(MAKE) --no-print-directory -C lb/native
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check
@@ -78,12 +80,14 @@ bench: .venv/.bench build ## nanoseconds per packet of the dataplane
 	$(SUDO) $(BIN)/python -m bench dataplane
 
 fuzz: setup build ## the program against its model, for FUZZ_PACKETS packets (2000000)
-	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest xdp/tests/test_differential.py
+	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/test_differential.py
 
 wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C xdp clean
+	@$(MAKE) --no-print-directory -C lb/native clean
+	rm -f bench/*.bpf.o
 	$(SUDO) rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

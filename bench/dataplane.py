@@ -6,7 +6,8 @@ filled, its runs are timed, and it is made sure that every timed packet was forw
 
 Flows are visited in an order that neither the caches nor the tables can foresee, all of them once before any is
 visited again. The clock is the real one; the refresh of a flow's entry, due once a second, is put off, and measured by
-itself as refresh=1. A SYN opens a flow that was never seen; `flows` is then how many of them one timed run opens.
+itself as refresh=1. A SYN is always a new flow's; in mode nat the tables, of `flows` entries, are then full, and it
+takes the place of an old one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from dataclasses import astuple, dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 from scapy.layers.inet import IP, TCP, UDP
@@ -32,7 +32,7 @@ from bench.report import BenchError, Result
 from lb.maglev import table
 from lb.model import DEFAULT_RING_SIZE
 from lb.ring import pack
-from xdp.object import BpfObject
+from xdp.object import BpfObject, TestRun
 
 OBJECT = Path(__file__).with_name("dataplane.bpf.o")
 
@@ -43,8 +43,8 @@ CLIENT_MAC, BALANCER_MAC, BACKEND_MAC = "02:00:00:00:00:01", "02:00:00:00:00:02"
 ETHERNET_HEADER_SIZE = 14
 FRAME_SIZES = {4: 54, 6: 74}  # of a TCP packet without payload; UDP is padded to it
 
-AF_INET, AF_INET6 = 2, 10
-FAMILIES = {4: AF_INET, 6: AF_INET6}
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+LAST_WORD = {4: 0, 6: 3}  # of an address, as structs hold it
 
 NEVER_NS = 1 << 62
 LONG_S = 3600
@@ -53,6 +53,7 @@ SPARE_ENTRIES = 4096  # of an LRU map, whose per-CPU free lists hold some back
 IN_ORDER = (1, 1)
 SHUFFLED = (1664525, 1013904223)  # multiplier and increment, with a full period for every power of two
 UNENDING = 1 << 32  # flows: no table holds so many
+MOST_FLOWS = 1 << 20  # twice that is two thirds of the ports that nat has towards so many backends
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,20 @@ class Scenario:
         return bytes(packet).ljust(FRAME_SIZES[self.family], b"\0")
 
 
-SCENARIOS = (
+# The first are measured with each number of flows, the others with the largest.
+MAIN_SCENARIOS = (
     Scenario("nat", 4, "ack"),
-    Scenario("nat", 4, "ack", direction="reply"),
-    Scenario("nat", 4, "ack", refresh=True),
+    Scenario("dr", 4, "ack"),
+)
+OTHER_SCENARIOS = (
+    Scenario("nat", 6, "ack"),
     Scenario("nat", 4, "udp"),
     Scenario("nat", 4, "syn"),
-    Scenario("nat", 6, "ack"),
-    Scenario("dr", 4, "ack"),
+    Scenario("nat", 4, "ack", direction="reply"),
+    Scenario("nat", 4, "ack", refresh=True),
+    Scenario("dr", 6, "ack"),
     Scenario("dr", 4, "udp"),
     Scenario("dr", 4, "syn"),
-    Scenario("dr", 6, "ack"),
 )
 
 
@@ -136,24 +140,24 @@ class Rig:
     """A loaded balancer with one service, and the packets of one scenario."""
 
     def __init__(self, obj: BpfObject, scenario: Scenario) -> None:
-        self._obj, self._scenario = obj, scenario
+        self.obj, self.scenario = obj, scenario
         self._traffic = obj.variable("traffic")
         self._frame = b""
 
     def aim(self, flags: str, flows: int, order: tuple[int, int]) -> None:
-        """From now on packets with these TCP flags, each from the next of `flows` clients; a power of two."""
-        self._frame = self._scenario.frame(flags)
+        """From now on packets with these TCP flags, each from the next of `flows` clients, a power of two."""
+        self._frame = self.scenario.frame(flags)
         ip = self._frame[ETHERNET_HEADER_SIZE:]
         ctypes.memmove(self._traffic.macs, self._frame, ctypes.sizeof(self._traffic.macs))
         ctypes.memmove(self._traffic.packet, ip, len(ip))
-        self._traffic.family = FAMILIES[self._scenario.family]
-        self._traffic.client = words(self._scenario.addresses.clients)[0 if self._scenario.family == 4 else 3]
+        self._traffic.family = FAMILIES[self.scenario.family]
+        self._traffic.client = words(self.scenario.addresses.clients)[LAST_WORD[self.scenario.family]]
         self._traffic.multiplier, self._traffic.increment = order
         self._traffic.flow, self._traffic.sent, self._traffic.mask = 0, 0, flows - 1
 
-    def run(self, program: str, packets: int) -> int:
-        """The mean time of a packet in ns."""
-        return self._obj.program(program).test_run(self._frame, repeat=packets).duration_ns
+    def run(self, program: str, packets: int) -> TestRun:
+        """The last of the packets as it left, and the mean time of one."""
+        return self.obj.program(program).test_run(self._frame, repeat=packets)
 
     def open(self, flows: int) -> None:
         """The first packet of each flow, in another order than they are measured in: that of memory."""
@@ -166,19 +170,20 @@ class Rig:
         self.run("request_kept", flows)
 
     def overflow(self) -> None:
-        """New flows until each further one takes the place of an old one, and goes on with new flows."""
+        """New flows until every further one takes the place of an old one. More new flows are to come."""
         self.aim("S", UNENDING, SHUFFLED)
-        self.run("request", 2 * len(self._obj.map("nat_flows4")))
+        if self.scenario.mode == "nat":
+            self.run("request", len(self.obj.map(f"nat_flows{self.scenario.family}")))
 
     def compare(self, repeat: int, rounds: int) -> tuple[float, float]:
         """(total, floor) of a packet in ns: medians over the rounds, which time `repeat` packets each, by turns."""
-        program = self._scenario.direction
-        timed = [(self.run(program, repeat), self.run(f"{program}_floor", repeat)) for _ in range(rounds)]
-        totals, floors = zip(*timed, strict=True)
-        return median(totals), median(floors)
+        program = self.scenario.direction
+        floor = f"{program}_floor"
+        runs = [(self.run(program, repeat), self.run(floor, repeat)) for _ in range(rounds)]
+        return median(run.duration_ns for run, _ in runs), median(run.duration_ns for _, run in runs)
 
     def counts(self) -> Counts:
-        counters = self._obj.map("counters").totals()
+        counters = self.obj.map("counters").totals()
         return Counts(
             requests=sum(c.packets for c in counters),
             replies=sum(c.reply_packets for c in counters),
@@ -187,15 +192,15 @@ class Rig:
 
     def refused(self) -> dict[str, int]:
         """Packets that were not forwarded, by reason."""
-        reasons = self._obj.types.enum("reason")
-        packets = self._obj.map("reasons").totals()
+        reasons = self.obj.types.enum("reason")
+        packets = self.obj.map("reasons").totals()
         return {name: packets[index] for name, index in reasons.items() if index < len(packets) and packets[index]}
 
     def expected(self, packets: int) -> Counts:
         """What `packets` timed packets add to the counts if each of them took its scenario's way."""
-        if self._scenario.direction == "reply":
+        if self.scenario.direction == "reply":
             return Counts(0, packets, 0)
-        return Counts(packets, 0, packets if self._scenario.packet == "syn" else 0)
+        return Counts(packets, 0, packets if self.scenario.packet == "syn" else 0)
 
 
 def words(address: str) -> tuple[int, ...]:
@@ -208,8 +213,8 @@ def mac_bytes(mac: str) -> bytes:
 
 
 @contextmanager
-def rig(scenario: Scenario, flows: int) -> Iterator[Rig]:
-    """A rig whose tables hold `flows` flows twice over."""
+def loaded(scenario: Scenario, entries: int) -> Iterator[Rig]:
+    """A rig whose tables hold `entries` flows."""
     with BpfObject.open(OBJECT) as obj:
         obj.configure(
             "config",
@@ -217,7 +222,7 @@ def rig(scenario: Scenario, flows: int) -> Iterator[Rig]:
             nat_opening_timeout_s=LONG_S,
             udp_timeout_s=LONG_S,
         )
-        resize(obj, flows)
+        resize(obj, scenario, entries)
         obj.load()
         fill_ring(obj)
         fill_members(obj, scenario)
@@ -225,13 +230,14 @@ def rig(scenario: Scenario, flows: int) -> Iterator[Rig]:
         yield Rig(obj, scenario)
 
 
-def resize(obj: BpfObject, flows: int) -> None:
+def resize(obj: BpfObject, scenario: Scenario, entries: int) -> None:
     obj.resize("rings", -(-DEFAULT_RING_SIZE // words_of_a_line(obj)))
     obj.resize("members", 1 + BACKENDS)
     obj.resize("counters", 1 + BACKENDS)
-    obj.resize("forwarded", flows)
-    for name in ("nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6"):
-        obj.resize(name, 2 * flows + SPARE_ENTRIES)
+    obj.resize("forwarded", entries)
+    if scenario.mode == "nat":
+        obj.resize(f"nat_flows{scenario.family}", entries + SPARE_ENTRIES)
+        obj.resize(f"nat_replies{scenario.family}", entries + SPARE_ENTRIES)
 
 
 def words_of_a_line(obj: BpfObject) -> int:
@@ -251,7 +257,7 @@ def fill_members(obj: BpfObject, scenario: Scenario) -> None:
     first = ip_address(scenario.addresses.backends)
     for number in range(1, 1 + BACKENDS):
         member = members[number]
-        member.address[:] = words(str(first + number))
+        member.address[:] = words(str(first + number - 1))
         member.source[:] = words(scenario.addresses.balancer)
         member.hop.ifindex = LOOPBACK
         member.hop.destination[:] = mac_bytes(BACKEND_MAC)
@@ -278,24 +284,32 @@ def add_service(obj: BpfObject, scenario: Scenario) -> None:
 
 def measure(scenario: Scenario, flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
     """A Result for each number of flows, all of them powers of two. Raises BenchError, XdpError."""
-    if scenario.packet == "syn":
-        with rig(scenario, repeat) as full:
-            full.overflow()
-            yield timed(full, scenario, repeat, repeat, rounds)
-        return
-    with rig(scenario, max(flow_counts)) as settled:
-        settled.open(max(flow_counts))
+    measure_any = measure_new if scenario.packet == "syn" else measure_known
+    yield from measure_any(scenario, flow_counts, repeat, rounds)
+
+
+def measure_known(scenario: Scenario, flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
+    most = max(flow_counts)
+    with loaded(scenario, 2 * most) as rig:
+        rig.open(most)
         for flows in flow_counts:
-            settled.settle(flows)
-            yield timed(settled, scenario, flows, repeat, rounds)
+            rig.settle(flows)
+            yield timed(rig, flows, repeat, rounds)
 
 
-def timed(rig: Rig, scenario: Scenario, flows: int, repeat: int, rounds: int) -> Result:
-    case, before = scenario.case(flows), rig.counts()
+def measure_new(scenario: Scenario, flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
+    for flows in flow_counts:
+        with loaded(scenario, flows) as rig:
+            rig.overflow()
+            yield timed(rig, flows, repeat, rounds)
+
+
+def timed(rig: Rig, flows: int, repeat: int, rounds: int) -> Result:
+    case, before = rig.scenario.case(flows), rig.counts()
     total, floor = rig.compare(repeat, rounds)
     counted, expected = rig.counts() - before, rig.expected(repeat * rounds)
     if counted != expected or rig.refused():
-        raise BenchError(f"dataplane: {case}: expected {expected}, got {counted}; not forwarded: {rig.refused()}")
+        raise BenchError(f"dataplane: {case}: counted {counted} instead of {expected}; refused {rig.refused()}")
     return Result("dataplane", case, total, "ns/packet", floor)
 
 
@@ -310,16 +324,18 @@ def powers_of_two(_: click.Context, __: click.Parameter, values: tuple[int, ...]
 @click.option(
     "--flows",
     "flow_counts",
-    type=click.IntRange(1, 1 << 24),
+    type=click.IntRange(1, MOST_FLOWS),
     multiple=True,
-    default=(1, 1 << 16, 1 << 20),
+    default=(1, 1 << 16, MOST_FLOWS),
     show_default=True,
     callback=powers_of_two,
     help="How many flows take turns; may be repeated.",
 )
 @click.option("--repeat", type=click.IntRange(1), default=1 << 20, show_default=True, help="Packets of a timed run.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each case.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of each case.")
 def command(flow_counts: tuple[int, ...], repeat: int, rounds: int) -> Iterator[Result]:
     """What the balancer costs a packet, by mode, packet and number of flows."""
-    for scenario in SCENARIOS:
+    for scenario in MAIN_SCENARIOS:
         yield from measure(scenario, flow_counts, repeat, rounds)
+    for scenario in OTHER_SCENARIOS:
+        yield from measure(scenario, [max(flow_counts)], repeat, rounds)

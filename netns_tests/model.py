@@ -17,6 +17,7 @@ from netns_tests.wire import FIN, RST, Ends, Flow, Hop, Packet, parse, refused_f
 
 SECOND_NS = 1_000_000_000
 HASHED_TRIES = 16
+LOOKED_AT = 4
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 State = Literal["established", "client-fin", "backend-fin", "reset"]
@@ -123,6 +124,7 @@ class Reply:
     request: Flow
     hop: Hop
     counter: int
+    uid: int
     timeout_s: int
     state: set[State] = field(default_factory=set)
 
@@ -137,7 +139,7 @@ class Count:
 
 
 class Undetermined(Exception):
-    """The program would choose at random here: the test bed must not let it come to this."""
+    """The program chooses at random here; what it does next, the model cannot know."""
 
 
 # Hashing
@@ -264,7 +266,7 @@ class Model:
                 self._touch(entry, packet)
                 return member
         member = self._first_seen(service, slot, packet)
-        if member and slot.previous and not packet.is_error:
+        if member and (entry or slot.previous) and not packet.is_error:
             self.flows[packet.flow] = Recorded(self.now_ns, member.uid, service.number_of(member))
         return member
 
@@ -289,10 +291,11 @@ class Model:
         entry = self.requests.get(packet.flow)
         member = service.recorded(entry.number, entry.uid) if entry and not self._is_over(entry, packet) else None
         back = Hop(ingress_ifindex, bytes(packet.frame[6:12]), bytes(packet.frame[:6]))
-        if entry and member:
-            self._refresh_request(service, member, entry, packet, back)
+        if entry and member and self._refresh_request(service, member, entry, packet, back):
             return self._send_request(packet, member, entry.port, opens=False)
         member = self._member_for_new(service, packet)
+        if not member.resolved:
+            raise Ends("DROP_NO_NEIGHBOUR")
         port = self._open(service, member, packet.flow, back)
         return self._send_request(packet, member, port, opens=True)
 
@@ -324,7 +327,7 @@ class Model:
     def _open(self, service: Service, member: Member, flow: Flow, back: Hop) -> int:
         timeout_s = self._timeout_s(flow, set(), service)
         port = self._free_port(member, flow)
-        reply = Reply(self.now_ns, flow, back, member.counter, timeout_s)
+        reply = Reply(self.now_ns, flow, back, member.counter, member.uid, timeout_s)
         self.replies[self._reply_flow(member, flow, port)] = reply
         self.requests[flow] = Request(self.now_ns, member.uid, service.number_of(member), port, timeout_s)
         return port
@@ -337,7 +340,8 @@ class Model:
         return service.flow_timeout_s if "established" in state else self.settings.nat_opening_timeout_s
 
     def _free_port(self, member: Member, flow: Flow) -> int:
-        free = (port for port in self._candidates(flow) if self._is_free(member, flow, port))
+        candidates = enumerate(self._candidates(flow))
+        free = (port for n, port in candidates if self._is_free(member, flow, port, looked_at=n < LOOKED_AT))
         port = next(free, None)
         if port is not None:
             return port
@@ -353,31 +357,34 @@ class Model:
             offset = hash64 + attempt * (hash64 >> 32 | 1) & MASK32
             yield self.settings.nat_port_first + scaled(offset, self.settings.nat_port_count)
 
-    def _is_free(self, member: Member, flow: Flow, port: int) -> bool:
-        """No service's, and no other flow's that has not timed out."""
+    def _is_free(self, member: Member, flow: Flow, port: int, looked_at: bool = False) -> bool:
+        """No service's, and no flow's; where it is looked at, its own or that of one that has timed out will do."""
         if self._service_at(member.source, port, flow.protocol):
             return False
         held = self.replies.get(self._reply_flow(member, flow, port))
-        return held is None or held.request == flow or self._older_than(held.seen_ns, held.timeout_s)
+        if held is None or not looked_at:
+            return held is None
+        return held.request == flow or self._older_than(held.seen_ns, held.timeout_s)
 
     def _is_fresh(self, seen_ns: int) -> bool:
         return self.now_ns - seen_ns < self.settings.refresh_ns
 
-    def _refresh_request(self, service: Service, member: Member, entry: Request, packet: Packet, back: Hop) -> None:
-        """About once a second, and when TCP's state changes, the reply's entry learns it too."""
+    def _refresh_request(self, service: Service, member: Member, entry: Request, packet: Packet, back: Hop) -> bool:
+        """About once a second, and when TCP's state changes, the reply's entry learns it too. False: it is another's."""
         state = entry.state | news_of_request(packet)
         if packet.is_error or (state == entry.state and self._is_fresh(entry.seen_ns)):
-            return
+            return True
         entry.seen_ns, entry.state = self.now_ns, state
         entry.timeout_s = self._timeout_s(packet.flow, state, service)
         key = self._reply_flow(member, packet.flow, entry.port)
-        fresh = Reply(self.now_ns, packet.flow, back, member.counter, entry.timeout_s, set(state))
+        fresh = Reply(self.now_ns, packet.flow, back, member.counter, member.uid, entry.timeout_s, set(state))
         reply = self.replies.setdefault(key, fresh)
         if reply.request == packet.flow:
             self._merge(reply, fresh)
+        return reply.request == packet.flow
 
     def _merge(self, reply: Reply, fresh: Reply) -> None:
-        reply.seen_ns, reply.hop = fresh.seen_ns, fresh.hop
+        reply.seen_ns, reply.hop, reply.counter = fresh.seen_ns, fresh.hop, fresh.counter
         reply.state = reply.state | fresh.state
         reply.timeout_s = self.settings.nat_closed_timeout_s if is_closed(reply.state) else fresh.timeout_s
 
@@ -402,7 +409,7 @@ class Model:
             return
         reply.seen_ns, reply.state = self.now_ns, state
         request = self.requests.get(reply.request)
-        if request is None or request.port != packet.flow.destination_port:
+        if request is None or (request.port, request.uid) != (packet.flow.destination_port, reply.uid):
             return
         request.seen_ns, request.state = self.now_ns, request.state | state
         if is_closed(request.state):

@@ -82,9 +82,7 @@ def ip6(src: str = CLIENT6, dst: str = VIP6, **fields: Any) -> Packet:
     return IPv6(src=src, dst=dst, **fields)
 
 
-def tcp(
-    sport: int = CLIENT_PORT, dport: int = SERVICE_PORT, flags: str = "S", **fields: Any
-) -> Packet:
+def tcp(sport: int = CLIENT_PORT, dport: int = SERVICE_PORT, flags: str = "S", **fields: Any) -> Packet:
     return TCP(sport=sport, dport=dport, flags=flags, **fields)
 
 
@@ -109,9 +107,7 @@ def udp6(*, src: str = CLIENT6, dst: str = VIP6, payload: bytes = b"", **fields:
     return frame(ip6(src, dst), udp(**fields), Raw(payload))
 
 
-def icmp_error4(
-    quoted: bytes, *, src: str = ROUTER4, dst: str | None = None, size: int = 28, **fields: Any
-) -> bytes:
+def icmp_error4(quoted: bytes, *, src: str = ROUTER4, dst: str | None = None, size: int = 28, **fields: Any) -> bytes:
     """An ICMP error about the frame `quoted`, to `dst` (that frame's sender if None).
 
     It quotes `size` bytes of the packet: 28 are the IPv4 header and 8 bytes of TCP, all that

@@ -125,10 +125,10 @@ def parse_ip4(frame: bytes) -> tuple[int, int]:
     header_words, fragment, total = ip[0] & 0xF, number(ip, 6), number(ip, 2)
     if header_words < 5:
         raise Ends("PASS_MALFORMED")
-    if header_words > 5:
-        raise Ends("DROP_IP_OPTIONS")
     if fragment & 0x1FFF:
         raise Ends("PASS_FRAGMENT")
+    if header_words > 5:
+        raise Ends("DROP_IP_OPTIONS")
     if fragment & 0x2000:
         raise Ends("DROP_FRAGMENT")
     if not 20 <= total <= len(ip):
@@ -192,6 +192,8 @@ def parse_icmp(packet: Packet) -> None:
 def quoted_flow(packet: Packet) -> Flow:
     ip, frame = packet.l4 + ICMP_HEADER_SIZE, packet.frame
     if packet.version == 4 and (frame[ip] != 0x45 or number(frame, ip + 6) & 0x1FFF):
+        raise Ends("PASS_ICMP")
+    if frame[ip] >> 4 != packet.version:
         raise Ends("PASS_ICMP")
     source, destination = addresses_at(frame, ip, packet.version)
     source_port, destination_port = ports_at(frame, ip + IP_HEADER_SIZE[packet.version])

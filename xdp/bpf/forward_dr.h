@@ -9,17 +9,19 @@
 static __always_inline enum reason forward_dr(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
 					      int family)
 {
+	struct hop found = {};
+	const struct hop *hop;
 	struct member *member;
-	enum reason why;
 
 	if (ttl_expired(pkt, family))
 		return DROP_TTL_EXPIRED;
 	member = select_member(service, pkt, family);
 	if (!member)
 		return DROP_NO_BACKEND;
-	why = go_to_member(ctx, pkt, member, family);
-	if (why)
-		return why;
+	hop = hop_to(ctx, member, &found, family);
+	if (!hop)
+		return DROP_NO_NEIGHBOUR;
+	set_hop(pkt, hop);
 	decrement_ttl(pkt, family);
 	return count_request(member, pkt, opens_connection(pkt));
 }

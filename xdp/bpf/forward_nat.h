@@ -39,20 +39,21 @@ static __always_inline int is_over(const struct nat_flow *flow, const struct pac
 	return opens_connection(pkt) && flow->state & (NAT_CLIENT_FIN | NAT_RESET);
 }
 
-static __always_inline void refresh(struct xdp_md *ctx, const struct service *service, const struct member *member,
-				    struct packet *pkt, struct nat_flow *flow, __u64 now, int family)
+/* Returns nonzero where the flow has lost its port. */
+static __always_inline int refresh(struct xdp_md *ctx, const struct service *service, const struct member *member,
+				   struct packet *pkt, struct nat_flow *flow, __u64 now, int family)
 {
 	__u32 state = state_after_request(flow->state, pkt);
 
 	if (pkt->l4_kind == L4_ICMP_ERROR || (state == flow->state && now - flow->seen_ns < config.refresh_ns))
-		return;
+		return 0;
 	flow->seen_ns = now;
 	flow->state = state;
 	flow->timeout_s = timeout_s(pkt->flow, state, service->flow_timeout_s);
-	refresh_reply(ctx, member, pkt->flow, flow, family);
+	return refresh_reply(ctx, member, pkt->flow, flow, family);
 }
 
-static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
+static __always_inline enum reason to_member(struct packet *pkt, const struct member *member, const struct hop *hop,
 					     __be16 port, int opens, int family)
 {
 	struct rewrite new = {
@@ -61,18 +62,18 @@ static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *
 		.source_port = port,
 		.destination_port = member_port(member, pkt->flow),
 	};
-	enum reason why = go_to_member(ctx, pkt, member, family);
 
-	if (why)
-		return why;
 	rewrite(pkt, &new, family);
 	decrement_ttl(pkt, family);
+	set_hop(pkt, hop);
 	return count_request(member, pkt, opens);
 }
 
 static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
 					       int family)
 {
+	struct hop found = {};
+	const struct hop *hop;
 	struct member *member;
 	__be16 port;
 
@@ -83,15 +84,20 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 	member = select_member_untracked(service, pkt, family);
 	if (!member)
 		return DROP_NO_BACKEND;
+	hop = hop_to(ctx, member, &found, family);
+	if (!hop)
+		return DROP_NO_NEIGHBOUR;
 	port = open_reply(ctx, member, pkt->flow, family);
 	if (!port || open_request(member, pkt->flow, port, family))
 		return DROP_NAT_NO_PORT;
-	return to_member(ctx, pkt, member, port, 1, family);
+	return to_member(pkt, member, hop, port, 1, family);
 }
 
 static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
 					       int family)
 {
+	struct hop found = {};
+	const struct hop *hop;
 	struct nat_flow *flow;
 	struct member *member = NULL;
 	__u64 now = now_ns();
@@ -101,10 +107,12 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 	flow = bpf_map_lookup_elem(MAP(nat_flows, family), pkt->flow);
 	if (flow && !is_over(flow, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);
-	if (!member)
+	if (!member || refresh(ctx, service, member, pkt, flow, now, family))
 		return forward_new(ctx, service, pkt, family);
-	refresh(ctx, service, member, pkt, flow, now, family);
-	return to_member(ctx, pkt, member, flow->port, 0, family);
+	hop = hop_to(ctx, member, &found, family);
+	if (!hop)
+		return DROP_NO_NEIGHBOUR;
+	return to_member(pkt, member, hop, flow->port, 0, family);
 }
 
 static __always_inline void refresh_from_reply(struct packet *pkt, struct nat_reply *reply, int family)

@@ -55,17 +55,11 @@ SLOW_PATH int look_up_hop(struct xdp_md *ctx, const struct member *member, struc
 	return 1;
 }
 
-static __always_inline enum reason go_to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
+/* NULL where the way is not known. `found` holds it if the kernel had to be asked. */
+static __always_inline const struct hop *hop_to(struct xdp_md *ctx, const struct member *member, struct hop *found,
 						int family)
 {
-	struct hop hop = {};
-
-	if (member->flags & MEMBER_RESOLVED) {
-		set_hop(pkt, &member->hop);
-		return GO_ON;
-	}
-	if (!look_up_hop(ctx, member, &hop, family))
-		return DROP_NO_NEIGHBOUR;
-	set_hop(pkt, &hop);
-	return GO_ON;
+	if (member->flags & MEMBER_RESOLVED)
+		return &member->hop;
+	return look_up_hop(ctx, member, found, family) ? found : NULL;
 }

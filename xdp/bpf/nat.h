@@ -16,6 +16,7 @@
 #include "service.h"
 
 #define NAT_HASHED_TRIES 16
+#define NAT_LOOKED_AT 4 /* looking at an entry keeps the map from evicting it: not at more of them than are likely its own */
 #define NAT_TRIES 48
 
 #define NAT_CLOSED(state) \
@@ -70,6 +71,7 @@ static __always_inline int fill_reply(struct nat_reply *reply, struct xdp_md *ct
 	__builtin_memcpy(reply->hop.destination, eth->h_source, 6);
 	__builtin_memcpy(reply->hop.source, eth->h_dest, 6);
 	reply->counter = member->counter;
+	reply->uid = member->uid;
 	return 0;
 }
 
@@ -88,14 +90,25 @@ static __always_inline int take_over(struct nat_reply *old, __u64 now)
 	return older_than(seen, now, old->timeout_s) && __sync_val_compare_and_swap(&old->seen_ns, seen, now) == seen;
 }
 
-static __always_inline int claim_port(struct flow_key *key, const struct nat_reply *reply, struct flow_key *flow, int family)
+/* Whether the entry that holds a port may be written over: it is this flow's own, or has timed out. */
+static __always_inline int may_replace(struct nat_reply *old, struct flow_key *flow, __u64 now, int family)
+{
+	if (older_than(old->seen_ns, now, old->timeout_s))
+		return take_over(old, now);
+	return is_for_flow(old, flow, family);
+}
+
+static __always_inline int claim_port(struct flow_key *key, const struct nat_reply *reply, struct flow_key *flow, __u32 try,
+				      int family)
 {
 	struct nat_reply *old;
 
 	if (!bpf_map_update_elem(MAP(nat_replies, family), key, reply, BPF_NOEXIST))
 		return 1;
+	if (try >= NAT_LOOKED_AT)
+		return 0;
 	old = bpf_map_lookup_elem(MAP(nat_replies, family), key);
-	if (!old || !(is_for_flow(old, flow, family) || take_over(old, reply->seen_ns)))
+	if (!old || !may_replace(old, flow, reply->seen_ns, family))
 		return 0;
 	return !bpf_map_update_elem(MAP(nat_replies, family), key, reply, BPF_ANY);
 }
@@ -120,7 +133,7 @@ static __always_inline __be16 allocate_port(const struct nat_reply *reply, const
 		if (find_service(member->source, port, flow->protocol, family))
 			continue;
 		reply_key(&key, member, flow, port, family);
-		if (claim_port(&key, reply, flow, family))
+		if (claim_port(&key, reply, flow, try, family))
 			return port;
 	}
 	return 0;
@@ -196,10 +209,14 @@ static __always_inline int refresh_reply_in(struct xdp_md *ctx, const struct mem
 	reply->state |= fresh.state;
 	reply->timeout_s = NAT_CLOSED(reply->state) ? config.nat_closed_timeout_s : fresh.timeout_s;
 	reply->hop = fresh.hop;
+	reply->counter = fresh.counter;
 	return 0;
 }
 
-/* The reply entry learns the state, and the way back to the client where that has changed; if it was evicted it is made again. */
+/*
+ * The reply entry learns the state, and the way back to the client where that has changed; if it was evicted it is made
+ * again. Returns nonzero where the port has gone to another flow meanwhile.
+ */
 SLOW_PATH int refresh_reply(struct xdp_md *ctx, const struct member *member, struct flow_key *flow, struct nat_flow *request,
 			    int family)
 {
@@ -221,7 +238,7 @@ static __always_inline int refresh_request_in(const struct flow_key *flow, struc
 	copy_address(flow_source(&key), reply->client, family);
 	copy_address(flow_destination(&key, family), reply->vip, family);
 	request = bpf_map_lookup_elem(MAP(nat_flows, family), &key);
-	if (!request || request->port != flow->destination_port)
+	if (!request || request->port != flow->destination_port || request->uid != reply->uid)
 		return -1;
 	request->seen_ns = reply->seen_ns;
 	request->state |= reply->state;

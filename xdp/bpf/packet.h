@@ -20,7 +20,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 
-#define IP_MF_OR_OFFSET bpf_htons(0x3fff)
+#define IP_MF bpf_htons(0x2000)
 #define IP_OFFSET bpf_htons(0x1fff)
 
 #define TCP_FIN 0x01
@@ -107,10 +107,12 @@ static __always_inline enum reason parse_ip4(struct packet *pkt, __u8 *protocol)
 
 	if (ip->version != 4 || ip->ihl < 5)
 		return PASS_MALFORMED;
+	if (ip->frag_off & IP_OFFSET)
+		return PASS_FRAGMENT;
 	if (ip->ihl > 5)
 		return DROP_IP_OPTIONS;
-	if (ip->frag_off & IP_MF_OR_OFFSET)
-		return ip->frag_off & IP_OFFSET ? PASS_FRAGMENT : DROP_FRAGMENT;
+	if (ip->frag_off & IP_MF)
+		return DROP_FRAGMENT;
 	if (total < sizeof(*ip) || pkt->ip + total > pkt->end)
 		return DROP_MALFORMED;
 	pkt->l4_bytes = total - sizeof(*ip);
@@ -193,6 +195,8 @@ static __always_inline int quoted_flow(struct packet *pkt, void *quoted_ip, __u8
 	} else {
 		struct ipv6hdr *ip = quoted_ip;
 
+		if (ip->version != 6)
+			return 0;
 		__builtin_memcpy(pkt->flow->address, &ip->daddr, 16);
 		*protocol = ip->nexthdr;
 	}

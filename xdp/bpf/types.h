@@ -162,7 +162,7 @@ struct nat_reply {
 	__u32 counter;
 	__u32 timeout_s;
 	__u32 state;
-	__u32 zero;
+	__u32 uid; /* of the member */
 };
 
 /* What user space changes while the program runs. */
