@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from lb.capabilities import check_may_change
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, LbError, NoRoute, NotFound
 from lb.model import Address, Backend, Interface, Mode, OwnAddress, Service, State, Vip
 from lb.paths import DEFAULT_NETNS, Paths
@@ -562,7 +563,9 @@ def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
 
     with ExitStack() as stack:
         if write:
+            check_may_change()
             stack.enter_context(writer_lock(paths.lock, paths.netns))
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
+        stack.callback(dataplane.close)
         yield Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns)

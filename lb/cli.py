@@ -308,7 +308,7 @@ def default_vip(balancer: Balancer, interface: str, backend: str) -> Vip:
     """The interface's own first address of the backend's family."""
     family = Backend.parse(backend).address.version
     for address in own_addresses(balancer, interface):
-        if address.version == family and not address.is_link_local:
+        if address.version == family and not (address.is_link_local or address.is_loopback):
             return Vip(address, DEFAULT_PORT)
     raise InvalidInput(f"interface {interface}: has no IPv{family} address for a VIP: give --vip")
 

@@ -16,19 +16,21 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lb import maglev, ring
 from lb.blocks import Blocks, member_block_size
 from lb.errors import DataplaneError
-from lb.flow_hash import flow_hash, slot_of
+from lb.flow_hash import Sought, recorded_slots
 from lb.model import Address, Backend, Interface, Mode, Protocol, Service, Vip
 from lb.paths import Paths
 from lb.report import Attachment, Counters, NextHop, Statistics
 from xdp import attach as xdp_attach
-from xdp.errors import XdpError
+from xdp.errors import LoadError, XdpError
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
 from xdp.pins import Pins
@@ -96,10 +98,6 @@ class Sizes:
             nat4=len(obj.map("nat_flows4")),
             nat6=len(obj.map("nat_flows6")),
         )
-
-    def at_least(self, other: Sizes) -> Sizes:
-        names = self.__slots__
-        return Sizes(**{name: max(getattr(self, name), getattr(other, name)) for name in names})
 
     def by_map(self) -> dict[str, int]:
         return {
@@ -172,9 +170,10 @@ class KernelDataplane:
     def __init__(self, pins: Pins) -> None:
         self._pins = pins
         self._object: BpfObject | None = None
-        current = pins.current()
-        if current:
-            self._use(BpfObject.open(LB_OBJECT), str(current))
+        self._unusable: LoadError | None = None
+        self._placed: dict[Vip, Placed] = {}
+        if current := pins.current():
+            self._adopt(current)
 
     @classmethod
     @_translated
@@ -186,10 +185,15 @@ class KernelDataplane:
 
     @property
     def loaded(self) -> bool:
-        return self._object is not None
+        return self._object is not None or self._unusable is not None
 
     @property
     def _obj(self) -> BpfObject:
+        if self._unusable:
+            raise DataplaneError(
+                f"the programs in force are of another version of xdp-lb ({self._unusable}):"
+                " xdp-lb detach, then xdp-lb attach IFACE"
+            )
         if self._object is None:
             raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
         return self._object
@@ -198,10 +202,23 @@ class KernelDataplane:
     def _program(self) -> Program:
         return self._obj.program(PROGRAM)
 
-    def _use(self, obj: BpfObject, adopt: str | None = None) -> None:
-        """Makes a loaded (or here adopted) object the one that all methods work on."""
-        if adopt:
-            obj.adopt(adopt)
+    @property
+    def _control(self) -> Any:
+        return self._obj.variable("control")
+
+    def _adopt(self, generation: Path) -> None:
+        """Of pins that another version of xdp-lb has left, only detach() and unload() know what to do."""
+        obj = BpfObject.open(LB_OBJECT)
+        try:
+            obj.adopt(str(generation))
+        except LoadError as error:
+            obj.close()
+            self._unusable = error
+        else:
+            self._use(obj)
+
+    def _use(self, obj: BpfObject) -> None:
+        """Makes a loaded or adopted object the one that all methods work on."""
         if self._object:
             self._object.close()
         self._object = obj
@@ -214,37 +231,59 @@ class KernelDataplane:
         self._members = obj.map("members").view()
         self._words = memoryview(obj.map("rings").bytes()).cast("B").cast("I")
         self._counters = obj.map("counters")
-        self._control = obj.variable("control")
         self._placed = {placed.vip: placed for placed in self._read_services()}
         self._ring_blocks = Blocks((p.ring_block for p in self._placed.values()), len(self._words))
         self._member_blocks = Blocks((p.member_block for p in self._placed.values()), len(self._members))
 
     @_translated
     def load(self, services: Sequence[Service]) -> None:
-        wanted = Sizes.of(services)
-        if self._object is None:
-            self._install(self._new_object(wanted))
-            return
-        held = Sizes.held_by(self._obj)
-        enough = held.nat4 >= wanted.nat4 and held.nat6 >= wanted.nat6 and held.services >= len(services)
-        if not (enough and self._fits(services)):
-            self._grow(wanted.at_least(held))
+        if not self.loaded:
+            self._install(self._new_object(Sizes.of(services)))
+        elif (sizes := self._sizes_for(services)) != Sizes.held_by(self._obj):
+            self._grow(sizes)
+        if self._pins.others():
+            self._leave_older_generations()
+
+    def _sizes_for(self, services: Sequence[Service]) -> Sizes:
+        """Those of the maps in force, as long as everything fits."""
+        held, wanted = Sizes.held_by(self._obj), Sizes.of(services)
+        sizes = replace(held, nat4=max(held.nat4, wanted.nat4), nat6=max(held.nat6, wanted.nat6))
+        if self._fits(services):
+            return sizes
+        return replace(
+            sizes,
+            services=held.services + wanted.services,
+            slots=held.slots + wanted.slots,
+            members=held.members + wanted.members,
+        )
 
     def _fits(self, services: Sequence[Service]) -> bool:
         """Whether every service finds room, on top of all that is there."""
         rings, members = self._ring_blocks.copy(), self._member_blocks.copy()
         for service in services:
-            placed = self._placed.get(service.vip)
+            placed = self._alike(service)
             if not placed and rings.take(service.ring_size) is None:
                 return False
-            if not self._has_room(placed, service) and members.take(member_block_size(len(service.backends))) is None:
+            if not self._has_room(placed, service) and members.take(self._block_size(placed, service)) is None:
                 return False
-        return True
+        vips = self._placed.keys() | {service.vip for service in services}
+        return len(vips) <= Sizes.held_by(self._obj).services
 
-    @staticmethod
-    def _has_room(placed: Placed | None, service: Service) -> bool:
+    def _alike(self, service: Service) -> Placed | None:
+        """The service as it is in force; None also where it has another mode or ring size there."""
+        placed = self._placed.get(service.vip)
+        if placed and (placed.mode, placed.ring_size) == (service.mode, service.ring_size):
+            return placed
+        return None
+
+    def _has_room(self, placed: Placed | None, service: Service) -> bool:
         """Whether the service's block of members can hold those it has and those that replace them."""
-        return placed is not None and placed.member_count > 2 * len(service.backends)
+        return placed is not None and placed.member_count > len(self._members_held(placed)) + len(service.backends)
+
+    def _block_size(self, placed: Placed | None, service: Service) -> int:
+        """Of a new block for what `_has_room` speaks of; a process that was killed may have left many members."""
+        held = len(self._members_held(placed)) if placed else 0
+        return member_block_size(max(len(service.backends), (held + len(service.backends) + 1) // 2))
 
     @staticmethod
     def _new_object(sizes: Sizes, keep: BpfObject | None = None) -> BpfObject:
@@ -269,29 +308,33 @@ class KernelDataplane:
 
         The old program counts on until it is replaced; what it counts between the copy and then is lost.
         """
-        attached = self.attachments()
         obj = self._new_object(sizes, keep=self._obj)
         places = (p.member_base + number for p in self._placed.values() for number in self._members_held(p).values())
         _copy_contents(self._obj, obj, places)
         self._install(obj)
-        for name in attached:
-            self.attach(Interface(name))
-        self._discard_others()
 
-    def _discard_others(self) -> None:
+    def _leave_older_generations(self) -> None:
+        """Have all our interfaces run the program in force; also ends a growth that was cut short."""
+        for name in self.attachments():
+            self.attach(Interface(name))
         for generation in self._pins.others():
             self._pins.discard(generation)
 
-    @_translated
-    def unload(self) -> None:
+    def close(self) -> None:
+        """Gives up this process's hold; what is pinned and attached stays."""
         if self._object:
             self._object.close()
             self._object = None
+
+    @_translated
+    def unload(self) -> None:
+        self.close()
+        self._unusable, self._placed = None, {}
         self._pins.remove()
 
     @property
     def generation(self) -> int:
-        return int(self._control.generation) if self._object else 0
+        return int(self._control.generation) if self.loaded else 0
 
     @generation.setter
     def generation(self, value: int) -> None:
@@ -302,10 +345,15 @@ class KernelDataplane:
 
     def _our_programs(self) -> dict[int, Program]:
         """By id: ours, and what is still pinned of earlier generations."""
-        if self._object is None:
-            return {}
-        older = (pinned_program(str(generation), PROGRAM) for generation in self._pins.others())
-        return {program.id: program for program in (self._program, *older)}
+        own = [self._program] if self._object else self._pinned_programs([self._pins.current()])
+        return {program.id: program for program in (*own, *self._pinned_programs(self._pins.others()))}
+
+    @staticmethod
+    def _pinned_programs(generations: Iterable[Path | None]) -> Iterator[Program]:
+        """Where there is none, the process that should have pinned it was killed before it could be attached."""
+        for generation in filter(None, generations):
+            with suppress(LoadError):
+                yield pinned_program(str(generation), PROGRAM)
 
     @_translated
     def attach(self, interface: Interface) -> Attachment:
@@ -334,7 +382,7 @@ class KernelDataplane:
 
     @_translated
     def attachments(self) -> Mapping[str, Attachment]:
-        if self._object is None:
+        if not self.loaded:
             return {}
         ours = self._our_programs()
         return {
@@ -346,7 +394,7 @@ class KernelDataplane:
     # Services
 
     def vips(self) -> Set[Vip]:
-        return self._placed.keys() if self._object else set()
+        return self._placed.keys()
 
     @_translated
     def plan(self, service: Service) -> ring.Plan:
@@ -354,6 +402,8 @@ class KernelDataplane:
 
     @_translated
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
+        if not self._alike(service):
+            self.remove(service.vip)
         change = self._ring_change(service)
         placed = self._place(service)
         self._write_members(placed, service, change.numbers, hops)
@@ -380,18 +430,18 @@ class KernelDataplane:
         self._member_blocks.release(*placed.member_block)
 
     def _ring_change(self, service: Service) -> RingChange:
-        placed = self._placed.get(service.vip)
+        placed = self._alike(service)
         held = self._members_held(placed) if placed else {}
         numbers = _numbered(held, [_member_key(b) for b in service.backends])
         old = self._words_of(placed) if placed else array("I", bytes(4 * service.ring_size))
-        table = maglev.table({str(b): b.ring_weight for b in service.backends}, service.ring_size)
         members = [numbers[_member_key(b)] for b in service.backends]
-        wanted = [members[position] for position in table] or [0] * service.ring_size
+        weights = {str(b): b.ring_weight for b in service.backends}
+        wanted = maglev.table(weights, service.ring_size, members) or array("H", bytes(2 * service.ring_size))
         start = self._expired(placed, old) if placed else old
         return RingChange(numbers, old, ring.transition(start, wanted, frozenset(numbers.values())))
 
     def _words_of(self, placed: Placed) -> array[int]:
-        return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size])
+        return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size].tobytes())
 
     def _expired(self, placed: Placed, words: array[int]) -> array[int]:
         """The words without the transitions that have had their time."""
@@ -401,24 +451,16 @@ class KernelDataplane:
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
-        vip, words = placed.vip, 1 if placed.vip.address.version == 4 else 4
-        seed = self._seed()
-        oldest = _now_ns() - placed.flow_timeout_s * _NS
-        slots = set()
-        for key, flow in self._obj.map(f"flows{vip.address.version}").items():
-            addresses = bytes(key.address)
-            if (
-                flow.seen_ns < oldest
-                or key.protocol != vip.protocol
-                or addresses[4 * words : 8 * words] != vip.address.packed
-            ):
-                continue
-            if vip.port in (0, key.destination_port):
-                source = struct.unpack(f"={words}I", addresses[: 4 * words])
-                slots.add(
-                    slot_of(flow_hash(seed, key.protocol, socket.htons(key.source_port), source), placed.ring_size)
-                )
-        return slots
+        table = self._obj.map(f"flows{placed.vip.address.version}")
+        sought = Sought(
+            address=placed.vip.address.packed,
+            port=placed.vip.port,
+            protocol=placed.vip.protocol,
+            oldest_ns=_now_ns() - placed.flow_timeout_s * _NS,
+            seed=self._seed(),
+            ring_size=placed.ring_size,
+        )
+        return set().union(*(recorded_slots(keys, flows, sought) for keys, flows in table.batches()))
 
     def _seed(self) -> int:
         return int(self._obj.map(".rodata")[0].config.hash_seed)
@@ -428,8 +470,9 @@ class KernelDataplane:
         old = self._placed.get(service.vip)
         if old and self._has_room(old, service):
             return replace(old, flow_timeout_s=service.flow_timeout_s)
-        members = member_block_size(len(service.backends))
+        members = self._block_size(old, service)
         member_base = _found(self._member_blocks.take(members))
+        self._wipe_members(member_base, members)
         if old:
             self._move_members(old, member_base)
             return replace(old, flow_timeout_s=service.flow_timeout_s, member_base=member_base, member_count=members)
@@ -437,6 +480,12 @@ class KernelDataplane:
         return Placed(
             service.vip, service.mode, ring_base, service.ring_size, member_base, members, service.flow_timeout_s, 0
         )
+
+    def _wipe_members(self, base: int, count: int) -> None:
+        """A process that was killed may have left members in a block that no service has."""
+        for index in range(base, base + count):
+            if self._members[index].flags:
+                self._members[index] = type(self._members[0])()
 
     def _move_members(self, old: Placed, base: int) -> None:
         for number in self._members_held(old).values():

@@ -15,21 +15,24 @@ from hashlib import blake2b
 from itertools import count
 from math import isqrt
 
+from lb import native
+
 RING_SIZES = range(251, 131072)  # the first and the last of them are primes
 WEIGHTS = range(65536)
 
 
-def table(weights: Mapping[str, int], size: int) -> array[int]:
+def table(weights: Mapping[str, int], size: int, labels: Sequence[int] = ()) -> array[int]:
     """The backend of each slot.
 
     weights: backend name ("10.0.0.11:80") -> weight, 0 to 65535. Weight 0 takes no slot. Only
     ratios count: equal weights, whatever they are, give the unweighted table of the paper; `turns`
     says what others give.
     size: number of slots, a prime.
+    labels: what stands for each backend in the table, in the iteration order of `weights`, 0 to
+    65535; without them its position in that order.
 
-    Returns `size` entries of type "H", each a position in the iteration order of `weights`; no
-    entry at all if no backend has a weight. Giving the same backends in another order changes the
-    positions, never the backend that a slot goes to.
+    Returns `size` entries of type "H"; no entry at all if no backend has a weight. Giving the same
+    backends in another order changes the positions, never the backend that a slot goes to.
 
     Raises ValueError for a size that is not a prime or a weight out of range.
     """
@@ -37,11 +40,13 @@ def table(weights: Mapping[str, int], size: int) -> array[int]:
     names = sorted(name for name, weight in weights.items() if weight)
     if not names:
         return array("H")
-    order = turns([weights[name] for name in names], size)
-    owners = populate(order, [permutation(name, size) for name in names], size)
-    given = {name: position for position, name in enumerate(weights)}
-    positions = [given[name] for name in names]
-    return array("H", [positions[owner] for owner in owners])
+    label = dict(zip(weights, labels or range(len(weights)), strict=True))
+    return claims(
+        [weights[name] for name in names],
+        [permutation(name, size) for name in names],
+        [label[name] for name in names],
+        size,
+    )
 
 
 def _check(weights: Mapping[str, int], size: int) -> None:
@@ -51,6 +56,18 @@ def _check(weights: Mapping[str, int], size: int) -> None:
     for name, weight in weights.items():
         if weight not in WEIGHTS:
             raise ValueError(f"backend {name}: weight {weight} is not in 0..{WEIGHTS[-1]}")
+
+
+@native.compiled(native.claims)
+def claims(
+    weights: Sequence[int], permutations: Sequence[tuple[int, int]], labels: Sequence[int], size: int
+) -> array[int]:
+    """The claims of the backends, each with its weight, permutation and label: slot -> label.
+
+    Weights are 1 to 65535, backends at most 65536, and the size is a prime.
+    """
+    owners = populate(turns(weights, size), permutations, size)
+    return array("H", [labels[owner] for owner in owners])
 
 
 def turns(weights: Sequence[int], size: int) -> list[int]:

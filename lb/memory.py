@@ -80,8 +80,8 @@ def _empty_ring(service: Service) -> MemoryRing:
 def _words(held: MemoryRing, service: Service) -> array[int]:
     """The words that follow those of `held`, whose members include all of `service`."""
     members = [held.ids[_key(b)] for b in service.backends]
-    table = maglev.table({str(b): b.ring_weight for b in service.backends}, service.ring_size)
-    wanted = [members[position] for position in table] or [0] * service.ring_size
+    weights = {str(b): b.ring_weight for b in service.backends}
+    wanted = maglev.table(weights, service.ring_size, members) or array("H", bytes(2 * service.ring_size))
     return ring.transition(held.words, wanted, frozenset(members))
 
 
@@ -161,12 +161,19 @@ class MemoryDataplane:
         return ring.plan(before, held.words)
 
     def _held(self, service: Service) -> MemoryRing:
-        held = self.rings.get(service.vip)
-        if held and (held.mode, len(held.words)) == (service.mode, service.ring_size):
+        held = self._alike(service)
+        if held:
             return held
         self.fuse.burn()
         self.rings[service.vip] = _empty_ring(service)
         return self.rings[service.vip]
+
+    def _alike(self, service: Service) -> MemoryRing | None:
+        """The ring in force; None also where it is of another mode or size."""
+        held = self.rings.get(service.vip)
+        if held and (held.mode, len(held.words)) == (service.mode, service.ring_size):
+            return held
+        return None
 
     def _put_members(self, held: MemoryRing, service: Service, hops: Mapping[Address, NextHop]) -> None:
         for backend in service.backends:
@@ -186,7 +193,7 @@ class MemoryDataplane:
             del held.hops[held.ids.pop(backend)]
 
     def plan(self, service: Service) -> ring.Plan:
-        held = self.rings.get(service.vip) or _empty_ring(service)
+        held = self._alike(service) or _empty_ring(service)
         planned = MemoryRing(held.mode, held.words, dict(held.ids))
         for backend in service.backends:
             planned.number(backend)

@@ -63,7 +63,7 @@ def parse_address(text: str) -> Address:
     try:
         address = ip_address(text)
     except ValueError:
-        raise InvalidInput(f"address {text}: not an IPv4 or IPv6 address") from None
+        raise InvalidInput(f"address {text or '(empty)'}: not an IPv4 or IPv6 address") from None
     if isinstance(address, IPv6Address) and address.scope_id:
         raise InvalidInput(f"address {text}: zones are not supported")
     return address

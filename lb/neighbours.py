@@ -378,7 +378,9 @@ def _neighbour_events() -> Iterator[socket.socket]:
 
 def _changed(events: socket.socket, deadline: float) -> bool:
     """Wait for a change; False when the time is over. What has changed, the table tells."""
-    ready, _, _ = select.select([events], [], [], max(0.0, deadline - time.monotonic()))
+    readable = select.poll()
+    readable.register(events, select.POLLIN)
+    ready = readable.poll(max(0.0, deadline - time.monotonic()) * 1000)
     if ready:
         _drain(events)
     return bool(ready)

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+from lb import native
 
 MEMBERS = range(1, 1 << 15)
 MEMBER_MASK = 0x7FFF
@@ -52,7 +54,8 @@ def is_tracked(word: int) -> bool:
     return bool(word & TRACK)
 
 
-def transition(words: array[int], table: Sequence[int], alive: Container[int]) -> array[int]:
+@native.compiled(native.transition)
+def transition(words: array[int], table: Sequence[int], alive: Collection[int]) -> array[int]:
     """The words that put `table` in force while flows of living members stay where they are.
 
     words: the ring in force, type "I"; all zeros for a new service.
@@ -93,7 +96,8 @@ def successor(word: int, current: int, alive: Container[int]) -> int:
     return pack(current, previous, track=bool(previous) or is_tracked(word))
 
 
-def expire(words: array[int], tracked: Container[int] = ()) -> array[int]:
+@native.compiled(native.expire)
+def expire(words: array[int], tracked: Collection[int] = ()) -> array[int]:
     """The words after the flow timeout: no slot has a previous member any more.
 
     Call it only once every open flow older than the last change is recorded: any that sent a packet
@@ -103,10 +107,11 @@ def expire(words: array[int], tracked: Container[int] = ()) -> array[int]:
     TRACK if it had it. All others become stable, and a later transition must not believe what is
     left of their entries: erase these, or have them be misses by age.
     """
+    kept = frozenset(tracked)
     return array(
         "I",
         [
-            word & (MEMBER_MASK | TRACK if word > MEMBER_MASK and slot in tracked else MEMBER_MASK)
+            word & (MEMBER_MASK | TRACK if word > MEMBER_MASK and slot in kept else MEMBER_MASK)
             for slot, word in enumerate(words)
         ],
     )
@@ -124,12 +129,18 @@ class Plan:
 
 def plan(old: array[int], new: array[int]) -> Plan:
     """The cost of replacing the words `old` by `new`; ValueError if their lengths differ."""
+    moved, minimum, in_transition = costs(old, new)
+    return Plan(len(new), moved, minimum, in_transition)
+
+
+@native.compiled(native.costs)
+def costs(old: array[int], new: array[int]) -> tuple[int, int, int]:
+    """The slots moved, the minimum and those in transition of a Plan."""
     before, after = [*map(current_member, old)], [*map(current_member, new)]
-    return Plan(
-        slots=len(new),
-        moved=sum(b != a for b, a in zip(before, after, strict=True)),
-        minimum=(Counter(after) - Counter(before)).total(),
-        in_transition=sum(previous_member(word) != 0 for word in new),
+    return (
+        sum(b != a for b, a in zip(before, after, strict=True)),
+        (Counter(after) - Counter(before)).total(),
+        sum(previous_member(word) != 0 for word in new),
     )
 
 
@@ -139,13 +150,19 @@ def changed_runs(old: array[int], new: array[int]) -> list[tuple[int, int]]:
     Changes with fewer than RUN_GAP equal words between them share a run. ValueError if the lengths
     differ.
     """
-    runs: list[tuple[int, int]] = []
+    return runs(old, new, RUN_GAP)
+
+
+@native.compiled(native.runs)
+def runs(old: array[int], new: array[int], gap: int) -> list[tuple[int, int]]:
+    """Where the words differ, in parts with at least `gap` equal words between them."""
+    found: list[tuple[int, int]] = []
     for slot in _changed_slots(old, new):
-        if runs and slot - runs[-1][1] < RUN_GAP:
-            runs[-1] = (runs[-1][0], slot + 1)
+        if found and slot - found[-1][1] < gap:
+            found[-1] = (found[-1][0], slot + 1)
         else:
-            runs.append((slot, slot + 1))
-    return runs
+            found.append((slot, slot + 1))
+    return found
 
 
 def _changed_slots(old: array[int], new: array[int]) -> list[int]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EEXIST, EISDIR, ENOTDIR
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -70,6 +72,8 @@ WAYS_OUT = {
     sqlite3.SQLITE_IOERR: "the disk reports an error: see the kernel's log",
     sqlite3.SQLITE_BUSY: "another program holds it open: end that program and repeat the command",
 }
+
+_IN_THE_WAY = {EEXIST, EISDIR, ENOTDIR}
 
 
 class Store:
@@ -244,7 +248,8 @@ def _translated(path: Path) -> Iterator[None]:
         raise StoreError(f"store {path}: {_way_out(error)}") from error
     except OSError as error:
         name, reason = error.filename or path, error.strerror
-        raise StoreError(f"store {name}: {reason}: run as root, or set XDP_LB_STATE_DIR") from error
+        way_out = "move it away" if error.errno in _IN_THE_WAY else "run as root"
+        raise StoreError(f"store {name}: {reason}: {way_out}, or set XDP_LB_STATE_DIR") from error
 
 
 def _way_out(error: sqlite3.Error) -> str:
@@ -278,9 +283,11 @@ def _connect(path: Path, write: bool) -> sqlite3.Connection:
 
 def _is_there(path: Path) -> bool:
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except FileNotFoundError:
         return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     return True
 
 

@@ -1,12 +1,14 @@
-"""Hatchling's build hook: the C sources under ``xdp/bpf`` go in, the wheel carries their objects.
+"""Hatchling's build hook: the C sources go in, the wheel carries what is compiled from them.
 
-An editable install is left alone: there the objects are the Makefile's business.
+The objects of ``xdp/bpf`` suit any machine, ``lb/native/ring.so`` one machine type: the wheel is for that, and for any
+Python 3. An editable install is left alone: there what is compiled is the Makefile's business.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,21 @@ from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 TOOLS = ("make", "clang", "llvm-strip")
+SOURCES = ("xdp", "lb/native")
 
 
-class BpfBuildHook(BuildHookInterface[BuilderConfig]):
-    """Compiles the BPF objects before hatchling collects the files of a wheel."""
+class CompileHook(BuildHookInterface[BuilderConfig]):
+    """Compiles the C sources before hatchling collects the files of a wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """For a ``standard`` wheel: compile, or end the build with one line that says why not."""
         if version == "editable":
             return
         self._require_tools()
-        self._compile()
+        for directory in SOURCES:
+            self._compile(directory)
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def _require_tools(self) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -34,7 +40,7 @@ class BpfBuildHook(BuildHookInterface[BuilderConfig]):
                 " (on Debian and Ubuntu: apt-get install make clang llvm libbpf-dev)"
             )
 
-    def _compile(self) -> None:
-        built = subprocess.run(["make", "-C", str(Path(self.root, "xdp"))], check=False)
+    def _compile(self, directory: str) -> None:
+        built = subprocess.run(["make", "-C", str(Path(self.root, directory))], check=False)
         if built.returncode != 0:
-            self.app.abort("xdp-lb: building the wheel: make -C xdp failed, see the lines above")
+            self.app.abort(f"xdp-lb: building the wheel: make -C {directory} failed, see the lines above")

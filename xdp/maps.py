@@ -87,7 +87,12 @@ class Map:
             raise self._failed("delete", error) from error
 
     def items(self) -> Iterator[tuple[Any, Any]]:
-        """All entries of a hash map, a batch at a time; entries that come and go meanwhile may or may not be seen."""
+        """All entries of a hash map, as batches() finds them."""
+        for keys, values in self.batches():
+            yield from zip(keys, values, strict=True)
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """All entries of a hash map, as arrays of keys and of values; what comes and goes meanwhile may be missed."""
         size, token, first = _BATCH, (ctypes.c_uint8 * max(ctypes.sizeof(self.key_type), 8))(), True
         while True:
             keys, values, count = (self.key_type * size)(), (self.value_type * size)(), ctypes.c_uint32(size)
@@ -100,10 +105,10 @@ class Map:
                     continue
                 if error.errno != errno.ENOENT:
                     raise self._failed("read", error) from error
-                yield from zip(keys[: count.value], values[: count.value], strict=True)
+                yield _head(keys, count.value), _head(values, count.value)
                 return
             first = False
-            yield from zip(keys[: count.value], values[: count.value], strict=True)
+            yield _head(keys, count.value), _head(values, count.value)
 
     def view(self) -> Any:
         """A live ctypes array over the whole of an array map; it stays mapped as long as it is referred to."""
@@ -152,6 +157,11 @@ class Map:
 
     def totals(self) -> list[Any]:
         return [self.total(index) for index in range(len(self))]
+
+
+def _head(array: Any, count: int) -> Any:
+    """The first elements of a ctypes array, as one that shares its memory."""
+    return (array._type_ * count).from_buffer(array)
 
 
 def _sum(value_type: CType, values: list[Any]) -> Any:

@@ -23,6 +23,7 @@ from xdp.maps import Map, map_info
 LB_OBJECT = Path(__file__).with_name("bpf") / "lb.bpf.o"
 
 _LOG_LINES_SHOWN = 12
+_NOT_PERMITTED = "not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)"
 _OUTPUT_ROOM = 512  # what a program may add in front of a frame, with room to spare
 
 
@@ -197,6 +198,8 @@ class BpfObject:
         try:
             fd: int = libbpf.get_pinned(os.fsencode(f"{directory}/{name}"))
         except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise NotPermitted(_NOT_PERMITTED) from None
             raise LoadError(f"pin {directory}/{name}: {error.strerror}") from error
         self._adopted.append(fd)
         return fd
@@ -226,7 +229,7 @@ class BpfObject:
     def _check_shape(self, name: str, fd: int) -> None:
         info, (key, value) = map_info(fd), self._map_types(name)
         if (info.key_size, info.value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
-            raise LoadError(f"map {name}: made by another version of this program: detach and attach again")
+            raise LoadError(f"map {name}: of another shape than in {self.path.name}")
 
     def program(self, name: str) -> Program:
         return Program(name, self._program_fds[name])
@@ -253,7 +256,7 @@ def _open(path: Path) -> int:
 
 def _load_error(path: Path, error: OSError, said: list[str]) -> XdpError:
     if error.errno == errno.EPERM and not any("BEGIN PROG LOAD LOG" in message for message in said):
-        return NotPermitted("not permitted to load BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)")
+        return NotPermitted(_NOT_PERMITTED)
     lines = [line for message in said for line in message.splitlines() if line.strip()]
     return LoadError(f"{path.name}: the kernel refuses it: {error.strerror}{useful_tail(lines)}")
 

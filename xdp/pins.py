@@ -11,6 +11,7 @@ that is not our own, it is reached through /proc/PID/root.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -49,7 +50,12 @@ def _home() -> int:
 def _is_mounted(path: Path, pid: int) -> bool:
     """Whether a bpffs is mounted at `path`, as process `pid` sees it."""
     mounts = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
-    return any(f" {path} " in line and " - bpf " in line for line in mounts)
+    return any(f" {_escaped(path)} " in line and " - bpf " in line for line in mounts)
+
+
+def _escaped(path: Path) -> str:
+    """As proc_pid_mountinfo(5) writes it, in octal."""
+    return re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(path))
 
 
 def _in_home(home: int, *command: str) -> None:
@@ -64,7 +70,7 @@ class Pins:
     """The generations of one network namespace."""
 
     def __init__(self, run_dir: Path, netns: str) -> None:
-        self.mount_point = run_dir.absolute() / "bpf"
+        self.mount_point = run_dir.resolve() / "bpf"
         # A bpffs has no names with dots.
         self._folder = netns.replace("%", "%25").replace(".", "%2E")
 

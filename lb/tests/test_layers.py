@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "filters": ("xdp",),
     "lb": ("filters",),
     "lb.dataplane": ("filters", "xdp"),
+    "lb.tests.test_dataplane": ("filters", "xdp"),
     "netns_tests": ("lb", "filters", "xdp"),
     "bench": ("lb", "filters", "xdp", "netns_tests.topology"),
 }

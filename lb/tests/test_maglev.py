@@ -21,6 +21,8 @@ from lb.maglev import (
     turns,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SIZE = 16381
 SMALL_SIZE = 251
 
@@ -196,6 +198,43 @@ def test_changing_a_weight_moves_few_slots_of_the_others(weight: int) -> None:
     weights = backends(20, weight=10)
     before, after = owners(weights), owners(weights | {"10.0.0.7:80": weight})
     assert moved(before, after) - least_moved(before, after) <= SIZE * 0.02
+
+
+PAPER_SIZE, PAPER_BACKENDS = 65537, 1000  # section 5.3 of the paper
+
+
+def paper_backends() -> dict[str, int]:
+    return {f"10.0.{i // 250}.{i % 250}:80": 1 for i in range(PAPER_BACKENDS)}
+
+
+def test_a_thousand_backends_share_the_ring_almost_perfectly() -> None:
+    """Within 1 % of the mean: the efficiency that figure 11 of the paper gives to Maglev."""
+    shares = Counter(owners(paper_backends(), PAPER_SIZE)).values()
+    assert len(shares) == PAPER_BACKENDS
+    assert {*shares} == {65, 66}
+
+
+@pytest.mark.parametrize(("failures", "percent"), [(1, 0.7), (5, 2.0), (10, 2.5), (20, 3.0)])
+def test_failures_among_a_thousand_backends_move_few_slots_of_the_others(failures: int, percent: float) -> None:
+    """The experiment of figure 12: that many fail at once; `percent` of the table may change without need."""
+    weights = paper_backends()
+    gone = random.Random(failures).sample([*weights], failures)
+    before = owners(weights, PAPER_SIZE)
+    after = owners({name: 1 for name in weights if name not in gone}, PAPER_SIZE)
+    needless = moved(before, after) - sum(name in gone for name in before)
+    assert needless <= PAPER_SIZE * percent / 100
+
+
+def test_labels_stand_for_the_backends() -> None:
+    weights = {"c": 1, "a": 0, "b": 3}
+    labelled = table(weights, SMALL_SIZE, labels=[30, 10, 20])
+    assert labelled == array("H", [(30, 10, 20)[position] for position in table(weights, SMALL_SIZE)])
+    assert {*labelled} == {30, 20}
+
+
+def test_a_label_for_each_backend_is_wanted() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        table({"a": 1, "b": 1}, SMALL_SIZE, labels=[7])
 
 
 def test_primes_are_told_from_other_numbers() -> None:

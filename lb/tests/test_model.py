@@ -64,7 +64,7 @@ def test_a_backend_is_read_with_port_and_weight(text: str, said: str, weight: in
         ("127.0.0.1:80", "vip 127.0.0.1:80/tcp: not a unicast address that can be served"),
         ("0.0.0.0:80", "vip 0.0.0.0:80/tcp: not a unicast address"),
         ("224.0.0.1:80", "vip 224.0.0.1:80/tcp: not a unicast address"),
-        ("", "address : not an IPv4 or IPv6 address"),
+        ("", "address (empty): not an IPv4 or IPv6 address"),
         ("[2001:db8::1:80", "address [2001:db8::1:80: not an IPv4 or IPv6 address"),
     ],
 )

@@ -12,7 +12,14 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from lb.maglev import table
 from lb.ring import (
@@ -29,6 +36,8 @@ from lb.ring import (
     previous_member,
     transition,
 )
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 A, B, C, D = 1, 2, 3, 4
 
@@ -314,5 +323,5 @@ class OpenFlowsStay(RuleBasedStateMachine):
                 assert previous_member(word) != current_member(word)
 
 
-TestOpenFlowsStay = OpenFlowsStay.TestCase
-TestOpenFlowsStay.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+def test_open_flows_stay_on_living_members() -> None:
+    run_state_machine_as_test(OpenFlowsStay, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))

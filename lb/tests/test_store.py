@@ -236,7 +236,7 @@ def test_a_path_that_cannot_be_is_named(tmp_path: Path) -> None:
         lambda path: Store.open(path, write=False),
         lambda path: writer_lock(path, "blue").__enter__(),
     ):
-        with pytest.raises(StoreError, match=r"file.*: run as root, or set XDP_LB_STATE_DIR"):
+        with pytest.raises(StoreError, match=r"file.*: move it away, or set XDP_LB_STATE_DIR"):
             act(tmp_path / "file" / "blue" / "state.db")
 
 

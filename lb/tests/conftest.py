@@ -1,0 +1,18 @@
+"""The two implementations of the loops: a module that is tested on both asks for `implementation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lb import native
+
+
+@pytest.fixture(params=["native", "pure"], scope="module")
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of the module once with ring.so and once without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pure":
+            patch.setattr(native, "library", None)
+        yield
