@@ -16,7 +16,7 @@ BIN := .venv/bin
 # linux-libc-dev the kernel's headers.
 PACKAGES := clang curl ethtool iproute2 libbpf-dev linux-libc-dev llvm make nginx python3-venv tcpdump
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz wheel clean
+.PHONY: help setup system apt-install build lint test demo bench fuzz scale wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 14
@@ -35,8 +35,8 @@ system:
 	done
 	[[ $${#missing[@]} = 0 ]] || $(SUDO) $(MAKE) --no-print-directory apt-install MISSING="$${missing[*]}"
 
-# As root. Debian starts a service as it installs it and again at each boot; the nginx wanted here is
-# only the program, so policy-rc.d forbids the first and update-rc.d undoes the second. Ubuntu's
+# As root. Debian starts a service as it installs it and again at each boot; nginx and haproxy are wanted
+# here only as programs, so policy-rc.d forbids the first and update-rc.d undoes the second. Ubuntu's
 # needrestart would restart services that have nothing to do with this.
 apt-install: export DEBIAN_FRONTEND := noninteractive
 apt-install: export NEEDRESTART_SUSPEND := 1
@@ -52,6 +52,7 @@ apt-install:
 	apt-get update -qq </dev/null
 	apt-get install --yes -qq --no-install-recommends $(MISSING) </dev/null
 	[[ " $(MISSING) " != *" nginx "* ]] || update-rc.d nginx disable
+	[[ " $(MISSING) " != *" haproxy "* ]] || update-rc.d haproxy disable
 
 # .venv/.test and .venv/.bench: the extra of that name is installed as pyproject.toml asks for it.
 .venv/.%: pyproject.toml | system
@@ -60,9 +61,9 @@ apt-install:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-# The benchmarks' programs are built by the same rule, but not in xdp/, so the wheel does not have them.
+# The programs of benchmarks and tests are built by the same rule, but not in xdp/, so the wheel does not have them.
 build: system ## compile the BPF programs and lb/native
-	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c))
+	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c netns_tests/*.bpf.c))
 	@$(MAKE) --no-print-directory -C lb/native
 
 lint: setup ## ruff and mypy
@@ -71,16 +72,23 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: setup build lint ## lint, then every test (as root: they make network namespaces)
-	$(SUDO) $(BIN)/python -m pytest
+	$(SUDO) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
 	$(SUDO) $(BIN)/python -m netns_tests.demo
 
-bench: .venv/.bench build ## nanoseconds per packet of the dataplane
-	$(SUDO) $(BIN)/python -m bench dataplane
+bench: PACKAGES += haproxy nftables
+bench: .venv/.bench build ## every benchmark; a single one: .venv/bin/python -m bench NAME
+	@for name in dataplane live ring control; do
+		echo "python -m bench $$name"
+		$(SUDO) $(BIN)/python -m bench $$name
+	done
 
-fuzz: setup build ## the program against its model, for FUZZ_PACKETS packets (2000000)
-	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/test_differential.py
+fuzz: setup build ## the program against its model and its promise, for FUZZ_PACKETS packets (2000000)
+	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/test_differential.py netns_tests/test_promise.py
+
+scale: setup build ## a million connections through fifty changes: none may leave its backend
+	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/test_scale.py
 
 wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
 	$(BIN)/python -m build --wheel --no-isolation
@@ -88,6 +96,6 @@ wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
 clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C xdp clean
 	@$(MAKE) --no-print-directory -C lb/native clean
-	rm -f bench/*.bpf.o
+	rm -f bench/*.bpf.o netns_tests/*.bpf.o
 	$(SUDO) rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

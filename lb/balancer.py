@@ -248,6 +248,7 @@ class Balancer:
         return self._change(self.state.replacing_service(service), dry_run=dry_run)
 
     def _change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
+        self._check_store_is_whole(goal)
         step = self._prepare(self.state, self._with_homes(goal), everything)
         if dry_run:
             self._release_unused(step.hops.keys())
@@ -255,6 +256,15 @@ class Balancer:
         if step.goal == step.before and not everything and self._in_step(step.goal):
             return _report(step, Outcome({}))
         return _report(step, self._execute(step))
+
+    def _check_store_is_whole(self, goal: State) -> None:
+        """Programs that the store knows nothing of are what a lost one has left: attach or detach has to come first."""
+        lost = sorted(self._dataplane.attachments()) if not (goal.interfaces or self.state.interfaces) else []
+        if lost and goal.services != self.state.services:
+            names = " ".join(lost)
+            raise DataplaneError(
+                f"{names}: attached, but not in the store: xdp-lb attach {names} goes on, xdp-lb detach ends it"
+            )
 
     def _prepare(self, before: State, goal: State, everything: bool) -> Step:
         if not goal.interfaces:

@@ -243,6 +243,7 @@ class KernelDataplane:
             self._grow(sizes)
         if self._pins.others():
             self._leave_older_generations()
+        self._end_transitions()
 
     def _sizes_for(self, services: Sequence[Service]) -> Sizes:
         """Those of the maps in force, as long as everything fits."""
@@ -448,6 +449,15 @@ class KernelDataplane:
         if _now_ns() < placed.changed_ns + placed.flow_timeout_s * _NS or max(words) <= ring.MEMBER_MASK:
             return words
         return ring.expire(words, self._tracked_slots(placed))
+
+    def _end_transitions(self) -> None:
+        """Makes stable, in all services, what has been in transition for the flow timeout."""
+        for placed in [p for p in self._placed.values() if p.changed_ns]:
+            old = self._words_of(placed)
+            new = self._expired(placed, old)
+            self._write_words(placed, RingChange({}, old, new))
+            if max(new) <= ring.MEMBER_MASK:
+                self._write_service(replace(placed, changed_ns=0))
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""

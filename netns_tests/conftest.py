@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from netns_tests.topology import Bed, remaining_namespaces
+from netns_tests.servers import start_http, start_udp_echo
+from netns_tests.topology import Bed, own_prefix, remaining_namespaces
+from netns_tests.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -22,17 +24,35 @@ def bed() -> Iterator[Callable[..., Bed]]:
         yield lambda *args, **kwargs: beds.enter_context(Bed(*args, **kwargs))
 
 
+@pytest.fixture(scope="session")
+def balanced(nothing_is_left_behind: None) -> Iterator[Bed]:
+    """A bed in which all of `every_service` is attached: both modes, both families, TCP and UDP.
+
+    It has two arms and a router: translated replies come back through the balancer, direct ones
+    through the router. Tests share it, so each puts the services it wants in force.
+    """
+    with Bed(backends=3, router=True) as b:
+        for backend in b.backends:
+            b.own_vip(backend)
+            start_http(b, backend, list(HTTP_PORTS.values()))
+            for port in ECHO_PORTS.values():
+                start_udp_echo(backend, port)
+        apply(b, *every_service(b, b.backends))
+        b.xdp_lb("attach", "eth0")
+        yield b
+
+
 @pytest.fixture(scope="session", autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
+def nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails the run when a namespace, a bpffs mount or a process of the tests outlives them."""
-    mounts = _bpffs_mounts()
+    ours = (f"/{own_prefix()}", str(tmp_path_factory.getbasetemp()))
     children = _children()
     # Processes whose parent ended become children of this one, not of init: none escapes the count.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     yield
     left = [
         *remaining_namespaces(),
-        *(f"bpffs at {mount}" for mount in _bpffs_mounts() - mounts),
+        *(f"bpffs at {mount}" for mount in _bpffs_mounts() if any(place in mount for place in ours)),
         *(f"process {pid}: {name}" for pid, name in _children().items() if pid not in children),
     ]
     assert not left

@@ -48,6 +48,13 @@ class Report:
     def json(self) -> str:
         return json.dumps(vars(self), sort_keys=True)
 
+    @classmethod
+    def parse(cls, line: str) -> Report:
+        """What `json` wrote."""
+        fields = json.loads(line)
+        counters = {name: Counter(fields[name]) for name in ("reasons", "backends")}
+        return cls(**(fields | counters))
+
     def answered(self, backend: str) -> None:
         self.requests += 1
         self.backends[backend] += 1
@@ -111,9 +118,7 @@ class UdpClient(asyncio.DatagramProtocol):
     async def request(self) -> str:
         loop = asyncio.get_running_loop()
         if self._transport is None:
-            self._transport, _ = await loop.create_datagram_endpoint(
-                lambda: self, remote_addr=self._address
-            )
+            self._transport, _ = await loop.create_datagram_endpoint(lambda: self, remote_addr=self._address)
         self._answer = loop.create_future()
         payload = f"{next(self._numbers)}".encode()
         self._transport.sendto(payload)
@@ -141,7 +146,7 @@ class Load:
 
     With `keepalive` a client uses one connection (one source port) for all of its requests and
     holds it until the run ends; else each request has its own. A request that takes longer than
-    `timeout_s`, its connect included, has failed.
+    `timeout_s`, its connect included, has failed. After each a client waits for `pause_s`.
     """
 
     url: SplitResult
@@ -150,6 +155,7 @@ class Load:
     duration_s: float = 600.0
     keepalive: bool = False
     timeout_s: float = 10.0
+    pause_s: float = 0.0
     report: Report = field(default_factory=Report, init=False)
     _open: set[Client] = field(default_factory=set, init=False)
     _stopped: bool = field(default=False, init=False)
@@ -183,6 +189,7 @@ class Load:
             if not await self._ask(client) or not self.keepalive:
                 self._close(client)
                 client = None
+            await asyncio.sleep(self.pause_s)
 
     def _client(self) -> Client:
         if self.url.scheme == "udp":
@@ -249,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, help="end after so many, over all clients")
     parser.add_argument("--duration", type=float, default=600, help="end after so many seconds")
     parser.add_argument("--timeout", type=float, default=10, help="seconds a request may take")
+    parser.add_argument("--pause", type=float, default=0, help="seconds a client waits after each")
     parser.add_argument("--keepalive", action="store_true", help="one connection per client")
     parser.add_argument("--report-every", type=float, metavar="S", help="print reports meanwhile")
     return parser
@@ -264,6 +272,7 @@ def main() -> None:
         duration_s=options.duration,
         keepalive=options.keepalive,
         timeout_s=options.timeout,
+        pause_s=options.pause,
     )
     asyncio.run(_run(load, options.report_every))
 

@@ -80,13 +80,9 @@ def start_http(bed: Bed, host: Host, ports: Sequence[int] = (80,)) -> subprocess
     directory = bed.directory / f"nginx-{host.label}"
     directory.mkdir()
     configuration = directory / "nginx.conf"
-    listens = "\n".join(
-        f"    listen {port} backlog=4096; listen [::]:{port} backlog=4096;" for port in ports
-    )
+    listens = "\n".join(f"    listen {port} backlog=4096; listen [::]:{port} backlog=4096;" for port in ports)
     configuration.write_text(
-        NGINX_CONF.format(
-            directory=directory, label=host.label, listens=listens, big_file=big_file().path
-        )
+        NGINX_CONF.format(directory=directory, label=host.label, listens=listens, big_file=big_file().path)
     )
     # -e: nginx otherwise opens the distribution's log before it reads the configuration.
     log = directory / "error.log"

@@ -18,9 +18,7 @@ from netns_tests.servers import REPOSITORY, big_file, start_http, start_udp_echo
 from netns_tests.topology import Bed, Host, remaining_namespaces
 
 MakeBed = Callable[..., Bed]
-LAYOUTS = [
-    {"one_arm": one_arm, "router": router} for one_arm in (True, False) for router in (True, False)
-]
+LAYOUTS = [{"one_arm": one_arm, "router": router} for one_arm in (True, False) for router in (True, False)]
 
 
 def reaches(source: Host, target: Host) -> bool:
@@ -34,9 +32,7 @@ def http_load(bed: Bed, url: str, *options: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_balancer_reaches_the_client_and_every_backend(
-    bed: MakeBed, layout: dict[str, bool]
-) -> None:
+def test_balancer_reaches_the_client_and_every_backend(bed: MakeBed, layout: dict[str, bool]) -> None:
     b = bed(backends=2, **layout)
     assert all(reaches(b.lb, host) for host in (b.client, *b.backends))
 
@@ -87,24 +83,24 @@ def test_second_bed_beside_the_first_is_another_world(bed: MakeBed) -> None:
 
 
 def test_closed_bed_leaves_no_namespace_process_or_file() -> None:
+    others = remaining_namespaces()
     with Bed(backends=1) as b:
         server = start_http(b, b.backends[0])
         # A grandchild that outlives its parent and heeds no SIGTERM.
         b.lb.run(["sh", "-c", "trap '' TERM; sleep 600 &"], capture_output=False)
-        pids = [
-            pid for ns, pids in netns.ns_pids().items() if ns.startswith(b.name) for pid in pids
-        ]
+        pids = [pid for ns, pids in netns.ns_pids().items() if ns.startswith(b.name) for pid in pids]
     assert len(pids) >= 3
     assert server.returncode is not None
     assert not any(running(pid) for pid in pids)
-    assert remaining_namespaces() == []
+    assert remaining_namespaces() == others
     assert not b.directory.exists()
 
 
 def test_bed_is_removed_when_the_test_in_it_is_interrupted() -> None:
+    others = remaining_namespaces()
     with pytest.raises(KeyboardInterrupt), Bed(backends=1):
         raise KeyboardInterrupt
-    assert remaining_namespaces() == []
+    assert remaining_namespaces() == others
 
 
 def test_bed_of_a_killed_process_is_swept_by_the_next(bed: MakeBed) -> None:
@@ -112,9 +108,7 @@ def test_bed_of_a_killed_process_is_swept_by_the_next(bed: MakeBed) -> None:
         "import signal\nfrom netns_tests.topology import Bed\n"
         "with Bed(backends=1) as b: print(b.directory, flush=True); signal.pause()"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     with owner:
         assert owner.stdout is not None
         directory = Path(owner.stdout.readline().strip())
@@ -159,9 +153,7 @@ def test_interrupted_load_still_prints_its_report(bed: MakeBed) -> None:
     b = bed(backends=1, one_arm=True)
     start_http(b, b.backends[0])
     command = [sys.executable, "-m", "netns_tests.load", f"http://{b.backends[0].ipv4}/"]
-    load = b.client.popen(
-        [*command, "--report-every", "0.1"], cwd=REPOSITORY, stdout=subprocess.PIPE
-    )
+    load = b.client.popen([*command, "--report-every", "0.1"], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert load.stdout is not None
     assert json.loads(load.stdout.readline())["failed"] == 0
     load.send_signal(signal.SIGINT)

@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +37,12 @@ from pyroute2 import IPRoute, netns
 from pyroute2.ethtool.ioctl import IoctlEthtool
 
 PREFIX = "xlb"
+XDP_LB = Path(sys.executable).with_name("xdp-lb")  # the console script, as the package installed it
 CLONE_NEWNET = 0x40000000
 BRIDGE_PORT_FORWARDING = 3
 IFA_F_NODAD = 0x02
+BPF_PROG_TYPE_XDP = 6
+R0_IS_XDP_PASS, EXIT = 0x00000002_000000B7, 0x95  # struct bpf_insn, little endian
 
 # No duplicate address detection, no router advertisements: an address is usable as soon as it is
 # set. No reverse path filter: direct return sends a reply another way than its request came.
@@ -221,7 +225,7 @@ class Bed:
         router: bool = False,
         forward: bool = False,
     ) -> None:
-        self.name = f"{PREFIX}-{os.getpid()}-{next(_bed_numbers)}"
+        self.name = f"{own_prefix()}{next(_bed_numbers)}"
         self.networks = [FRONT] if one_arm and not router else [FRONT, BACK]
         self.backends: list[Host] = []
         self.router: Host | None = None
@@ -275,8 +279,19 @@ class Bed:
             ip.addr("add", index=1, address=self.vip4, prefixlen=32)
             ip.addr("add", index=1, address=self.vip6, prefixlen=128)
 
+    def xdp_lb(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the real command on the balancer, its state and its pins kept in the bed's directory.
+
+        CalledProcessError, unless `check` is off, for an exit status other than 0.
+        """
+        places = {
+            "XDP_LB_STATE_DIR": str(self.directory / "state"),
+            "XDP_LB_RUN_DIR": str(self.directory / "run"),
+        }
+        return self.lb.run([str(XDP_LB), *words], check=check, env=os.environ | places)
+
     def close(self) -> None:
-        """End the bed's processes, remove its namespaces and files. May be called again."""
+        """End the bed's processes, remove its namespaces, pins and files. May be called again."""
         self._resources.close()
         atexit.unregister(self.close)
 
@@ -287,6 +302,7 @@ class Bed:
         self.client = self._host("client", [FRONT], station=1)
         self.lb = self._host("lb", self.networks[-1:] if one_arm else self.networks, station=2)
         self.lb.forward(forward)
+        self._resources.callback(self._unload)
         if router:
             self.router = self._host("router", self.networks, station=254)
             self.router.forward(True)
@@ -295,6 +311,12 @@ class Bed:
         for _ in range(backends):
             self.add_backend()
         self._wait_for_links()
+
+    def _unload(self) -> None:
+        """Give up what xdp-lb has pinned, also where a test left it broken."""
+        if (self.directory / "run").exists():
+            self.xdp_lb("detach", check=False)
+            _unmount_below(self.directory)
 
     def _build_switch(self) -> None:
         self.switch = self._namespace("switch")
@@ -328,8 +350,11 @@ class Bed:
         # XDP rewrites frames as it finds them: their checksums must be complete on every veth.
         _set_offload(self.switch, port, "tx-checksumming", on=False)
         _set_offload(host, name, "tx-checksumming", on=False)
-        # The kernel drops what XDP sends into a veth whose peer has neither a program nor NAPI.
+        # The kernel drops what XDP redirects into a veth whose peer has neither a program nor NAPI,
+        # and what XDP_TX sends lies there until something else wakes a peer without a program.
         _set_offload(self.switch, port, "generic-receive-offload", on=True)
+        if host.label == "lb":
+            _attach_pass_program(self.switch, port)
         interface = Interface(name, network, network.ipv4(station), network.ipv6(station))
         _configure(host, interface)
         host.interfaces.append(interface)
@@ -359,7 +384,12 @@ class Bed:
 
 def remaining_namespaces() -> list[str]:
     """Namespaces of this process's beds that still exist."""
-    return [name for name in netns.listnetns() if name.startswith(f"{PREFIX}-{os.getpid()}-")]
+    return [name for name in netns.listnetns() if name.startswith(own_prefix())]
+
+
+def own_prefix() -> str:
+    """How the names of this process's beds, their namespaces and folders begin."""
+    return f"{PREFIX}-{os.getpid()}-"
 
 
 def _create_namespace(name: str) -> None:
@@ -413,7 +443,15 @@ def _sweep_stale_beds() -> None:
             _remove_namespace(name)
     for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
         if _is_stale(directory.name):
+            _unmount_below(directory)
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unmount_below(directory: Path) -> None:
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for mount in mounts:
+        if Path(mount).is_relative_to(directory):
+            subprocess.run(["umount", mount], check=False)
 
 
 def _is_stale(name: str) -> bool:
@@ -424,6 +462,21 @@ def _is_stale(name: str) -> bool:
 def _set_offload(host: Host, interface: str, name: str, *, on: bool) -> None:
     with host.entered(), contextlib.closing(IoctlEthtool(interface)) as ethtool:
         ethtool.set_offload_flag(name, on)
+
+
+def _attach_pass_program(host: Host, interface: str) -> None:
+    instructions = (ctypes.c_uint64 * 2)(R0_IS_XDP_PASS, EXIT)
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    fd = libbpf.bpf_prog_load(BPF_PROG_TYPE_XDP, b"pass", b"GPL", instructions, len(instructions), None)
+    if fd < 0:
+        raise OSError(-fd, f"{interface}: {os.strerror(-fd)}: a program that passes everything")
+    try:
+        with host.entered():
+            error = -libbpf.bpf_xdp_attach(socket.if_nametoindex(interface), fd, 0, None)
+    finally:
+        os.close(fd)
+    if error:
+        raise OSError(error, f"{interface}: {os.strerror(error)}: attaching a program")
 
 
 def _configure(host: Host, interface: Interface) -> None:

@@ -84,6 +84,7 @@ class Kernel:
 
     def reopen(self) -> KernelDataplane:
         """As the next process sees it."""
+        self.dataplane.close()
         self.dataplane = KernelDataplane(self.pins)
         return self.dataplane
 
@@ -144,11 +145,13 @@ def pins(tmp_path: Path) -> Iterator[Pins]:
 
 
 @pytest.fixture
-def kernel(pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """With tables of flows that are made quickly."""
     monkeypatch.setattr(module, "TRACKED_FLOWS", 1 << 12)
     monkeypatch.setattr(module, "NAT_FLOWS", 1 << 12)
-    return Kernel(pins, KernelDataplane(pins))
+    made = Kernel(pins, KernelDataplane(pins))
+    yield made
+    made.dataplane.close()
 
 
 @pytest.fixture
