@@ -370,7 +370,7 @@ class Model:
         return self.now_ns - seen_ns < self.settings.refresh_ns
 
     def _refresh_request(self, service: Service, member: Member, entry: Request, packet: Packet, back: Hop) -> bool:
-        """About once a second, and when TCP's state changes, the reply's entry learns it too. False: it is another's."""
+        """About once a second, and when TCP's state changes, the reply's entry learns it. False: it is another's."""
         state = entry.state | news_of_request(packet)
         if packet.is_error or (state == entry.state and self._is_fresh(entry.seen_ns)):
             return True
