@@ -14,7 +14,7 @@ BIN := .venv/bin
 
 # libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
 # linux-libc-dev the kernel's headers.
-PACKAGES := clang curl ethtool iproute2 libbpf-dev linux-libc-dev llvm make nginx python3-venv tcpdump
+PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-venv tcpdump
 
 .PHONY: help setup system apt-install build lint test demo bench fuzz scale wheel clean
 
@@ -54,7 +54,7 @@ apt-install:
 	[[ " $(MISSING) " != *" nginx "* ]] || update-rc.d nginx disable
 	[[ " $(MISSING) " != *" haproxy "* ]] || update-rc.d haproxy disable
 
-# .venv/.test and .venv/.bench: the extra of that name is installed as pyproject.toml asks for it.
+# .venv/.test: the extra of that name is installed as pyproject.toml asks for it.
 .venv/.%: pyproject.toml | system
 	@echo "installing with pip into .venv: xdp-lb[$*] and what it requires"
 	[[ -x $(BIN)/pip ]] || $(PYTHON) -m venv .venv
@@ -77,8 +77,7 @@ test: setup build lint ## lint, then every test (as root: they make network name
 demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
 	$(SUDO) $(BIN)/python -m netns_tests.demo
 
-bench: PACKAGES += haproxy nftables
-bench: .venv/.bench build ## every benchmark; a single one: .venv/bin/python -m bench NAME
+bench: setup build ## every benchmark; a single one: .venv/bin/python -m bench NAME
 	@for name in dataplane live ring control; do
 		echo "python -m bench $$name"
 		$(SUDO) $(BIN)/python -m bench $$name

@@ -7,9 +7,10 @@ from importlib import import_module
 import click
 
 from bench.report import BenchError
+from lb.errors import LbError
 from xdp.errors import XdpError
 
-NAMES = ("dataplane",)
+NAMES = ("dataplane", "live", "ring", "control", "trex", "generator")
 
 
 class Benches(click.Group):
@@ -27,7 +28,7 @@ class Benches(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (BenchError, XdpError) as error:
+        except (BenchError, LbError, XdpError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
 

@@ -6,29 +6,29 @@ filled, its runs are timed, and it is made sure that every timed packet was forw
 
 Flows are visited in an order that neither the caches nor the tables can foresee, all of them once before any is
 visited again. The clock is the real one; the refresh of a flow's entry, due once a second, is put off, and measured by
-itself as refresh=1. A SYN is always a new flow's; in mode nat the tables, of `flows` entries, are then full, and it
-takes the place of an old one.
+itself as refresh=1. A SYN is always a new flow's; where it is recorded, in mode nat or in a slot in transition, the
+tables, of `flows` entries, are then full, and it takes the place of an old one.
+
+With transition=P that percentage of the slots waits for older flows, and all flows of these slots are recorded. Mode
+nat, which records every flow in any case, looks at a slot only for a new one, and costs the same.
 """
 
 from __future__ import annotations
 
-import ctypes
 import socket
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from ipaddress import ip_address
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
 import click
-from scapy.layers.inet import IP, TCP, UDP
-from scapy.layers.inet6 import IPv6
-from scapy.layers.l2 import Ether
 
-from bench import report
+from bench import plot, report
 from bench.report import BenchError, Result
+from bench.traffic import CLIENTS, IN_ORDER, SHUFFLED, Target, aim, words
 from lb.maglev import table
 from lb.model import DEFAULT_RING_SIZE
 from lb.ring import pack
@@ -40,35 +40,31 @@ BACKENDS = 100
 SERVICE_PORT = 80
 LOOPBACK = 1  # the ifindex that a test run comes in on; to leave by it is XDP_TX
 CLIENT_MAC, BALANCER_MAC, BACKEND_MAC = "02:00:00:00:00:01", "02:00:00:00:00:02", "02:00:00:00:00:11"
-ETHERNET_HEADER_SIZE = 14
 FRAME_SIZES = {4: 54, 6: 74}  # of a TCP packet without payload; UDP is padded to it
-
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-LAST_WORD = {4: 0, 6: 3}  # of an address, as structs hold it
 
 NEVER_NS = 1 << 62
 LONG_S = 3600
+EVERY_SYN = 2**32 - 1
 SPARE_ENTRIES = 4096  # of an LRU map, whose per-CPU free lists hold some back
 
-IN_ORDER = (1, 1)
-SHUFFLED = (1664525, 1013904223)  # multiplier and increment, with a full period for every power of two
 UNENDING = 1 << 32  # flows: no table holds so many
+PLOTTED_FLOWS = (1, 1 << 8, 1 << 12, 1 << 16, 1 << 18)
+PLOTTED_BACKENDS = (1, 10, 1000)  # beside BACKENDS
 MOST_FLOWS = 1 << 20  # twice that is two thirds of the ports that nat has towards so many backends
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """RFC 2544, RFC 5180 and private addresses; `backends` and `clients` are the first of as many as needed."""
+    """RFC 2544 and RFC 5180; `backends` is the first of as many as needed."""
 
     vip: str
     balancer: str
     backends: str
-    clients: str
 
 
 ADDRESSES = {
-    4: Addresses("198.19.0.1", "198.19.0.2", "198.18.0.1", "10.0.0.0"),
-    6: Addresses("2001:2:0:1::1", "2001:2:0:1::2", "2001:2:0:2::1", "2001:2:0:3::"),
+    4: Addresses("198.19.0.1", "198.19.0.2", "198.18.0.1"),
+    6: Addresses("2001:2:0:1::1", "2001:2:0:1::2", "2001:2:0:2::1"),
 }
 
 
@@ -77,6 +73,7 @@ class Scenario:
     """One kind of traffic: `mode` nat or dr, `family` 4 or 6, `packet` ack, syn or udp, `direction` request or reply.
 
     refresh: each packet finds the entry of its flow due for a refresh.
+    transition: percent of the slots.
     """
 
     mode: str
@@ -84,11 +81,16 @@ class Scenario:
     packet: str
     direction: str = "request"
     refresh: bool = False
+    transition: int = 0
+    backends: int = BACKENDS
 
     def case(self, flows: int) -> str:
-        always = f"mode={self.mode} family={self.family} packet={self.packet} flows={flows} transition=0"
+        always = (
+            f"mode={self.mode} family={self.family} packet={self.packet} flows={flows} transition={self.transition}"
+        )
+        backends = f" backends={self.backends}" if self.backends != BACKENDS else ""
         reply = " direction=reply" if self.direction == "reply" else ""
-        return always + reply + (" refresh=1" if self.refresh else "")
+        return always + backends + reply + (" refresh=1" if self.refresh else "")
 
     @property
     def addresses(self) -> Addresses:
@@ -98,12 +100,17 @@ class Scenario:
     def protocol(self) -> int:
         return socket.IPPROTO_UDP if self.packet == "udp" else socket.IPPROTO_TCP
 
-    def frame(self, flags: str) -> bytes:
-        """The first client's packet to the VIP, without payload; `flags` are TCP's."""
-        ip = IP if self.family == 4 else IPv6
-        packet = Ether(src=CLIENT_MAC, dst=BALANCER_MAC) / ip(src=self.addresses.clients, dst=self.addresses.vip)
-        packet /= UDP(dport=SERVICE_PORT) if self.packet == "udp" else TCP(dport=SERVICE_PORT, flags=flags)
-        return bytes(packet).ljust(FRAME_SIZES[self.family], b"\0")
+    @property
+    def recorded_in(self) -> str | None:
+        """The table that a new flow enters."""
+        if self.mode == "nat":
+            return f"nat_flows{self.family}"
+        return f"flows{self.family}" if self.transition else None
+
+    def frame(self, packet: str) -> bytes:
+        """The first client's packet to the VIP, without payload."""
+        target = Target(self.addresses.vip, SERVICE_PORT, CLIENT_MAC, BALANCER_MAC)
+        return target.frame(packet, CLIENTS[self.family], FRAME_SIZES[self.family])
 
 
 # The first are measured with each number of flows, the others with the largest.
@@ -112,6 +119,9 @@ MAIN_SCENARIOS = (
     Scenario("dr", 4, "ack"),
 )
 OTHER_SCENARIOS = (
+    Scenario("dr", 4, "ack", transition=1),
+    Scenario("dr", 4, "ack", transition=5),
+    Scenario("dr", 4, "ack", transition=100),
     Scenario("nat", 6, "ack"),
     Scenario("nat", 4, "udp"),
     Scenario("nat", 4, "syn"),
@@ -120,6 +130,9 @@ OTHER_SCENARIOS = (
     Scenario("dr", 6, "ack"),
     Scenario("dr", 4, "udp"),
     Scenario("dr", 4, "syn"),
+    Scenario("dr", 6, "ack", transition=100),
+    Scenario("dr", 4, "udp", transition=100),
+    Scenario("dr", 4, "syn", transition=100),
 )
 
 
@@ -144,16 +157,10 @@ class Rig:
         self._traffic = obj.variable("traffic")
         self._frame = b""
 
-    def aim(self, flags: str, flows: int, order: tuple[int, int]) -> None:
-        """From now on packets with these TCP flags, each from the next of `flows` clients, a power of two."""
-        self._frame = self.scenario.frame(flags)
-        ip = self._frame[ETHERNET_HEADER_SIZE:]
-        ctypes.memmove(self._traffic.macs, self._frame, ctypes.sizeof(self._traffic.macs))
-        ctypes.memmove(self._traffic.packet, ip, len(ip))
-        self._traffic.family = FAMILIES[self.scenario.family]
-        self._traffic.client = words(self.scenario.addresses.clients)[LAST_WORD[self.scenario.family]]
-        self._traffic.multiplier, self._traffic.increment = order
-        self._traffic.flow, self._traffic.sent, self._traffic.mask = 0, 0, flows - 1
+    def aim(self, packet: str, flows: int, order: tuple[int, int]) -> None:
+        """From now on packets of this kind, each from the next of `flows` clients, a power of two."""
+        self._frame = self.scenario.frame(packet)
+        aim(self._traffic, self._frame, flows, order)
 
     def run(self, program: str, packets: int) -> TestRun:
         """The last of the packets as it left, and the mean time of one."""
@@ -161,19 +168,26 @@ class Rig:
 
     def open(self, flows: int) -> None:
         """The first packet of each flow, in another order than they are measured in: that of memory."""
-        self.aim("S", flows, IN_ORDER)
+        self.aim(self._kind("syn"), flows, IN_ORDER)
         self.run("request", flows)
 
     def settle(self, flows: int) -> None:
         """One more packet of each flow, in the order of the measurement; replies will come in this order too."""
-        self.aim("A", flows, SHUFFLED)
+        self.aim(self._kind("ack"), flows, SHUFFLED)
         self.run("request_kept", flows)
+
+    def change(self) -> None:
+        """Put the slots in transition that the scenario wants there."""
+        fill_ring(self.obj, self.scenario)
 
     def overflow(self) -> None:
         """New flows until every further one takes the place of an old one. More new flows are to come."""
-        self.aim("S", UNENDING, SHUFFLED)
-        if self.scenario.mode == "nat":
-            self.run("request", len(self.obj.map(f"nat_flows{self.scenario.family}")))
+        self.aim("syn", UNENDING, SHUFFLED)
+        if table := self.scenario.recorded_in:
+            self.run("request", len(self.obj.map(table)))
+
+    def _kind(self, packet: str) -> str:
+        return "udp" if self.scenario.packet == "udp" else packet
 
     def compare(self, repeat: int, rounds: int) -> tuple[float, float]:
         """(total, floor) of a packet in ns: medians over the rounds, which time `repeat` packets each, by turns."""
@@ -203,11 +217,6 @@ class Rig:
         return Counts(packets, 0, packets if self.scenario.packet == "syn" else 0)
 
 
-def words(address: str) -> tuple[int, ...]:
-    """The four 32-bit words of an address, as structs hold it; IPv4 is word 0."""
-    return struct.unpack("!4I", ip_address(address).packed.ljust(16, b"\0"))
-
-
 def mac_bytes(mac: str) -> bytes:
     return bytes.fromhex(mac.replace(":", ""))
 
@@ -221,10 +230,11 @@ def loaded(scenario: Scenario, entries: int) -> Iterator[Rig]:
             refresh_ns=0 if scenario.refresh else NEVER_NS,
             nat_opening_timeout_s=LONG_S,
             udp_timeout_s=LONG_S,
+            recorded_syns_per_s=EVERY_SYN,
         )
         resize(obj, scenario, entries)
         obj.load()
-        fill_ring(obj)
+        fill_ring(obj, replace(scenario, transition=0))
         fill_members(obj, scenario)
         add_service(obj, scenario)
         yield Rig(obj, scenario)
@@ -232,30 +242,36 @@ def loaded(scenario: Scenario, entries: int) -> Iterator[Rig]:
 
 def resize(obj: BpfObject, scenario: Scenario, entries: int) -> None:
     obj.resize("rings", -(-DEFAULT_RING_SIZE // words_of_a_line(obj)))
-    obj.resize("members", 1 + BACKENDS)
-    obj.resize("counters", 1 + BACKENDS)
+    obj.resize("members", 1 + scenario.backends)
+    obj.resize("counters", 1 + scenario.backends)
     obj.resize("forwarded", entries)
+    if table := scenario.recorded_in:
+        obj.resize(table, entries + SPARE_ENTRIES)
     if scenario.mode == "nat":
-        obj.resize(f"nat_flows{scenario.family}", entries + SPARE_ENTRIES)
         obj.resize(f"nat_replies{scenario.family}", entries + SPARE_ENTRIES)
 
 
 def words_of_a_line(obj: BpfObject) -> int:
-    return ctypes.sizeof(obj.types.struct("slot_words")) // ctypes.sizeof(ctypes.c_uint32)
+    return len(obj.types.struct("slot_words")().words)
 
 
-def fill_ring(obj: BpfObject) -> None:
-    """Every slot stable; members count from 1."""
-    slots = table({f"backend {number}": 1 for number in range(BACKENDS)}, DEFAULT_RING_SIZE)
-    ring = (ctypes.c_uint32 * DEFAULT_RING_SIZE).from_buffer(obj.map("rings").bytes())
-    ring[:] = [pack(1 + position) for position in slots]
+def fill_ring(obj: BpfObject, scenario: Scenario) -> None:
+    """Members count from 1; a slot in transition has just gone from its member to the next one."""
+    members = range(1, 1 + scenario.backends)
+    slots = table({f"backend {number}": 1 for number in members}, DEFAULT_RING_SIZE, members)
+    ring = memoryview(obj.map("rings").bytes()).cast("B").cast("I")
+    for slot, member in enumerate(slots):
+        if slot % 100 < scenario.transition:
+            ring[slot] = pack(1 + member % scenario.backends, previous=member, track=True)
+        else:
+            ring[slot] = pack(member)
 
 
 def fill_members(obj: BpfObject, scenario: Scenario) -> None:
     flags = obj.types.enum("member_flag")
     members = obj.map("members").view()
     first = ip_address(scenario.addresses.backends)
-    for number in range(1, 1 + BACKENDS):
+    for number in range(1, 1 + scenario.backends):
         member = members[number]
         member.address[:] = words(str(first + number - 1))
         member.source[:] = words(scenario.addresses.balancer)
@@ -276,7 +292,7 @@ def add_service(obj: BpfObject, scenario: Scenario) -> None:
         key.address[:] = vip
     services[key] = services.value_type(
         ring_size=DEFAULT_RING_SIZE,
-        member_count=1 + BACKENDS,
+        member_count=1 + scenario.backends,
         flow_timeout_s=LONG_S,
         mode=obj.types.enum("mode")[f"MODE_{scenario.mode.upper()}"],
     )
@@ -292,6 +308,7 @@ def measure_known(scenario: Scenario, flow_counts: Sequence[int], repeat: int, r
     most = max(flow_counts)
     with loaded(scenario, 2 * most) as rig:
         rig.open(most)
+        rig.change()
         for flows in flow_counts:
             rig.settle(flows)
             yield timed(rig, flows, repeat, rounds)
@@ -300,6 +317,7 @@ def measure_known(scenario: Scenario, flow_counts: Sequence[int], repeat: int, r
 def measure_new(scenario: Scenario, flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
     for flows in flow_counts:
         with loaded(scenario, flows) as rig:
+            rig.change()
             rig.overflow()
             yield timed(rig, flows, repeat, rounds)
 
@@ -313,11 +331,8 @@ def timed(rig: Rig, flows: int, repeat: int, rounds: int) -> Result:
     return Result("dataplane", case, total, "ns/packet", floor)
 
 
-def powers_of_two(_: click.Context, __: click.Parameter, values: tuple[int, ...]) -> tuple[int, ...]:
-    for value in values:
-        if value & (value - 1):
-            raise click.BadParameter(f"{value} is not a power of two.")
-    return values
+def powers_of_two(context: click.Context, parameter: click.Parameter, values: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(report.power_of_two(context, parameter, value) for value in values)
 
 
 @report.command
@@ -333,9 +348,36 @@ def powers_of_two(_: click.Context, __: click.Parameter, values: tuple[int, ...]
 )
 @click.option("--repeat", type=click.IntRange(1), default=1 << 20, show_default=True, help="Packets of a timed run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of each case.")
-def command(flow_counts: tuple[int, ...], repeat: int, rounds: int) -> Iterator[Result]:
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.svg",
+    help="Draw the cost against flows and against backends, of which it measures more then.",
+)
+def command(flow_counts: tuple[int, ...], repeat: int, rounds: int, picture: Path | None) -> Iterator[Result]:
     """What the balancer costs a packet, by mode, packet and number of flows."""
+    if not picture:
+        yield from measure_all(flow_counts, repeat, rounds)
+        return
+    plot.require()
+    most = max(flow_counts)
+    flow_counts = tuple(sorted({*flow_counts, *(flows for flows in PLOTTED_FLOWS if flows < most)}))
+    results = []
+    for result in chain(measure_all(flow_counts, repeat, rounds), measure_backends(most, repeat, rounds)):
+        results.append(result)
+        yield result
+    plot.draw(results, picture, most, BACKENDS)
+
+
+def measure_all(flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
     for scenario in MAIN_SCENARIOS:
         yield from measure(scenario, flow_counts, repeat, rounds)
     for scenario in OTHER_SCENARIOS:
         yield from measure(scenario, [max(flow_counts)], repeat, rounds)
+
+
+def measure_backends(flows: int, repeat: int, rounds: int) -> Iterator[Result]:
+    for scenario in MAIN_SCENARIOS:
+        for backends in PLOTTED_BACKENDS:
+            yield from measure(replace(scenario, backends=backends), [flows], repeat, rounds)

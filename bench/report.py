@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def command(measure: Callable[..., Iterable[Result]]) -> click.Command:
 
 
 def show(results: Iterable[Result]) -> list[Result]:
-    """All of `results`, each one added to the table on standard error as it comes."""
-    shown = []
-    table = empty_table()
+    """All of `results`, each one added to the table on standard error as it comes. No result, no table."""
+    coming = iter(results)
+    shown = list(islice(coming, 1))
+    table = table_of(shown)
     with Live(table, console=error_console(), auto_refresh=False) as live:
-        for result in results:
+        for result in coming:
             shown.append(result)
             table.add_row(*cells(result))
             live.refresh()
@@ -73,9 +75,12 @@ def error_console() -> Console:
     return console
 
 
-def empty_table() -> Table:
+def table_of(results: Iterable[Result]) -> Table:
     numbers = (Column(heading, justify="right") for heading in ("TOTAL", "FLOOR", "NET"))
-    return Table("BENCH", "CASE", *numbers, "UNIT", box=None)
+    table = Table("BENCH", "CASE", *numbers, "UNIT", box=None)
+    for result in results:
+        table.add_row(*cells(result))
+    return table
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -83,6 +88,11 @@ def cells(result: Result) -> tuple[str, ...]:
         return result.bench, result.case, f"{result.value:g}", "", "", result.unit
     net = result.value - result.floor
     return result.bench, result.case, f"{result.value:g}", f"{result.floor:g}", f"{net:g}", result.unit
+
+
+def percent_lost(sent: int, arrived: int) -> float:
+    """More that arrived than was sent is a negative loss: something was counted that is not what was sent."""
+    return 100 * (sent - arrived) / sent
 
 
 def documents(results: Iterable[Result]) -> list[dict[str, object]]:
@@ -94,3 +104,10 @@ def cpu_model() -> str:
     """The name that /proc/cpuinfo gives; the architecture where it gives none."""
     lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     return next((value.strip() for name, _, value in lines if name.strip() == "model name"), os.uname().machine)
+
+
+def power_of_two(_: click.Context, __: click.Parameter, value: int) -> int:
+    """For options that are numbers of flows."""
+    if value & (value - 1):
+        raise click.BadParameter(f"{value} is not a power of two.")
+    return value

@@ -41,6 +41,7 @@ class Settings:
     nat_opening_timeout_s: int = 60
     nat_closed_timeout_s: int = 30
     udp_timeout_s: int = 120
+    recorded_syns_per_s: int = 1 << 31
     nat_port_first: int = 1024
     nat_port_count: int = 256
 
@@ -267,7 +268,8 @@ class Model:
                 return member
         member = self._first_seen(service, slot, packet)
         if member and (entry or slot.previous) and not packet.is_error:
-            self.flows[packet.flow] = Recorded(self.now_ns, member.uid, service.number_of(member))
+            closing = bool(packet.tcp_flags & (FIN | RST))
+            self.flows[packet.flow] = Recorded(self.now_ns, member.uid, service.number_of(member), closing)
         return member
 
     def _has_ended(self, entry: Recorded, service: Service, packet: Packet) -> bool:

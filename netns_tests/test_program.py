@@ -636,6 +636,31 @@ def test_a_client_that_reuses_its_port_after_the_end_is_a_new_connection(balance
     ] == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("first", ["S", "FA"])
+def test_a_closed_connections_port_does_not_go_back_to_the_member_that_drains(balancer: Balancer, first: str) -> None:
+    balancer.serve(balancer.service(mode="dr", size=2, slots=[MOVED]))
+    for flags in (first, "R"):
+        balancer.send(V4.request(from_client(flags=flags)))
+    assert member_reached(balancer.send(V4.request(from_client(flags="S")))) == 2
+
+
+def test_a_flood_of_connections_is_forwarded_but_no_longer_recorded(interfaces: tuple[int, int]) -> None:
+    home = os.sched_getaffinity(0)
+    with loaded_program(replace(SETTINGS, recorded_syns_per_s=2)) as program:
+        balancer = Balancer(program, *interfaces)
+        balancer.serve(balancer.service(mode="dr", size=2, slots=[MOVED]))
+        try:
+            os.sched_setaffinity(0, {min(home)})  # each CPU has a limit of its own
+            flood = [balancer.send(V4.request(from_client(sport=sport))) for sport in (1, 2, 3)]
+            balancer.after(1)
+            later = balancer.send(V4.request(from_client(sport=4)))
+        finally:
+            os.sched_setaffinity(0, home)
+        assert [o.reason for o in (*flood, later)] == [*["FORWARDED"] * 2, "NOTED_SYN_NOT_RECORDED", "FORWARDED"]
+        assert {o.frame[:6] for o in (*flood, later)} == {balancer.member(V4, 2).hop.destination}
+        assert {key.source_port for key, _ in program.entries("flows4")} == {1, 2, 4}
+
+
 def test_when_the_previous_member_is_dead_the_current_one_gets_its_connections(balancer: Balancer) -> None:
     members = {1: balancer.member(V4, 1, alive=False), 2: balancer.member(V4, 2)}
     balancer.serve(balancer.service(mode="dr", members=members, slots=[MOVED]))

@@ -12,8 +12,21 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
-from bench.dataplane import IN_ORDER, MAIN_SCENARIOS, OTHER_SCENARIOS, SERVICE_PORT, SHUFFLED, Scenario, loaded, timed
+from bench import plot
+from bench.dataplane import (
+    MAIN_SCENARIOS,
+    OTHER_SCENARIOS,
+    PLOTTED_BACKENDS,
+    SERVICE_PORT,
+    Scenario,
+    loaded,
+    measure_backends,
+    timed,
+)
 from bench.report import BenchError
+from bench.traffic import IN_ORDER, SHUFFLED
+from lb.model import DEFAULT_RING_SIZE
+from lb.ring import current_member, is_tracked, previous_member
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = MAIN_SCENARIOS + OTHER_SCENARIOS
@@ -65,6 +78,8 @@ def test_the_table_on_stderr_has_a_row_for_each_figure(tiny_run: subprocess.Comp
 def test_a_case_is_made_of_pairs() -> None:
     reply = Scenario("nat", 4, "ack", direction="reply", refresh=True)
     assert NAT.case(65536) == "mode=nat family=4 packet=ack flows=65536 transition=0"
+    changed = Scenario("dr", 4, "ack", transition=5, backends=10)
+    assert changed.case(1) == "mode=dr family=4 packet=ack flows=1 transition=5 backends=10"
     assert reply.case(1) == "mode=nat family=4 packet=ack flows=1 transition=0 direction=reply refresh=1"
 
 
@@ -72,6 +87,7 @@ def test_a_case_is_made_of_pairs() -> None:
 def test_every_timed_packet_of_a_known_flow_is_forwarded(scenario: Scenario) -> None:
     with loaded(scenario, 2 * FLOWS) as rig:
         rig.open(FLOWS)
+        rig.change()
         rig.settle(FLOWS)
         before = rig.counts()
         rig.compare(repeat=3 * FLOWS, rounds=2)
@@ -81,14 +97,47 @@ def test_every_timed_packet_of_a_known_flow_is_forwarded(scenario: Scenario) -> 
         assert rig.refused() == {}
 
 
-@pytest.mark.parametrize("mode", ["nat", "dr"])
-def test_every_timed_syn_opens_a_connection(mode: str) -> None:
-    with loaded(Scenario(mode, 4, "syn"), FLOWS) as rig:
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s.packet == "syn"], ids=case_of)
+def test_every_timed_syn_opens_a_connection(scenario: Scenario) -> None:
+    with loaded(scenario, FLOWS) as rig:
+        rig.change()
         rig.overflow()
         before = rig.counts()
         rig.compare(repeat=3 * FLOWS, rounds=2)
         counted = rig.counts() - before
         assert (counted.requests, counted.connections) == (6 * FLOWS, 6 * FLOWS)
+
+
+@pytest.mark.parametrize("percent", [0, 1, 5, 100])
+def test_so_many_slots_are_in_transition(percent: int) -> None:
+    with loaded(Scenario("dr", 4, "ack", transition=percent), FLOWS) as rig:
+        rig.change()
+        words = memoryview(rig.obj.map("rings").bytes()).cast("B").cast("I")[:DEFAULT_RING_SIZE]
+        in_transition = sum(is_tracked(word) and previous_member(word) != current_member(word) for word in words)
+    assert in_transition == pytest.approx(DEFAULT_RING_SIZE * percent / 100, abs=percent)
+
+
+@pytest.mark.parametrize("packet", ["ack", "udp"])
+def test_every_flow_of_a_slot_in_transition_is_recorded_and_stays_on_the_older_member(packet: str) -> None:
+    with loaded(Scenario("dr", 4, packet, transition=100), 2 * FLOWS) as rig:
+        rig.settle(FLOWS)
+        before = [counter.packets for counter in rig.obj.map("counters").totals()]
+        assert len([*rig.obj.map("flows4").items()]) == 0
+        rig.change()
+        rig.settle(FLOWS)
+        rig.run("request", 3 * FLOWS)
+        after = [counter.packets for counter in rig.obj.map("counters").totals()]
+        assert len([*rig.obj.map("flows4").items()]) == FLOWS
+    if packet == "ack":
+        assert after == [5 * packets for packets in before]
+
+
+@pytest.mark.parametrize("backends", [1, 1000])
+def test_all_backends_get_packets(backends: int) -> None:
+    with loaded(Scenario("dr", 4, "ack", backends=backends), 1) as rig:
+        rig.settle(1 << 14)
+        assert sum(counter.packets > 0 for counter in rig.obj.map("counters").totals()) == backends
+        assert rig.refused() == {}
 
 
 def test_the_floor_forwards_nothing() -> None:
@@ -113,7 +162,7 @@ def test_dead_backends_fail_the_benchmark_instead_of_being_timed() -> None:
 @pytest.mark.parametrize("order", [IN_ORDER, SHUFFLED])
 def test_every_flow_is_visited_once_before_any_is_visited_again(order: Sequence[int]) -> None:
     with loaded(NAT, 2 * FLOWS) as rig:
-        rig.aim("A", FLOWS, (order[0], order[1]))
+        rig.aim("ack", FLOWS, (order[0], order[1]))
         packets = [rig.run("request_floor", 1).data for _ in range(2 * FLOWS)]
         assert len(set(packets[:FLOWS])) == FLOWS
         assert packets[FLOWS:] == packets[:FLOWS]
@@ -121,8 +170,8 @@ def test_every_flow_is_visited_once_before_any_is_visited_again(order: Sequence[
 
 def test_a_packet_is_the_template_with_the_address_and_port_of_its_client() -> None:
     with loaded(NAT, 2 * FLOWS) as rig:
-        rig.aim("A", 1, IN_ORDER)
-        expected = Ether(NAT.frame("A"))
+        rig.aim("ack", 1, IN_ORDER)
+        expected = Ether(NAT.frame("ack"))
         expected[TCP].sport = 1024
         assert rig.run("request_floor", 1).data == bytes(expected)
 
@@ -130,7 +179,7 @@ def test_a_packet_is_the_template_with_the_address_and_port_of_its_client() -> N
 def test_the_packet_is_written_anew_after_nat_has_rewritten_it() -> None:
     with loaded(NAT, 2 * FLOWS) as rig:
         rig.open(FLOWS)
-        rig.aim("A", FLOWS, SHUFFLED)
+        rig.aim("ack", FLOWS, SHUFFLED)
         once = [rig.run("request", 1).data for _ in range(FLOWS)]
         assert rig.run("request", FLOWS).data == once[-1]
 
@@ -149,6 +198,38 @@ def test_a_number_of_flows_that_is_no_power_of_two_is_a_usage_error() -> None:
     refused = bench("dataplane", "--flows", "3")
     assert refused.returncode == 2
     assert "3 is not a power of two." in refused.stderr
+
+
+def test_a_picture_needs_matplotlib_and_says_so_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    with pytest.raises(BenchError, match="matplotlib is not installed"):
+        plot.require()
+
+
+def test_the_picture_has_a_curve_for_each_mode_and_its_floor(tmp_path: Path) -> None:
+    results = [*measure_backends(flows=1, repeat=10, rounds=1)]
+    assert [result.case for result in results] == [
+        f"{scenario.case(1)} backends={backends}" for scenario in MAIN_SCENARIOS for backends in PLOTTED_BACKENDS
+    ]
+    plot.draw(results, tmp_path / "cost.svg", flows=1, backends=PLOTTED_BACKENDS[0])
+    text = (tmp_path / "cost.svg").read_text()
+    assert all(f"<!-- {label} -->" in text for label in ("mode nat", "its floor (nat)", "mode dr", "its floor (dr)"))
+
+
+def test_only_cases_that_differ_in_what_a_diagram_varies_are_in_it() -> None:
+    others = plot.DRAWN | {"backends": "100"}
+    same = plot.pairs(DR.case(FLOWS), backends=100)
+    assert plot.matches(same, others)
+    assert not plot.matches(same | {"transition": "1"}, others)
+    assert not plot.matches(same | {"refresh": "1"}, others)
+    assert not plot.matches(same | {"backends": "10"}, others)
+
+
+def test_trex_says_in_one_line_how_to_get_it() -> None:
+    refused = bench("trex", "--json")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    (line,) = refused.stderr.strip().splitlines()
+    assert "--trex FOLDER" in line
 
 
 def test_an_unknown_benchmark_is_a_usage_error() -> None:

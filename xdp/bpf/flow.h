@@ -32,10 +32,36 @@ static __always_inline int has_ended(const struct flow *flow, const struct servi
 	return (flow->closing && opens_connection(pkt)) || older_than(flow->seen_ns, now, service->flow_timeout_s);
 }
 
+/* A flood of SYNs must not push what is recorded out of the table: each CPU has so many a second. */
+static __always_inline int too_many_connections(const struct packet *pkt, __u64 now)
+{
+	__u64 second = now / 1000000000;
+	struct pace *pace;
+	__u32 zero = 0;
+
+	if (!opens_connection(pkt))
+		return 0;
+	pace = bpf_map_lookup_elem(&paces, &zero);
+	if (!pace)
+		return 0;
+	if (pace->second != second)
+		*pace = (struct pace){ .second = second };
+	return ++pace->connections > config.recorded_syns_per_s;
+}
+
 static __always_inline void record(struct packet *pkt, const struct member *member, __u64 now, int family)
 {
-	struct flow flow = { .seen_ns = now, .uid = member->uid, .member = member->number };
+	struct flow flow = {
+		.seen_ns = now,
+		.uid = member->uid,
+		.member = member->number,
+		.closing = !!(pkt->tcp_flags & (TCP_FIN | TCP_RST)),
+	};
 
+	if (too_many_connections(pkt, now)) {
+		count_reason(NOTED_SYN_NOT_RECORDED);
+		return;
+	}
 	bpf_map_update_elem(MAP(flows, family), pkt->flow, &flow, BPF_ANY);
 }
 

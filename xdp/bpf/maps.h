@@ -51,6 +51,13 @@ struct {
 } reasons SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pace);
+} paces SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct flow_key4);
@@ -91,6 +98,14 @@ struct {
 	__type(key, struct flow_key);
 	__type(value, struct nat_reply);
 } nat_replies6 SEC(".maps");
+
+static __always_inline void count_reason(__u32 why)
+{
+	__u64 *packets = bpf_map_lookup_elem(&reasons, &why);
+
+	if (packets)
+		*packets += 1;
+}
 
 /* `family` is a constant wherever speed counts, and the branch is gone. */
 #define MAP(name, family) ((family) == AF_INET ? (void *)&name##4 : (void *)&name##6)

@@ -20,7 +20,10 @@ struct slot_words {
 	__u32 words[SLOT_WORDS];
 };
 
-/* Why a packet left the way it did. Everything from DROP_MALFORMED on is dropped. */
+/*
+ * Why a packet left the way it did. Everything from DROP_MALFORMED on is dropped. What is NOTED is counted beside the
+ * packet's own reason.
+ */
 enum reason {
 	GO_ON,
 	FORWARDED,
@@ -40,7 +43,7 @@ enum reason {
 	DROP_NO_NEIGHBOUR,
 	DROP_NAT_NO_FLOW,
 	DROP_NAT_NO_PORT,
-	DROP_INTERNAL,
+	NOTED_SYN_NOT_RECORDED, /* the flow table takes so many a second: the connection may stray at the next change */
 	REASON_COUNT,
 };
 
@@ -134,6 +137,12 @@ struct flow {
 	__u16 closing;
 };
 
+/* What one CPU has recorded in the second that runs. */
+struct pace {
+	__u64 second;
+	__u64 connections;
+};
+
 enum nat_state {
 	NAT_ESTABLISHED = 1,
 	NAT_CLIENT_FIN = 2,
@@ -180,10 +189,11 @@ struct config {
 	__u32 nat_opening_timeout_s;
 	__u32 nat_closed_timeout_s;
 	__u32 udp_timeout_s;
+	__u32 recorded_syns_per_s; /* by each CPU */
 	__u16 nat_port_first;
 	__u16 nat_port_count;
 	__u8 test_clock;
-	__u8 zero[7];
+	__u8 zero[3];
 };
 
 /* Never read: it puts the enums, which user space knows by name, into the object's BTF. */

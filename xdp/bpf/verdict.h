@@ -35,13 +35,8 @@ static __always_inline enum reason count_reply(const struct nat_reply *reply, co
 
 static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, enum reason why)
 {
-	__u32 index = why;
-	__u64 *packets;
-
 	if (why == FORWARDED)
 		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
-	packets = bpf_map_lookup_elem(&reasons, &index);
-	if (packets)
-		*packets += 1;
+	count_reason(why);
 	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
 }
