@@ -13,6 +13,7 @@ goes validate -> plan -> open the store's transaction -> dataplane -> commit -> 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ class Dataplane(Protocol):
     def generation(self, value: int) -> None: ...
 
     def load(self, services: Sequence[Service]) -> None:
-        """Have programs, and maps with room for `services`."""
+        """Have programs, and maps with room for `services` beside those that are there."""
 
     def unload(self) -> None:
         """Give them up, after the last detach."""
@@ -73,7 +74,10 @@ class Dataplane(Protocol):
         """Interface name -> our program there."""
 
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> Plan:
-        """Create or change one service: members, then slots, then erasures."""
+        """Create or change one service: members, then slots, then erasures. `hops` may leave out the `resolved`."""
+
+    def resolved(self, vip: Vip) -> Set[Address]:
+        """The backends of a service whose next hops are known from before."""
 
     def plan(self, service: Service) -> Plan:
         """What `put` would do to the ring; nothing is written."""
@@ -143,6 +147,7 @@ class Balancer:
         self._store = store
         self._dataplane = dataplane
         self._netns = netns
+        self._served = _Served()
         store.load()
 
     @property
@@ -240,6 +245,7 @@ class Balancer:
             services=tuple(_service_status(s, statistics) for s in self.state.services),
             drops=_reasons(statistics, "drop_"),
             passes=_reasons(statistics, "pass_"),
+            noted=_reasons(statistics, "noted_"),
         )
 
     # How a change is thought through
@@ -278,8 +284,8 @@ class Balancer:
             everything = True
             notes += [REPAIRED] if before.interfaces else []
         known = State() if everything else before
-        services = _differing(known.services, goal.services)
-        hops = self._next_hops(services)
+        services = _changed(known.services, goal.services)
+        hops = self._next_hops(services, anew=everything)
         goal, taken_along = _with_reply_interfaces(goal, services, hops)
         interfaces = _differing(known.interfaces, goal.interfaces)
         absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
@@ -294,9 +300,13 @@ class Balancer:
             tuple(ABSENT.format(i.name) for i in absent),
         )
 
-    def _next_hops(self, services: Sequence[Service]) -> dict[Address, NextHop]:
-        """One query for all. Raises NoRoute, also for a backend that mode dr cannot reach."""
-        addresses = {b.address for service in services for b in service.backends}
+    def _next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
+        """One query for all that are not known yet, or for all. Raises NoRoute, also for a backend that mode dr cannot
+        reach."""
+        addresses: set[Address] = set()
+        for service in services:
+            known = set() if anew else self._dataplane.resolved(service.vip)
+            addresses |= {b.address for b in service.backends} - known
         hops = self.network.next_hops(addresses) if addresses else {}
         try:
             for service in services:
@@ -308,10 +318,12 @@ class Balancer:
 
     def _release_unused(self, addresses: Collection[Address]) -> None:
         """Of these neighbours, those that no served backend is behind; gateways with the last."""
-        used = _served_backends(self.state)
-        unused = set(addresses) - used
+        if not addresses:
+            return
+        used = self._served.addresses(self.state)
+        unused = {address for address in addresses if not used[address]}
         if unused:
-            self.network.release(unused if used else None)
+            self.network.release(unused if any(used.values()) else None)
 
     def _in_step(self, state: State) -> bool:
         """The kernel holds `state`, and so does the store."""
@@ -355,7 +367,7 @@ class Balancer:
     def _check_replies(self, goal: State, names: Sequence[str]) -> None:
         """An interface that nat replies come in on cannot be detached alone."""
         with suppress(NoRoute):  # then no replies come in
-            for name, backends in _reply_interfaces(goal.services, self._next_hops(goal.services)).items():
+            for name, backends in _reply_interfaces(goal.services, self._next_hops(goal.services, anew=True)).items():
                 if name in names:
                     raise InvalidInput(
                         f"interface {name}: nat replies of {_some(backends)} come in there:"
@@ -380,7 +392,7 @@ class Balancer:
             self.network.add_address(own.interface, own.address)
         if step.goal.interfaces:
             self._dataplane.generation = self._store.generation
-        self._release_unused(step.hops.keys() | _served_backends(step.before))
+        self._release_unused(_backends_that_left(step.before, step.goal))
         return outcome
 
     def _go_back(self, step: Step, error: BaseException) -> None:
@@ -397,7 +409,7 @@ class Balancer:
     def _serve(self, step: Step) -> Outcome:
         if self._dataplane.loaded:
             self._dataplane.generation = 0
-        self._dataplane.load(step.goal.services)
+        self._dataplane.load(step.services)
         plans = self._put(step)
         attached = tuple(self._dataplane.attach(interface) for interface in step.interfaces)
         for name in sorted(self._dataplane.attachments()):
@@ -429,6 +441,12 @@ def _differing(before: Sequence[T], after: Sequence[T]) -> tuple[T, ...]:
     """What of `after` is new or changed."""
     known = set(before)
     return tuple(one for one in after if one not in known)
+
+
+def _changed(before: Iterable[Service], after: Iterable[Service]) -> tuple[Service, ...]:
+    """What of `after` is new or changed: states share the services that do not change, so most are the very same."""
+    known = {service.vip: service for service in before}
+    return tuple(s for s in after if (old := known.get(s.vip)) is not s and old != s)
 
 
 def _including(state: State, service: Service) -> State:
@@ -464,7 +482,8 @@ def _check_same_shape(before: State, goal: State) -> None:
 
 def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
     for backend in service.backends:
-        if service.mode is Mode.DR and not hops[backend.address].on_link:
+        hop = hops.get(backend.address)
+        if service.mode is Mode.DR and hop and not hop.on_link:
             raise NoRoute(
                 f"backend {backend}: mode dr needs a backend on a directly connected network,"
                 " not behind a gateway: use nat"
@@ -476,6 +495,8 @@ def _reply_interfaces(services: Iterable[Service], hops: Mapping[Address, NextHo
     found: dict[str, list[Backend]] = {}
     for service in services:
         for backend in service.backends if service.mode is Mode.NAT else ():
+            if backend.address not in hops:  # known from before, and its interface with it
+                continue
             found.setdefault(hops[backend.address].interface, []).append(backend)
     return found
 
@@ -500,8 +521,35 @@ def _some(backends: Sequence[Backend]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _served_backends(state: State) -> set[Address]:
-    return {b.address for s in state.services for b in s.backends} if state.interfaces else set()
+def _backends_that_left(before: State, goal: State) -> set[Address]:
+    """Addresses of services that changed or went; another service may still have them."""
+    if not before.interfaces:
+        return set()
+    if not goal.interfaces:
+        return {b.address for service in before.services for b in service.backends}
+    left: set[Address] = set()
+    new = {service.vip: service for service in goal.services}
+    for old in _changed(goal.services, before.services):
+        stay = {b.address for b in new[old.vip].backends} if old.vip in new else set()
+        left |= {b.address for b in old.backends} - stay
+    return left
+
+
+class _Served:
+    """How many services of a state have each backend address, brought up to date from one state to the next."""
+
+    def __init__(self) -> None:
+        self._services: tuple[Service, ...] = ()
+        self._counts: Counter[Address] = Counter()
+
+    def addresses(self, state: State) -> Counter[Address]:
+        services = state.services if state.interfaces else ()
+        for gone in _changed(services, self._services):
+            self._counts.subtract(b.address for b in gone.backends)
+        for new in _changed(self._services, services):
+            self._counts.update(b.address for b in new.backends)
+        self._services = services
+        return self._counts
 
 
 def _addresses_in_force(state: State) -> tuple[OwnAddress, ...]:

@@ -346,7 +346,7 @@ def status(as_json: bool) -> None:
     to clients (mode nat: with dr, backends answer directly). Numbers are exact in --json.
 
     \b
-    JSON: {netns, loaded, interfaces, services, drops, passes}
+    JSON: {netns, loaded, interfaces, services, drops, passes, noted}
       interfaces  [{name, xdp_mode, attached, program_id}]
       services    [{vip, address, port, protocol, mode, ring_size,
                     flow_timeout_s, slots_in_transition, COUNTERS, backends}]
@@ -355,6 +355,7 @@ def status(as_json: bool) -> None:
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections
       drops       {reason: packets}, dropped
       passes      {reason: packets}, left to the host
+      noted       {reason: packets}, forwarded, but worth knowing
 
     \b
     Examples:

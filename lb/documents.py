@@ -133,6 +133,7 @@ def status_document(status: Status) -> Document:
         "services": [_service_status_document(s) for s in status.services],
         "drops": dict(status.drops),
         "passes": dict(status.passes),
+        "noted": dict(status.noted),
     }
 
 

@@ -14,6 +14,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
 from lb import maglev, ring
 from lb.errors import DataplaneError, NoRoute
+from lb.members import numbered
 from lb.model import Address, Backend, Interface, Mode, Service, Vip, XdpMode
 from lb.report import Attachment, Counters, NextHop, Statistics
 
@@ -61,11 +62,9 @@ class MemoryRing:
         backends = {member: backend for backend, member in self.ids.items()}
         return [backends.get(ring.current_member(word)) for word in self.words]
 
-    def number(self, backend: Backend) -> int:
-        """The member id of a backend: the one it has, or the lowest free one."""
-        used = set(self.ids.values())
-        free = next(member for member in ring.MEMBERS if member not in used)
-        return self.ids.setdefault(_key(backend), free)
+    def numbers(self, service: Service) -> dict[Backend, int]:
+        """The member ids that the backends of `service` have or get."""
+        return numbered(self.ids, [_key(b) for b in service.backends])
 
 
 def _key(backend: Backend) -> Backend:
@@ -176,11 +175,12 @@ class MemoryDataplane:
         return None
 
     def _put_members(self, held: MemoryRing, service: Service, hops: Mapping[Address, NextHop]) -> None:
-        for backend in service.backends:
-            hop = hops[backend.address]
-            if held.hops.get(held.ids.get(_key(backend), 0)) != hop:
+        for key, number in held.numbers(service).items():
+            hop = hops.get(key.address)
+            if hop and held.hops.get(held.ids.get(key, 0)) != hop:
                 self.fuse.burn()
-                held.hops[held.number(backend)] = hop
+                held.ids[key] = number
+                held.hops[number] = hop
 
     def _put_words(self, held: MemoryRing, words: array[int]) -> None:
         for start, stop in ring.changed_runs(held.words, words):
@@ -192,11 +192,13 @@ class MemoryDataplane:
             self.fuse.burn()
             del held.hops[held.ids.pop(backend)]
 
+    def resolved(self, vip: Vip) -> set[Address]:
+        held = self.rings.get(vip)
+        return {key.address for key, member in held.ids.items() if held.hops[member].dst_mac} if held else set()
+
     def plan(self, service: Service) -> ring.Plan:
         held = self._alike(service) or _empty_ring(service)
-        planned = MemoryRing(held.mode, held.words, dict(held.ids))
-        for backend in service.backends:
-            planned.number(backend)
+        planned = MemoryRing(held.mode, held.words, held.ids | held.numbers(service))
         return ring.plan(held.words, _words(planned, service))
 
     def remove(self, vip: Vip) -> None:

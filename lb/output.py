@@ -340,7 +340,7 @@ def _counter_cells(counters: Counters) -> tuple[str, ...]:
 
 def _reasons_table(status: Status, *, colour: bool) -> list[str]:
     columns = [Column("NOT BALANCED"), Column("PACKETS", number=True)]
-    rows = [(reason, short(n)) for reason, n in _counted(status.drops, status.passes)]
+    rows = [(reason, short(n)) for reason, n in _counted(status.drops, status.passes, status.noted)]
     return table(columns, rows, colour=colour) if rows else []
 
 

@@ -119,3 +119,4 @@ class Status:
     services: tuple[ServiceStatus, ...]
     drops: Mapping[str, int]
     passes: Mapping[str, int]
+    noted: Mapping[str, int] = field(default_factory=dict)  # counted beside what became of the packet

@@ -26,7 +26,8 @@ from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
 from netns_tests.traffic import connections, curl, loading
 
-WRITERS = ("lb/balancer.py", "lb/store.py", "lb/dataplane.py", "lb/neighbours.py", "xdp/")
+MODULES = ("balancer", "store", "dataplane", "members", "layout", "neighbours")
+WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
 POINTS = 4  # spread evenly over a change, its ends included
 WEB = "10.99.1.100:80"
 OTHER = "10.99.1.101:80"

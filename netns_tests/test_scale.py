@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from lb import dataplane as dataplane_module
-from lb.dataplane import KernelDataplane, Sizes
+from lb.dataplane import KernelDataplane
+from lb.layout import Sizes
 from lb.model import DEFAULT_FLOW_TIMEOUT_S as FLOW_TIMEOUT_S
 from lb.model import Address, Backend, Mode, Service, Vip
 from lb.report import NextHop

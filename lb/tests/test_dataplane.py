@@ -21,7 +21,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from lb import dataplane as module
+from lb import layout
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.memory import MemoryDataplane
@@ -115,7 +115,11 @@ class Kernel:
 
     def numbers(self, vip: Vip) -> dict[str, int]:
         placed = self.dataplane._placed[vip]
-        return {str(ip_address(key)): number for (key, _), number in self.dataplane._members_held(placed).items()}
+        return {str(ip_address(key)): number for (key, _), number in self.dataplane._members.held(placed).items()}
+
+    def members(self) -> Any:
+        """The live map, as an array of struct member."""
+        return self.dataplane._obj.map("members").view()
 
     def alive_members(self) -> int:
         """In all the map, whatever service they belong to."""
@@ -124,9 +128,8 @@ class Kernel:
             return sum(member.flags & 1 for member in obj.map("members").view())
 
     def uids(self, vip: Vip) -> list[int]:
-        placed = self.dataplane._placed[vip]
-        first = placed.member_base
-        return [self.dataplane._members[first + n].uid for n in sorted(self.numbers(vip).values())]
+        placed, members = self.dataplane._placed[vip], self.members()
+        return [members[placed.member_base + n].uid for n in sorted(self.numbers(vip).values())]
 
     def counters(self, vip: Vip, name: Backend) -> Counters:
         found = self.dataplane.statistics().backends[vip]
@@ -147,8 +150,8 @@ def pins(tmp_path: Path) -> Iterator[Pins]:
 @pytest.fixture
 def kernel(pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """With tables of flows that are made quickly."""
-    monkeypatch.setattr(module, "TRACKED_FLOWS", 1 << 12)
-    monkeypatch.setattr(module, "NAT_FLOWS", 1 << 12)
+    monkeypatch.setattr(layout, "TRACKED_FLOWS", 1 << 12)
+    monkeypatch.setattr(layout, "NAT_FLOWS", 1 << 12)
     made = Kernel(pins, KernelDataplane(pins))
     yield made
     made.dataplane.close()
@@ -278,8 +281,8 @@ def test_packets_of_a_service_without_backends_are_dropped_by_name(kernel: Kerne
 def test_every_reason_but_forwarded_is_named_in_the_statistics(kernel: Kernel) -> None:
     kernel.serve(service(WEB))
     reasons = kernel.dataplane.statistics().reasons
-    assert all(name.startswith(("pass_", "drop_")) for name in reasons)
-    assert {"pass_not_ip", "drop_internal"} <= reasons.keys()
+    assert all(name.startswith(("pass_", "drop_", "noted_")) for name in reasons)
+    assert {"pass_not_ip", "drop_no_backend"} <= reasons.keys()
 
 
 def test_service_with_any_port_is_served_until_it_is_removed(kernel: Kernel) -> None:
@@ -369,11 +372,11 @@ def test_members_that_a_killed_process_left_in_a_service_never_spill_into_the_ne
 def killed_before_erasing(kernel: Kernel, wanted: Service) -> None:
     """Puts a service and stops before the members that it no longer has are erased."""
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel.dataplane, "_erase_members", killed)
+        patch.setattr(kernel.dataplane._members, "erase", killed)
         with pytest.raises(KeyboardInterrupt):
             kernel.dataplane.put(wanted, hops_for(wanted))
     kernel.reopen()
@@ -434,7 +437,8 @@ def test_map_that_is_broken_by_hand_is_repaired_by_putting_the_service_again(ker
     placed = kernel.dataplane._placed[WEB]
     kernel.dataplane._words[placed.ring_base] = 77 | 99 << 15 | TRACK
     kernel.dataplane._words[placed.ring_base + 1] = 0
-    kernel.dataplane._members[placed.member_base + 2] = type(kernel.dataplane._members[0])()
+    members = kernel.members()
+    members[placed.member_base + 2] = type(members[0])()
     kernel.reopen()
     kernel.serve(given)
     assert [current_member(word) for word in kernel.words(WEB)] == words
@@ -455,9 +459,9 @@ def test_two_hundred_services_are_served_side_by_side(kernel: Kernel) -> None:
 
 @pytest.fixture
 def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST_SERVICES", 4)
-    monkeypatch.setattr(module, "LEAST_SLOTS", 1024)
-    monkeypatch.setattr(module, "LEAST_MEMBERS", 128)
+    monkeypatch.setattr(layout, "LEAST_SERVICES", 4)
+    monkeypatch.setattr(layout, "LEAST_SLOTS", 1024)
+    monkeypatch.setattr(layout, "LEAST_MEMBERS", 128)
 
 
 @pytest.fixture
@@ -530,7 +534,7 @@ def test_growth_that_the_kernel_refuses_leaves_the_old_maps_in_force(
     grown: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, old = grown.generation, grown.running()
-    monkeypatch.setattr(module, "LEAST_SLOTS", 1 << 35)
+    monkeypatch.setattr(layout, "LEAST_SLOTS", 1 << 35)
     with pytest.raises(DataplaneError, match=r"lb\.bpf\.o: the kernel refuses it"):
         grown.dataplane.load([service(vip, A) for vip in vips(9)])
     assert (grown.generation, grown.running()) == (first, old)

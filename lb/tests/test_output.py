@@ -364,6 +364,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
         ],
         "drops": {"drop_no_backend": 0, "drop_malformed": 12},
         "passes": {"pass_no_service": 1_234_567},
+        "noted": {},
     }
 
 

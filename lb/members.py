@@ -1,0 +1,151 @@
+"""The members of services in the kernel: which backend has which number, and what the programs count of each.
+
+Enters: where a service lies, its backends and their next hops. Leaves: entries of the maps `members` and `counters`.
+Slot words and flow entries name a member by its number in the service's block, so it keeps that as long as it lives;
+number 0 means "none".
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Container, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any, Protocol, TypeVar
+
+from lb import ring
+from lb.layout import Placed
+from lb.model import Address, Backend
+from lb.report import Counters, NextHop
+
+MemberKey = tuple[bytes, int]  # address, port: what tells one backend from another
+
+K = TypeVar("K")
+
+
+def member_key(backend: Backend) -> MemberKey:
+    return backend.address.packed, backend.port
+
+
+def numbered(held: Mapping[K, int], wanted: Sequence[K]) -> dict[K, int]:
+    """A number for each: the one it has, or the lowest one that no member has now."""
+    used = set(held.values())
+    free = (number for number in ring.MEMBERS if number not in used)
+    return {key: held[key] if key in held else next(free) for key in wanted}
+
+
+def address_words(address: Address) -> list[int]:
+    """An address as the maps have it: four words, IPv4 in the first."""
+    return list(struct.unpack("!4I", address.packed.ljust(16, b"\0")))
+
+
+class CounterMap(Protocol):
+    """A per-CPU array of struct counter, such as xdp.maps.Map."""
+
+    value_type: Any
+
+    def total(self, index: int, /) -> Any: ...
+
+    def set_total(self, index: int, value: Any, /) -> None: ...
+
+
+class MemberTable:
+    """The blocks of members of all services, and a counter for each place in them.
+
+    members: a live ctypes array of struct member. counters: as long. flags: enum member_flag, name -> bit.
+    """
+
+    def __init__(self, members: Any, counters: CounterMap, flags: Mapping[str, int]) -> None:
+        self._members, self._counters = members, counters
+        self._struct = members._type_
+        self._alive, self._resolved = flags["MEMBER_ALIVE"], flags["MEMBER_RESOLVED"]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def held(self, placed: Placed) -> dict[MemberKey, int]:
+        """Those alive in the service's block, with their numbers."""
+        size = len(placed.vip.address.packed)
+        found = {}
+        for number in range(1, placed.member_count):
+            member = self._members[placed.member_base + number]
+            if member.flags & self._alive:
+                found[bytes(member.address)[:size], member.port] = number
+        return found
+
+    def places(self, placed: Placed) -> dict[MemberKey, int]:
+        """Those alive in the service's block, with their indices in both maps."""
+        return {key: placed.member_base + number for key, number in self.held(placed).items()}
+
+    def write(
+        self,
+        placed: Placed,
+        backends: Sequence[Backend],
+        numbers: Mapping[MemberKey, int],
+        hops: Mapping[Address, NextHop],
+    ) -> None:
+        """The counters of one that is new start at zero. One without a next hop in `hops` stays as it is."""
+        for backend in backends:
+            if backend.address not in hops:
+                continue
+            number = numbers[member_key(backend)]
+            member = self._member(backend, hops[backend.address])
+            member.number, member.counter = number, placed.member_base + number
+            self._put(member)
+
+    def _member(self, backend: Backend, hop: NextHop) -> Any:
+        member = self._struct(port=backend.port, flags=self._alive | (self._resolved if hop.dst_mac else 0))
+        member.address[:] = address_words(backend.address)
+        member.source[:] = address_words(hop.source)
+        member.hop.ifindex = hop.ifindex
+        member.hop.source[:] = hop.src_mac
+        member.hop.destination[:] = hop.dst_mac or bytes(6)
+        return member
+
+    def _put(self, member: Any) -> None:
+        index = member.counter
+        old = self._members[index]
+        if old.flags & self._alive:
+            member.uid = old.uid
+        else:
+            member.uid = 1 + secrets.randbelow(2**32 - 1)
+            self._counters.set_total(index, self._counters.value_type())
+        if bytes(member) != bytes(old):
+            self._members[index] = member
+
+    def move(self, old: Placed, new: Placed) -> None:
+        """Copies members to another block, each under its number and with what it has counted."""
+        for number in self.held(old).values():
+            member = self._struct.from_buffer_copy(self._members[old.member_base + number])
+            index = new.member_base + number
+            self._counters.set_total(index, self._counters.total(member.counter))
+            member.counter = index
+            self._members[index] = member
+
+    def wipe(self, base: int, count: int) -> None:
+        """A process that was killed may have left members in a block that no service has."""
+        for index in range(base, base + count):
+            if self._members[index].flags:
+                self._members[index] = self._struct()
+
+    def erase(self, placed: Placed, keep: Container[MemberKey] = ()) -> None:
+        for key, index in self.places(placed).items():
+            if key not in keep:
+                self._members[index] = self._struct()
+
+    def counters(self, placed: Placed) -> dict[Backend, Counters]:
+        return {
+            Backend(ip_address(address), port): self._totals(index)
+            for (address, port), index in self.places(placed).items()
+        }
+
+    def _totals(self, index: int) -> Counters:
+        total = self._counters.total(index)
+        return Counters(total.packets, total.bytes, total.reply_packets, total.reply_bytes, total.connections)
+
+    def resolved(self, placed: Placed) -> dict[Address, bool]:
+        """Backend -> whether its next hop is known; else the programs have to look it up."""
+        return {
+            ip_address(address): bool(self._members[index].flags & self._resolved)
+            for (address, _), index in self.places(placed).items()
+        }
