@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import pairwise
@@ -96,8 +96,13 @@ class Vip:
     address: Address
     port: int
     protocol: Protocol = Protocol.TCP
+    sort_key: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)  # an address takes long to hash, and a VIP is a key
 
     def __post_init__(self) -> None:
+        key = (self.address.version, int(self.address), self.port, int(self.protocol))
+        object.__setattr__(self, "sort_key", key)
+        object.__setattr__(self, "_hash", hash(key))
         if self.address.is_unspecified or self.address.is_multicast or self.address.is_loopback:
             raise InvalidInput(f"vip {self}: not a unicast address that can be served")
 
@@ -109,12 +114,11 @@ class Vip:
             raise InvalidInput(f"vip {text}: a port is missing: write {_join_port(address, 80)}/tcp (port 0: any)")
         return cls(address, port, Protocol.parse(protocol) if slash else Protocol.TCP)
 
+    def __hash__(self) -> int:
+        return self._hash
+
     def __str__(self) -> str:
         return f"{_join_port(self.address, self.port)}/{self.protocol.label}"
-
-    @property
-    def sort_key(self) -> tuple[int, int, int, int]:
-        return self.address.version, int(self.address), self.port, self.protocol
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
 ANSWER_TIMEOUT_S = 0.2
+ASKED_ONE_BY_ONE = 8
 PROTOCOL = 0x4C  # NDA_PROTOCOL of our entries: a number that no routing daemon has registered
 
 # include/uapi/linux: neighbour.h, rtnetlink.h, if_addr.h, if_arp.h
@@ -118,7 +119,7 @@ class Network:
         A gateway's entry may serve other backends: it goes with all of them.
         """
         with self._open_socket() as ipr:
-            for neighbour, entry in _table(ipr).items():
+            for neighbour, entry in _entries_behind(ipr, addresses).items():
                 if entry.ours and (addresses is None or neighbour.address in addresses):
                     _delete(ipr, neighbour)
 
@@ -308,13 +309,13 @@ def _resolve(ipr: IPRoute, wanted: set[_Neighbour]) -> dict[_Neighbour, bytes | 
     already and that is silent, nothing more is learnt by waiting.
     """
     with _neighbour_events() as events:
-        table = _table(ipr)
+        table = _entries_of(ipr, wanted)
         started = {n for n in wanted if not _kept(table.get(n))}
         for neighbour in started:
             _keep(ipr, neighbour)
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while any(_mac_in(table, n) is None for n in started) and _changed(events, deadline):
-            table = _table(ipr)
+            table = _entries_of(ipr, wanted)
     return {neighbour: _mac_in(table, neighbour) for neighbour in wanted}
 
 
@@ -328,9 +329,37 @@ def _mac_in(table: _Table, neighbour: _Neighbour) -> bytes | None:
     return entry.mac if entry else None
 
 
-def _table(ipr: IPRoute) -> _Table:
+def _entries_of(ipr: IPRoute, wanted: set[_Neighbour]) -> _Table:
+    """What the table says of these; a few are asked for one by one, as the whole table may be long."""
+    if len(wanted) > ASKED_ONE_BY_ONE:
+        return _table(ipr.neigh("dump"))
+    return _table(message for neighbour in wanted for message in _asked(ipr, neighbour))
+
+
+def _entries_behind(ipr: IPRoute, addresses: Collection[Address] | None) -> _Table:
+    """At least all entries of these backends (None: of any), wherever their routes lead now."""
+    if addresses is None or len(addresses) > ASKED_ONE_BY_ONE:
+        return _table(ipr.neigh("dump"))
+    try:
+        ways = [_route(ipr, address) for address in addresses]
+    except NoRoute:
+        return _table(ipr.neigh("dump"))
+    return _entries_of(ipr, {way.neighbour for way in ways if way.on_link})
+
+
+def _asked(ipr: IPRoute, neighbour: _Neighbour) -> Iterable[Any]:
+    try:
+        messages: Iterable[Any] = ipr.neigh("get", dst=str(neighbour.address), ifindex=neighbour.ifindex)
+    except NetlinkError as error:
+        if error.code != ENOENT:
+            raise
+        return ()
+    return messages
+
+
+def _table(messages: Iterable[Any]) -> _Table:
     table: _Table = {}
-    for message in ipr.neigh("dump"):
+    for message in messages:
         address = message.get_attr("NDA_DST")
         if message["family"] in (socket.AF_INET, socket.AF_INET6) and address:
             table[_Neighbour(message["ifindex"], ip_address(address))] = _entry(message)
