@@ -74,10 +74,10 @@ class Dataplane(Protocol):
         """Interface name -> our program there."""
 
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> Plan:
-        """Create or change one service: members, then slots, then erasures. `hops` may leave out the `resolved`."""
+        """Create or change one service: members, then slots, then erasures. `hops` may leave out all but `unknown`."""
 
-    def resolved(self, vip: Vip) -> Set[Address]:
-        """The backends of a service whose next hops are known from before."""
+    def unknown(self, service: Service) -> Set[Address]:
+        """The addresses of backends that are new, or whose next hop is not known yet."""
 
     def plan(self, service: Service) -> Plan:
         """What `put` would do to the ring; nothing is written."""
@@ -305,8 +305,7 @@ class Balancer:
         reach."""
         addresses: set[Address] = set()
         for service in services:
-            known = set() if anew else self._dataplane.resolved(service.vip)
-            addresses |= {b.address for b in service.backends} - known
+            addresses |= {b.address for b in service.backends} if anew else self._dataplane.unknown(service)
         hops = self.network.next_hops(addresses) if addresses else {}
         try:
             for service in services:

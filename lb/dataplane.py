@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -108,9 +108,10 @@ class KernelDataplane:
         self._members.erase(placed, keep=change.numbers)
         return change.plan
 
-    def resolved(self, vip: Vip) -> Set[Address]:
-        placed = self._placed.get(vip)
-        return {address for address, known in self._members.resolved(placed).items() if known} if placed else set()
+    def unknown(self, service: Service) -> Set[Address]:
+        placed = self._alike(service)
+        resolved = self._members.resolved(placed) if placed else {}
+        return {b.address for b in service.backends if not resolved.get(member_key(b))}
 
     @_translated
     def remove(self, vip: Vip) -> None:
@@ -250,9 +251,9 @@ class KernelDataplane:
             backends={vip: self._members.counters(placed) for vip, placed in services},
             slots_in_transition={vip: _in_transition(self._words_of(placed)) for vip, placed in services},
             unresolved={
-                address
+                ip_address(address)
                 for _, placed in services
-                for address, known in self._members.resolved(placed).items()
+                for (address, _), known in self._members.resolved(placed).items()
                 if not known
             },
         )

@@ -143,9 +143,6 @@ class MemberTable:
         total = self._counters.total(index)
         return Counters(total.packets, total.bytes, total.reply_packets, total.reply_bytes, total.connections)
 
-    def resolved(self, placed: Placed) -> dict[Address, bool]:
-        """Backend -> whether its next hop is known; else the programs have to look it up."""
-        return {
-            ip_address(address): bool(self._members[index].flags & self._resolved)
-            for (address, _), index in self.places(placed).items()
-        }
+    def resolved(self, placed: Placed) -> dict[MemberKey, bool]:
+        """Member -> whether its next hop is known; else the programs have to look it up."""
+        return {key: bool(self._members[index].flags & self._resolved) for key, index in self.places(placed).items()}

@@ -192,9 +192,10 @@ class MemoryDataplane:
             self.fuse.burn()
             del held.hops[held.ids.pop(backend)]
 
-    def resolved(self, vip: Vip) -> set[Address]:
-        held = self.rings.get(vip)
-        return {key.address for key, member in held.ids.items() if held.hops[member].dst_mac} if held else set()
+    def unknown(self, service: Service) -> set[Address]:
+        held = self.rings.get(service.vip)
+        known = {key for key, member in held.ids.items() if held.hops[member].dst_mac} if held else set()
+        return {b.address for b in service.backends if _key(b) not in known}
 
     def plan(self, service: Service) -> ring.Plan:
         held = self._alike(service) or _empty_ring(service)

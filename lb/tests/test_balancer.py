@@ -392,6 +392,14 @@ def test_a_vip_that_is_served_cannot_be_added(serving: Bed) -> None:
         serving.run(lambda b: b.add_service(service(WEB, C)))
 
 
+def test_another_port_of_an_address_that_is_served_gets_connections(serving: Bed) -> None:
+    other = replace(A, port=8080)
+    serving.run(lambda b: b.add_backend(WEB, other))
+    currents = serving.dataplane.rings[WEB].currents
+    assert {A, B, other} == {replace(current, weight=1) for current in currents if current}
+    assert len(serving.dataplane.rings[WEB].hops) == 3
+
+
 def test_an_added_backend_moves_few_slots_and_the_report_says_how_many(serving: Bed) -> None:
     report = serving.run(lambda b: b.add_backend(WEB, C))
     plan = report.changes[0].plan

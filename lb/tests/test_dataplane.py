@@ -382,6 +382,22 @@ def killed_before_erasing(kernel: Kernel, wanted: Service) -> None:
     kernel.reopen()
 
 
+def test_the_next_hops_of_new_and_unresolved_backends_are_unknown_and_the_others_may_be_left_out(
+    kernel: Kernel,
+) -> None:
+    given = service(WEB, A, B)
+    hops = hops_for(given)
+    assert kernel.dataplane.unknown(given) == {A.address, B.address}
+    kernel.serve(service(WEB))
+    kernel.dataplane.put(given, {**hops, B.address: replace(hops[B.address], dst_mac=None)})
+    other_port = replace(A, port=8080)
+    assert kernel.dataplane.unknown(given) == {B.address}
+    assert kernel.dataplane.unknown(service(WEB, A, other_port)) == {A.address}
+    kernel.dataplane.put(service(WEB, A, B, C), hops_for(service(WEB, C)))
+    assert kernel.dataplane.unknown(service(WEB, A, B, C)) == {B.address}
+    assert kernel.dataplane.statistics().unresolved == {B.address}
+
+
 def test_hop_of_a_backend_is_rewritten_and_an_unresolved_one_is_left_to_the_fib(kernel: Kernel) -> None:
     given = service(WEB, A)
     kernel.serve(given)

@@ -112,8 +112,9 @@ def test_reasons_are_named_in_the_order_of_the_header(types: Btf) -> None:
     reasons = types.enum("reason")
     assert list(reasons.values()) == list(range(len(reasons)))
     names = list(reasons)
-    first_drop = reasons["DROP_MALFORMED"]
-    assert all(name.startswith("DROP_") for name in names[first_drop:-1])
+    first_drop, first_note = reasons["DROP_MALFORMED"], reasons["NOTED_SYN_NOT_RECORDED"]
+    assert all(name.startswith("DROP_") for name in names[first_drop:first_note])
+    assert all(name.startswith("NOTED_") for name in names[first_note:-1])
     assert not any(name.startswith("DROP_") for name in names[:first_drop])
     assert names[-1] == "REASON_COUNT"
 
