@@ -9,13 +9,14 @@
 static __always_inline struct service *exact_service(const __be32 *address, __be16 port, __u8 protocol, int family)
 {
 	if (family == AF_INET) {
-		struct service_key4 key = { .address = address[0], .port = port, .protocol = protocol };
+		__u64 key = address[0] | (__u64)key_word(port, protocol) << 32; /* struct service_key4 */
 
 		return bpf_map_lookup_elem(&services4, &key);
 	} else {
-		struct service_key6 key = { .port = port, .protocol = protocol };
+		struct service_key6 key;
 
 		copy_address(key.address, address, AF_INET6);
+		*(__u32 *)&key.port = key_word(port, protocol);
 		return bpf_map_lookup_elem(&services6, &key);
 	}
 }
