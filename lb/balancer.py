@@ -411,12 +411,16 @@ class Balancer:
         self._dataplane.load(step.services)
         plans = self._put(step)
         attached = tuple(self._dataplane.attach(interface) for interface in step.interfaces)
-        for name in sorted(self._dataplane.attachments()):
-            if step.goal.interface(name) is None:
-                self._dataplane.detach(name)
+        if step.interfaces or step.before.interfaces != step.goal.interfaces:
+            self._detach_others(step.goal)
         for vip in self._dataplane.vips() - {service.vip for service in step.goal.services}:
             self._dataplane.remove(vip)
         return Outcome(plans, attached)
+
+    def _detach_others(self, goal: State) -> None:
+        for name in sorted(self._dataplane.attachments()):
+            if goal.interface(name) is None:
+                self._dataplane.detach(name)
 
     def _put(self, step: Step) -> dict[Vip, Plan]:
         plans = {}
