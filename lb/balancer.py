@@ -585,11 +585,11 @@ def _report(step: Step, outcome: Outcome, *, dry_run: bool = False) -> Report:
 
 
 def _changes(step: Step, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
-    old = {service.vip: service for service in step.before.services}
-    new = {service.vip: service for service in step.goal.services}
+    before, goal = step.before.services, step.goal.services
+    old = {service.vip: service for service in _changed(goal, before)}
+    new = {service.vip: service for service in _changed(before, goal)}
     for vip in sorted(old.keys() | new.keys(), key=lambda v: v.sort_key):
-        if old.get(vip) != new.get(vip):
-            yield Change(vip, old.get(vip), new.get(vip), plans.get(vip))
+        yield Change(vip, old.get(vip), new.get(vip), plans.get(vip))
 
 
 def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:

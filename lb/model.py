@@ -294,4 +294,5 @@ class State:
 
     def replacing_service(self, service: Service) -> State:
         """The same state with `service` in the place of the one that has its VIP."""
-        return self.without_service(service.vip).with_service(service)
+        old = self.service(service.vip)
+        return replace(self, services=tuple(service if s is old else s for s in self.services))
