@@ -70,6 +70,12 @@ class RingChange:
     def plan(self) -> ring.Plan:
         return ring.plan(self.old, self.new)
 
+    @property
+    def moved(self) -> set[int]:
+        """The slots that get another member."""
+        pairs = enumerate(zip(self.old, self.new, strict=True))
+        return {slot for slot, (old, new) in pairs if ring.current_member(old) != ring.current_member(new)}
+
 
 class KernelDataplane:
     """See lb.balancer.Dataplane, which this implements. Every method raises DataplaneError."""
@@ -95,7 +101,10 @@ class KernelDataplane:
 
     @_translated
     def plan(self, service: Service) -> ring.Plan:
-        return self._ring_change(service).plan
+        change, placed = self._ring_change(service), self._alike(service)
+        if placed is None or service.mode is not Mode.NAT:
+            return change.plan
+        return replace(change.plan, flows=self._flows_on(placed, change.moved))
 
     @_translated
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
@@ -193,8 +202,21 @@ class KernelDataplane:
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
-        table = self._obj.map(f"flows{placed.vip.address.version}")
-        sought = Sought(
+        table, sought = self._obj.map(f"flows{placed.vip.address.version}"), self._sought(placed)
+        return set().union(*(recorded_slots(keys, flows, sought) for keys, flows in table.batches()))
+
+    def _flows_on(self, placed: Placed, slots: Set[int]) -> int:
+        """How many translated connections that are open have their slot among these."""
+        table, sought, now = self._obj.map(f"nat_flows{placed.vip.address.version}"), self._sought(placed), _now_ns()
+        closing = ~self._obj.types.enum("nat_state")["NAT_ESTABLISHED"]
+        return sum(
+            sought.slot(key) in slots
+            for key, flow in table.items()
+            if sought.includes(key, flow) and now <= flow.seen_ns + flow.timeout_s * _NS and not flow.state & closing
+        )
+
+    def _sought(self, placed: Placed) -> Sought:
+        return Sought(
             address=placed.vip.address.packed,
             port=placed.vip.port,
             protocol=placed.vip.protocol,
@@ -202,7 +224,6 @@ class KernelDataplane:
             seed=self._seed(),
             ring_size=placed.ring_size,
         )
-        return set().union(*(recorded_slots(keys, flows, sought) for keys, flows in table.batches()))
 
     def _seed(self) -> int:
         return int(self._obj.map(".rodata")[0].config.hash_seed)

@@ -77,7 +77,8 @@ def report_document(report: Report) -> Document:
     program_id}`; `detached`: interface names; `notes` and `warnings`: sentences.
 
     `change` is add, change or remove; `before` and `after` are services (`service_document`) or
-    null; `plan` is `{slots, moved, minimum, in_transition}`, or null while nothing is attached.
+    null; `plan` is `{slots, moved, minimum, in_transition, flows}`, or null while nothing is attached; `flows`,
+    the open connections on the slots that move, is counted in a dry run in mode nat, else null.
     """
     return {
         "dry_run": report.dry_run,
@@ -105,6 +106,7 @@ def _plan_document(plan: Plan) -> Document:
         "moved": plan.moved,
         "minimum": plan.minimum,
         "in_transition": plan.in_transition,
+        "flows": plan.flows,
     }
 
 

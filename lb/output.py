@@ -111,7 +111,8 @@ def _moves(plan: Plan | None) -> str:
         return ""
     if not plan.moved:
         return "no slot moves"
-    return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum})"
+    flows = "" if plan.flows is None else f", {plan.flows} open connections are on them"
+    return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum}){flows}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -398,6 +398,26 @@ def test_the_next_hops_of_new_and_unresolved_backends_are_unknown_and_the_others
     assert kernel.dataplane.statistics().unresolved == {B.address}
 
 
+@pytest.mark.parametrize("vip", [WEB, Vip.parse("[fd00::1]:80/tcp")], ids=str)
+def test_a_plan_counts_the_open_connections_on_the_slots_that_move(kernel: Kernel, vip: Vip) -> None:
+    near, far = backends(11, 12, family=vip.address.version)
+    kernel.serve(service(vip, near))
+    for port in range(2000, 2100):
+        kernel.send(frame(vip, port))
+    for port in range(2000, 2010):
+        kernel.send(frame(vip, port, "R"))
+    assert kernel.dataplane.plan(service(vip, near)).flows == 0
+    assert kernel.dataplane.plan(service(vip, far)).flows == 90
+    half = kernel.dataplane.plan(service(vip, near, far)).flows
+    assert half is not None
+    assert 20 < half < 70
+
+
+def test_a_plan_of_direct_routing_counts_no_connections_since_nobody_knows_them(kernel: Kernel) -> None:
+    kernel.serve(service(WEB, A, mode=Mode.DR))
+    assert kernel.dataplane.plan(service(WEB, A, B, mode=Mode.DR)).flows is None
+
+
 def test_hop_of_a_backend_is_rewritten_and_an_unresolved_one_is_left_to_the_fib(kernel: Kernel) -> None:
     given = service(WEB, A)
     kernel.serve(given)

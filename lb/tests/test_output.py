@@ -397,7 +397,7 @@ def test_report_document_has_the_documented_keys() -> None:
                 "change": "change",
                 "before": {**service, "backends": [first, second]},
                 "after": {**service, "backends": [second]},
-                "plan": {"slots": 16381, "moved": 5461, "minimum": 5460, "in_transition": 5461},
+                "plan": {"slots": 16381, "moved": 5461, "minimum": 5460, "in_transition": 5461, "flows": None},
             }
         ],
         "attached": [{"name": "eth0", "xdp_mode": "generic", "program_id": 37}],
