@@ -644,6 +644,15 @@ def test_a_closed_connections_port_does_not_go_back_to_the_member_that_drains(ba
     assert member_reached(balancer.send(V4.request(from_client(flags="S")))) == 2
 
 
+@both_families
+def test_a_flood_of_connections_leaves_nothing_behind_on_a_steady_service(balancer: Balancer, family: Family) -> None:
+    balancer.serve(balancer.service(family, mode="dr"))
+    for sport in range(1, 1001):
+        assert balancer.send(family.request(from_client(sport=sport, flags="S"))).reason == "FORWARDED"
+    tables = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6")
+    assert not any(balancer.program.entries(table) for table in tables)
+
+
 def test_a_flood_of_connections_is_forwarded_but_no_longer_recorded(interfaces: tuple[int, int]) -> None:
     home = os.sched_getaffinity(0)
     with loaded_program(replace(SETTINGS, recorded_syns_per_s=2)) as program:
