@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from ipaddress import ip_address
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -48,8 +47,9 @@ EVERY_SYN = 2**32 - 1
 SPARE_ENTRIES = 4096  # of an LRU map, whose per-CPU free lists hold some back
 
 UNENDING = 1 << 32  # flows: no table holds so many
-PLOTTED_FLOWS = (1, 1 << 8, 1 << 12, 1 << 16, 1 << 18)
-PLOTTED_BACKENDS = (1, 10, 1000)  # beside BACKENDS
+FLOWS_OVER_BACKENDS = 1 << 14  # nat has ports for no more than 31,744 towards a single backend
+PLOTTED_FLOWS = (1, 1 << 8, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
+PLOTTED_BACKENDS = (1, 10, 100, 1000)
 MOST_FLOWS = 1 << 20  # twice that is two thirds of the ports that nat has towards so many backends
 
 
@@ -363,11 +363,16 @@ def command(flow_counts: tuple[int, ...], repeat: int, rounds: int, picture: Pat
     plot.require()
     most = max(flow_counts)
     flow_counts = tuple(sorted({*flow_counts, *(flows for flows in PLOTTED_FLOWS if flows < most)}))
-    results = []
-    for result in chain(measure_all(flow_counts, repeat, rounds), measure_backends(most, repeat, rounds)):
-        results.append(result)
+    across = min(most, FLOWS_OVER_BACKENDS)
+    over_flows: list[Result] = []
+    over_backends: list[Result] = []
+    for result in measure_all(flow_counts, repeat, rounds):
+        over_flows.append(result)
         yield result
-    plot.draw(results, picture, most, BACKENDS)
+    for result in measure_backends(across, repeat, rounds):
+        over_backends.append(result)
+        yield result
+    plot.draw(over_flows, over_backends, picture)
 
 
 def measure_all(flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
@@ -380,4 +385,5 @@ def measure_all(flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterato
 def measure_backends(flows: int, repeat: int, rounds: int) -> Iterator[Result]:
     for scenario in MAIN_SCENARIOS:
         for backends in PLOTTED_BACKENDS:
-            yield from measure(replace(scenario, backends=backends), [flows], repeat, rounds)
+            for result in measure(replace(scenario, backends=backends), [flows], repeat, rounds):
+                yield replace(result, case=f"{scenario.case(flows)} backends={backends}")

@@ -25,25 +25,24 @@ def require() -> None:
         raise BenchError("--plot: matplotlib is not installed: make setup does it")
 
 
-def draw(results: Iterable[Result], file: Path, flows: int, backends: int) -> None:
-    """Against flows with `backends`, against backends with `flows`, which are also what a case has by default."""
-    drawn = [(pairs(result.case, backends), result) for result in results]
+def draw(over_flows: Iterable[Result], over_backends: Iterable[Result], file: Path) -> None:
+    """Each list in a diagram of its own: their tables differ in size, so their figures do not compare."""
     figure = import_module("matplotlib.figure").Figure(figsize=SIZE, layout="constrained")
-    fixed = {"flows": str(flows), "backends": str(backends)}
-    for axes, along in zip(figure.subplots(1, 2, sharey=True), DIAGRAMS, strict=True):
-        others = DRAWN | {name: value for name, value in fixed.items() if name != along}
-        diagram(axes, along, [(case, result) for case, result in drawn if matches(case, others)])
+    for axes, along, results in zip(
+        figure.subplots(1, 2, sharey=True), DIAGRAMS, (over_flows, over_backends), strict=True
+    ):
+        cases = [(pairs(result.case), result) for result in results]
+        diagram(axes, along, [(case, result) for case, result in cases if is_drawn(case, along)])
     figure.savefig(file, format="svg")
 
 
-def pairs(case: str, backends: int) -> dict[str, str]:
-    return {"backends": str(backends)} | dict(pair.split("=") for pair in case.split())
+def pairs(case: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in case.split())
 
 
-def matches(case: dict[str, str], others: dict[str, str]) -> bool:
-    """Whether the case has these values, and besides them only a mode and what the diagram varies."""
-    free = {"mode", *DIAGRAMS}
-    return {name: value for name, value in case.items() if name not in free - others.keys()} == others
+def is_drawn(case: dict[str, str], along: str) -> bool:
+    """Whether it is of the kind that is drawn, and varies in nothing but mode, flows and what the diagram varies."""
+    return {name: value for name, value in case.items() if name not in {"mode", "flows", along}} == DRAWN
 
 
 def diagram(axes: Any, along: str, points: list[tuple[dict[str, str], Result]]) -> None:
