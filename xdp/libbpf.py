@@ -43,6 +43,53 @@ class TestRunOpts(ctypes.Structure):
     )
 
 
+class ProgramLoadOpts(ctypes.Structure):
+    """struct bpf_prog_load_opts, <bpf/bpf.h>."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("attempts", c_int),
+        ("expected_attach_type", c_uint32),
+        ("prog_btf_fd", c_uint32),
+        ("prog_flags", c_uint32),
+        ("prog_ifindex", c_uint32),
+        ("kern_version", c_uint32),
+        ("attach_btf_id", c_uint32),
+        ("attach_prog_fd", c_uint32),
+        ("attach_btf_obj_fd", c_uint32),
+        ("fd_array", c_void_p),
+        ("func_info", c_void_p),
+        ("func_info_cnt", c_uint32),
+        ("func_info_rec_size", c_uint32),
+        ("line_info", c_void_p),
+        ("line_info_cnt", c_uint32),
+        ("line_info_rec_size", c_uint32),
+        ("log_level", c_uint32),
+        ("log_size", c_uint32),
+        ("log_buf", c_void_p),
+    )
+
+
+class MapCreateOpts(ctypes.Structure):
+    """The head of struct bpf_map_create_opts, <bpf/bpf.h>."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("btf_fd", c_uint32),
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
+        ("btf_vmlinux_value_type_id", c_uint32),
+        ("inner_map_fd", c_uint32),
+        ("map_flags", c_uint32),
+    )
+
+
+class LinkCreateOpts(ctypes.Structure):
+    """The head of struct bpf_link_create_opts, <bpf/bpf.h>."""
+
+    _fields_ = (("sz", c_size_t), ("flags", c_uint32), ("_padding", c_uint32))
+
+
 class MapInfo(ctypes.Structure):
     """The head of struct bpf_map_info, <linux/bpf.h>; the kernel fills as much as is asked for."""
 
@@ -73,6 +120,30 @@ class ProgramInfo(ctypes.Structure):
         ("nr_map_ids", c_uint32),
         ("map_ids", c_uint64),
         ("name", ctypes.c_char * 16),
+        ("ifindex", c_uint32),
+        ("gpl_compatible", c_uint32),
+        ("netns_dev", c_uint64),
+        ("netns_ino", c_uint64),
+        ("nr_jited_ksyms", c_uint32),
+        ("nr_jited_func_lens", c_uint32),
+        ("jited_ksyms", c_uint64),
+        ("jited_func_lens", c_uint64),
+        ("btf_id", c_uint32),
+        ("func_info_rec_size", c_uint32),
+        ("func_info", c_uint64),
+        ("nr_func_info", c_uint32),
+        ("nr_line_info", c_uint32),
+        ("line_info", c_uint64),
+        ("jited_line_info", c_uint64),
+        ("nr_jited_line_info", c_uint32),
+        ("line_info_rec_size", c_uint32),
+        ("jited_line_info_rec_size", c_uint32),
+        ("nr_prog_tags", c_uint32),
+        ("prog_tags", c_uint64),
+        ("run_time_ns", c_uint64),
+        ("run_cnt", c_uint64),
+        ("recursion_misses", c_uint64),
+        ("verified_insns", c_uint32),
     )
 
 
@@ -113,8 +184,16 @@ btf_raw_data = _function("btf__raw_data", c_void_p, _check_pointer, c_void_p, PO
 program_fd = _function("bpf_program__fd", c_int, _check_int, c_void_p)
 program_name = _function("bpf_program__name", c_char_p, None, c_void_p)
 program_test_run = _function("bpf_prog_test_run_opts", c_int, _check_int, c_int, POINTER(TestRunOpts))
+program_load = _function(
+    "bpf_prog_load", c_int, _check_int, c_uint32, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(ProgramLoadOpts)
+)
 program_fd_by_id = _function("bpf_prog_get_fd_by_id", c_int, _check_int, c_uint32)
 
+link_create = _function(
+    "bpf_link_create", c_int, _check_int, c_int, c_int, c_uint32, POINTER(LinkCreateOpts)
+)
+
+map_create = _function("bpf_map_create", c_int, _check_int, c_uint32, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p)
 map_name = _function("bpf_map__name", c_char_p, None, c_void_p)
 map_fd = _function("bpf_map__fd", c_int, _check_int, c_void_p)
 map_reuse_fd = _function("bpf_map__reuse_fd", c_int, _check_int, c_void_p, c_int)
