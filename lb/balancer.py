@@ -21,7 +21,8 @@ from typing import Protocol, TypeVar
 
 from lb.capabilities import check_may_change
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, LbError, NoRoute, NotFound
-from lb.model import Address, Backend, Interface, Mode, OwnAddress, Service, State, Vip
+from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
+from lb.options import Options
 from lb.paths import DEFAULT_NETNS, Paths
 from lb.report import (
     Attachment,
@@ -37,6 +38,7 @@ from lb.report import (
 )
 from lb.ring import Plan
 from lb.store import Store, writer_lock
+from lb.vip import Address, Vip
 
 T = TypeVar("T")
 
@@ -78,6 +80,9 @@ class Dataplane(Protocol):
 
     def unknown(self, service: Service) -> Set[Address]:
         """The addresses of backends that are new, or whose next hop is not known yet."""
+
+    def publish(self, services: Sequence[Service]) -> None:
+        """Have packets find `services`, all of which were put, and no others."""
 
     def plan(self, service: Service) -> Plan:
         """What `put` would do to the ring; nothing is written."""
@@ -226,6 +231,20 @@ class Balancer:
         weighted = service.changing_backend(backend, lambda b: replace(b, weight=weight, draining=False))
         return self._change_service(weighted, dry_run)
 
+    def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
+        goal = self.state.replacing_service(replace(self.state.service(vip), options=options))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        return self._change(goal, dry_run=dry_run)
+
+    def set_server_ids(
+        self, vip: Vip, backend: Backend, server_ids: tuple[str, ...], *, dry_run: bool = False
+    ) -> Report:
+        """What names the backend in QUIC connection IDs."""
+        service = self.state.service(vip)
+        named = service.changing_backend(backend, lambda b: replace(b, server_ids=server_ids))
+        return self._change_service(named, dry_run)
+
     def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
         """Make `services` all that is served."""
         goal = replace(self.state, services=tuple(services))
@@ -245,6 +264,7 @@ class Balancer:
             services=tuple(_service_status(s, statistics) for s in self.state.services),
             drops=_reasons(statistics, "drop_"),
             passes=_reasons(statistics, "pass_"),
+            answered=_reasons(statistics, "answered_"),
             noted=_reasons(statistics, "noted_"),
         )
 
@@ -342,7 +362,7 @@ class Balancer:
 
     def _with_own_addresses(self, goal: State, services: Sequence[Service], own: bool) -> State:
         """Have the addresses of `services` put on an interface where nobody owns them, or not."""
-        named = {service.vip.address for service in services}
+        named = {service.vip.address for service in services if service.vip.is_one_address}
         if not own:
             return replace(goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named))
         unknown = named - {o.address for o in goal.own_addresses}
@@ -410,6 +430,7 @@ class Balancer:
             self._dataplane.generation = 0
         self._dataplane.load(step.services)
         plans = self._put(step)
+        self._dataplane.publish(step.goal.services)
         attached = tuple(self._dataplane.attach(interface) for interface in step.interfaces)
         if step.interfaces or step.before.interfaces != step.goal.interfaces:
             self._detach_others(step.goal)
@@ -478,6 +499,7 @@ def _check_same_shape(before: State, goal: State) -> None:
         for name, changes in (
             ("mode", was.mode != new.mode),
             ("ring size", was.ring_size != new.ring_size),
+            ("affinity", bool(was.options.affinity_s) != bool(new.options.affinity_s)),
         ):
             if changes:
                 raise InvalidInput(f"vip {new.vip}: {name} cannot be changed while it is served: remove it first")
@@ -489,7 +511,7 @@ def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
         if service.mode is Mode.DR and hop and not hop.on_link:
             raise NoRoute(
                 f"backend {backend}: mode dr needs a backend on a directly connected network,"
-                " not behind a gateway: use nat"
+                " not behind a gateway: use ipip or nat"
             )
 
 

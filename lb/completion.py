@@ -19,7 +19,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from lb.model import State, Vip
+from lb.model import State
+from lb.vip import Vip
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "xdp-lb"
@@ -43,8 +44,8 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 class BashWithColons(BashComplete):
-    """Bash breaks words at colons, and every VIP has some: read the line itself, and answer with
-    the part behind the last colon typed, which is all that bash replaces."""
+    """Bash breaks words behind colons, and every VIP has some, and before the @ of a set: read the line itself, and
+    answer with the part from the last break on, which is all that bash replaces."""
 
     source_template = BASH_SCRIPT
 
@@ -55,7 +56,8 @@ class BashWithColons(BashComplete):
         return words, self.incomplete
 
     def format_completion(self, item: CompletionItem) -> str:
-        typed = self.incomplete[: self.incomplete.rfind(":") + 1]
+        kept = max(self.incomplete.rfind(":") + 1, self.incomplete.rfind("@"))
+        typed = self.incomplete[:kept]
         return f"{item.type},{item.value.removeprefix(typed)}"
 
 

@@ -4,17 +4,18 @@ Enters: the text of a file such as
 
     [[service]]
     vip = "10.0.0.1:80/tcp"
-    mode = "nat"                # or "dr"
+    mode = "nat"                # or "dr", "ipip", "gue"
     ring_size = 16381           # a prime
     flow_timeout = 3600         # seconds
+    affinity = 300              # and the other options: OPTION_KEYS
     backends = [
         "10.0.0.11",
         "10.0.0.12:8080@3",
         {address = "10.0.0.13:80", weight = 2, drain = true},
     ]
 
-where only `vip` must be there. Leaves: services, or InvalidInput with one line that names file,
-service and key.
+where only `vip` must be there; the table of a backend may also have `server_ids = ["CONFIG:HEX"]`.
+Leaves: services, or InvalidInput with one line that names file, service and key.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lb.errors import InvalidInput, LbError
-from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service, Vip
+from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.options import DEFAULTS, FIELDS, PREFIX_FIELDS, Options, parse_network
+from lb.vip import Vip
 
 Value = TypeVar("Value", str, int, bool, list[object])
 
@@ -40,8 +43,12 @@ KINDS = {
     dict: "a table",
 }
 FILE_KEYS = ("service",)
-SERVICE_KEYS = ("vip", "mode", "ring_size", "flow_timeout", "backends")
-BACKEND_KEYS = ("address", "weight", "drain")
+# Key -> field of Options: the unit is not in the key, and one prefix is one source.
+SHORTER = {"affinity_s": "affinity", "tunnel_sources": "tunnel_source"}
+OPTION_KEYS = {SHORTER.get(field, field): field for field in FIELDS}
+SERVICE_KEYS = ("vip", "mode", "ring_size", "flow_timeout", *OPTION_KEYS, "backends")
+BACKEND_KEYS = ("address", "weight", "drain", "server_ids")
+NOTHING: list[object] = []
 
 
 def read(path: Path) -> list[Service]:
@@ -103,6 +110,15 @@ class _Table:
             return value
         raise InvalidInput(f"{self.name}: {key}: {_kind(value)} where {_kind(default)} is expected")
 
+    def texts(self, key: str) -> list[str]:
+        """A list of strings, empty where there is none."""
+        found = []
+        for entry in self.get(key, NOTHING):
+            if not isinstance(entry, str):
+                raise InvalidInput(f"{self.name}: {key}: {_kind(entry)} where a string is expected")
+            found.append(entry)
+        return found
+
     def require(self, key: str) -> str:
         if key not in self.entries:
             raise InvalidInput(f"{self.name}: {key}: missing")
@@ -129,17 +145,33 @@ def _service(entries: Mapping[str, object], file: str) -> Service:
     ring_size = table.get("ring_size", DEFAULT_RING_SIZE)
     flow_timeout_s = table.get("flow_timeout", DEFAULT_FLOW_TIMEOUT_S)
     mode = _mode(table)
-    none: list[object] = []
-    backends = tuple(_backend(entry, table.name) for entry in table.get("backends", none))
+    options = _options(table)
+    backends = tuple(_backend(entry, table.name) for entry in table.get("backends", NOTHING))
     with _speaking_of(table.name):
-        return Service(vip, mode, backends, ring_size, flow_timeout_s)
+        return Service(vip, mode, backends, ring_size, flow_timeout_s, options)
 
 
 def _mode(table: _Table) -> Mode:
     text = table.get("mode", Mode.NAT.value)
     if text not in list(Mode):
-        raise InvalidInput(f"{table.name}: mode {text}: not known: use {' or '.join(Mode)}")
+        *others, last = Mode
+        raise InvalidInput(f"{table.name}: mode {text}: not known: use {', '.join(others)} or {last}")
     return Mode(text)
+
+
+def _options(table: _Table) -> Options:
+    given = {key: field for key, field in OPTION_KEYS.items() if key in table.entries}
+    values = {field: _option(table, key, field) for key, field in given.items()}
+    with _speaking_of(table.name):
+        return Options(**values)
+
+
+def _option(table: _Table, key: str, field: str) -> Any:
+    if field not in PREFIX_FIELDS:
+        return table.get(key, getattr(DEFAULTS, field))
+    texts = table.texts(key)
+    with _speaking_of(f"{table.name}: {key}"):
+        return tuple(map(parse_network, texts))
 
 
 def _backend(entry: object, service: str) -> Backend:
@@ -158,8 +190,9 @@ def _backend_of_table(entries: dict[str, object], service: str) -> Backend:
     if "@" in text and "weight" in table.entries:
         raise InvalidInput(f"{table.name}: weight: given twice: leave one of them out")
     draining = table.get("drain", False)
+    server_ids = tuple(table.texts("server_ids"))
     with _speaking_of(service):
         backend = Backend.parse(text)
     weight = table.get("weight", backend.weight)
     with _speaking_of(service):
-        return replace(backend, weight=weight, draining=draining)
+        return replace(backend, weight=weight, draining=draining, server_ids=server_ids)

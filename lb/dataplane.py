@@ -16,18 +16,22 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lb import maglev, ring
+from lb.directory import Directory
 from lb.errors import DataplaneError
 from lb.flow_hash import Sought, recorded_slots
-from lb.layout import FLOW_TABLES, Layout, Placed, Sizes
-from lb.members import MemberKey, MemberTable, address_words, member_key, numbered
-from lb.model import Address, Interface, Mode, Protocol, Service, Vip
+from lb.layout import FLOW_TABLES, Layout, Placed, Sizes, server_ids
+from lb.lookup import TABLES as LOOKUP_TABLES
+from lb.members import MemberKey, MemberTable, member_key, numbered
+from lb.model import Interface, Mode, Service
 from lb.paths import Paths
 from lb.report import Attachment, NextHop, Statistics
+from lb.services import ServiceTable
+from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError, XdpError
 from xdp.netlink import route_socket
@@ -37,8 +41,8 @@ from xdp.pins import Pins
 __all__ = ["KernelDataplane", "route_socket"]
 
 PROGRAM = "xdp_lb"
+MOST_EPOCHS = 2**32 - 1
 
-_SERVICE_FIELDS = ("ring_base", "ring_size", "member_base", "member_count", "flow_timeout_s", "changed_ns")
 _NS = 1_000_000_000
 
 P = ParamSpec("P")
@@ -112,14 +116,14 @@ class KernelDataplane:
             self.remove(service.vip)
         change = self._ring_change(service)
         placed = self._place(service)
-        self._members.write(placed, service.backends, change.numbers, hops)
-        self._put_in_force(placed, change)
+        self._members.write(placed, service, change.numbers, hops)
+        self._put_in_force(placed, service, change)
         self._members.erase(placed, keep=change.numbers)
         return change.plan
 
     def unknown(self, service: Service) -> Set[Address]:
         placed = self._alike(service)
-        resolved = self._members.resolved(placed) if placed else {}
+        resolved = self._members.resolved(placed) if placed and self._is_sourced(placed, service) else {}
         return {b.address for b in service.backends if not resolved.get(member_key(b))}
 
     @_translated
@@ -127,10 +131,40 @@ class KernelDataplane:
         placed = self._placed.pop(vip, None)
         if placed is None:
             return
-        del self._services(vip)[self._service_key(vip)]
-        self._count_any_port()
+        self._directory.forget(placed.number)
+        self._announce_directory()
+        self._services.erase(placed)
         self._members.erase(placed)
         self._layout.release(placed)
+
+    def _is_sourced(self, placed: Placed, service: Service) -> bool:
+        return not service.mode.is_tunnel or self._members.is_sourced(placed, service.options)
+
+    @_translated
+    def publish(self, services: Sequence[Service]) -> None:
+        numbers = {vip: placed.number for vip, placed in self._placed.items()}
+        with_ids = (s.vip for s in services if s.quic_lengths)
+        members = {vip: self._members.held(self._placed[vip]) for vip in with_ids}
+        self._directory.add(services, numbers, members)
+        self._set_sources(services, numbers)
+        self._announce_directory()
+        self._directory.prune()
+        self._announce_directory()
+
+    def _set_sources(self, services: Sequence[Service], numbers: Mapping[Vip, int]) -> None:
+        own_of_sets = {s.vip.own for s in services if s.vip.set}
+        for service in services:
+            only = bool(service.options.sources) and not service.vip.set
+            some = only or service.vip in own_of_sets
+            self._services.set_sources(numbers[service.vip], some=some, only=only)
+
+    def _announce_directory(self) -> None:
+        """Tells the programs what they need not look for, and to forget what they know."""
+        if self._directory.exact_writes != self._announced_writes:
+            self._announced_writes = self._directory.exact_writes
+            self._control.epoch = self._control.epoch % MOST_EPOCHS + 1
+        self._control.wide_services = self._directory.wide_services
+        self._control.echo_addresses = self._directory.echo_addresses
 
     def _alike(self, service: Service) -> Placed | None:
         """The service as it is in force; None also where it has another mode or ring size there."""
@@ -155,16 +189,13 @@ class KernelDataplane:
         old = self._alike(service)
         return layout.place(service, old, held=len(self._held(old)))
 
-    def _put_in_force(self, placed: Placed, change: RingChange) -> None:
-        """The ring before the service; of one that is there already, the time of the change before the ring: UDP is
-        told old from new by it."""
-        if placed.vip not in self._placed:
-            self._write_words(placed, change)
-            self._write_service(placed)
-        else:
-            changed_ns = _now_ns() if change.old != change.new else placed.changed_ns
-            self._write_service(replace(placed, changed_ns=changed_ns))
-            self._write_words(placed, change)
+    def _put_in_force(self, placed: Placed, service: Service, change: RingChange) -> None:
+        """Of a service that is there already, the time of the change before the ring: UDP is told old from new by it.
+        A new one no packet finds before it is published."""
+        if placed.vip in self._placed and change.old != change.new:
+            placed = replace(placed, changed_ns=_now_ns())
+        self._write_service(placed, service)
+        self._write_words(placed, change)
 
     # Rings
 
@@ -180,8 +211,7 @@ class KernelDataplane:
 
     def _write_words(self, placed: Placed, change: RingChange) -> None:
         new, base = memoryview(change.new), placed.ring_base
-        before = change.old if placed.vip in self._placed else self._words_of(placed)
-        for start, stop in ring.changed_runs(before, change.new):
+        for start, stop in ring.changed_runs(self._words_of(placed), change.new):
             self._words[base + start : base + stop] = new[start:stop]
 
     def _expired(self, placed: Placed, words: array[int]) -> array[int]:
@@ -198,7 +228,8 @@ class KernelDataplane:
             new = self._expired(placed, old)
             self._write_words(placed, RingChange({}, old, new))
             if max(new) <= ring.MEMBER_MASK:
-                self._write_service(replace(placed, changed_ns=0))
+                self._placed[placed.vip] = replace(placed, changed_ns=0)
+                self._services.set_changed(self._placed[placed.vip])
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
@@ -218,7 +249,8 @@ class KernelDataplane:
     def _sought(self, placed: Placed) -> Sought:
         return Sought(
             address=placed.vip.address.packed,
-            port=placed.vip.port,
+            prefix_length=placed.vip.prefix_length,
+            ports=placed.vip.ports,
             protocol=placed.vip.protocol,
             oldest_ns=_now_ns() - placed.flow_timeout_s * _NS,
             seed=self._seed(),
@@ -228,39 +260,13 @@ class KernelDataplane:
     def _seed(self) -> int:
         return int(self._obj.map(".rodata")[0].config.hash_seed)
 
-    # The map of services
-
-    def _services(self, vip: Vip) -> Any:
-        return self._obj.map(f"services{vip.address.version}")
-
-    def _service_key(self, vip: Vip) -> Any:
-        key = self._services(vip).key_type(port=vip.port, protocol=vip.protocol)
-        if vip.address.version == 4:
-            key.address = int(vip.address)
-        else:
-            key.address[:] = address_words(vip.address)
-        return key
-
-    def _write_service(self, placed: Placed) -> None:
-        services = self._services(placed.vip)
-        services[self._service_key(placed.vip)] = services.value_type(
-            mode=self._mode_values[placed.mode], **{name: getattr(placed, name) for name in _SERVICE_FIELDS}
-        )
+    def _write_service(self, placed: Placed, service: Service) -> None:
+        self._services.write(placed, service)
         before = self._placed.get(placed.vip)
         self._placed[placed.vip] = placed
         if before and before.member_block != placed.member_block:
             self._members.erase(before)
             self._layout.release_members(before)
-        self._count_any_port()
-
-    def _count_any_port(self) -> None:
-        self._control.any_port_services = sum(vip.port == 0 for vip in self._placed)
-
-    def _read_services(self) -> Iterator[Placed]:
-        for version in (4, 6):
-            for key, value in self._obj.map(f"services{version}").items():
-                vip = Vip(_address(key.address, version), key.port, Protocol(key.protocol))
-                yield Placed(vip, self._modes[value.mode], **{name: getattr(value, name) for name in _SERVICE_FIELDS})
 
     # What is counted
 
@@ -282,7 +288,11 @@ class KernelDataplane:
     def _reasons(self) -> dict[str, int]:
         totals = self._obj.map("reasons").totals()
         names = self._obj.types.enum("reason").items()
-        return {name.lower(): totals[number] for name, number in names if name.startswith(("PASS_", "DROP_", "NOTED_"))}
+        return {
+            name.lower(): totals[number]
+            for name, number in names
+            if name.startswith(("ANSWERED_", "PASS_", "DROP_", "NOTED_"))
+        }
 
     # Programs and maps
 
@@ -325,14 +335,19 @@ class KernelDataplane:
         if self._object:
             self._object.close()
         self._object = obj
-        self._modes = {
-            value: Mode(name.removeprefix("MODE_").lower()) for name, value in obj.types.enum("mode").items()
-        }
-        self._mode_values = {mode: value for value, mode in self._modes.items()}
+        options = obj.types.enum("service_option")
+        self._services = ServiceTable(obj.map("services").view(), obj.types.enum("mode"), options)
+        self._directory = Directory(obj)
+        self._announced_writes = 0
         self._words = memoryview(obj.map("rings").bytes()).cast("B").cast("I")
         self._members = MemberTable(obj.map("members").view(), obj.map("counters"), obj.types.enum("member_flag"))
-        self._placed = {placed.vip: placed for placed in self._read_services()}
-        self._layout = Layout.of(self._placed.values(), slots=len(self._words), members=len(self._members))
+        self._placed = {placed.vip: placed for placed in self._services}
+        self._layout = Layout.of(
+            self._placed.values(),
+            services=len(obj.map("services")),
+            slots=len(self._words),
+            members=len(self._members),
+        )
 
     @_translated
     def load(self, services: Sequence[Service]) -> None:
@@ -354,7 +369,11 @@ class KernelDataplane:
         """Whether every service finds room, on top of all that is there."""
         trial = self._layout.copy()
         vips = self._placed.keys() | {service.vip for service in services}
-        return len(vips) <= sizes.services and all(self._find_place(trial, service) for service in services)
+        return (
+            len(vips) <= sizes.services
+            and self._directory.server_ids + server_ids(services) <= sizes.server_ids
+            and all(self._find_place(trial, service) for service in services)
+        )
 
     @staticmethod
     def _new_object(sizes: Sizes, keep: BpfObject | None = None) -> BpfObject:
@@ -479,16 +498,12 @@ def _in_transition(words: array[int]) -> int:
     return sum(word > ring.MEMBER_MASK and ring.previous_member(word) != 0 for word in words)
 
 
-def _address(field: Any, version: int) -> Address:
-    return IPv4Address(field) if version == 4 else IPv6Address(bytes(field))
-
-
 def _copy_contents(old: BpfObject, new: BpfObject, members: Iterable[int]) -> None:
     """Everything but the tables of flows that both share. members: the places in use, whose counters are copied."""
     resized = [name for name in FLOW_TABLES if len(old.map(name)) != len(new.map(name))]
-    for name in ("services4", "services6", *resized):
+    for name in (*LOOKUP_TABLES, *resized):
         new.map(name).copy_from(old.map(name))
-    for name in ("rings", "members"):
+    for name in ("services", "rings", "members"):
         source, target = old.map(name).bytes(), new.map(name).bytes()
         target[: len(source)] = source[:]
     for index in members:

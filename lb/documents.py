@@ -12,6 +12,7 @@ from dataclasses import astuple
 from typing import Any
 
 from lb.model import Backend, Service
+from lb.options import values
 from lb.report import (
     Attachment,
     BackendStatus,
@@ -32,18 +33,20 @@ def to_json(document: object) -> str:
 
 
 def backend_document(backend: Backend) -> Document:
-    """`backend` (ADDR:PORT), `address`, `port` (0: the client's), `weight`, `draining`."""
+    """`backend` (ADDR:PORT), `address`, `port` (0: the client's), `weight`, `draining`, `server_ids` (CONFIG:HEX)."""
     return {
         "backend": str(backend),
         "address": str(backend.address),
         "port": backend.port,
         "weight": backend.weight,
         "draining": backend.draining,
+        "server_ids": list(backend.server_ids),
     }
 
 
 def service_document(service: Service) -> Document:
-    """`vip`, `address`, `port`, `protocol`, `mode`, `ring_size`, `flow_timeout_s`, `backends`."""
+    """`vip`, `address`, `prefix_length`, `port` (0: any), `last_port`, `protocol`, `set` (empty: none), `mode`,
+    `ring_size`, `flow_timeout_s`, `options` (the fields of lb.options.Options), `backends`."""
     return {
         **_service_head(service),
         "backends": [backend_document(b) for b in service.backends],
@@ -54,11 +57,15 @@ def _service_head(service: Service) -> Document:
     return {
         "vip": str(service.vip),
         "address": str(service.vip.address),
+        "prefix_length": service.vip.prefix_length,
         "port": service.vip.port,
+        "last_port": service.vip.last_port,
         "protocol": service.vip.protocol.label,
+        "set": service.vip.set,
         "mode": str(service.mode),
         "ring_size": service.ring_size,
         "flow_timeout_s": service.flow_timeout_s,
+        "options": values(service.options),
     }
 
 
@@ -121,8 +128,8 @@ def _attachment_document(attachment: Attachment) -> Document:
 def status_document(status: Status) -> Document:
     """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
     keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
-    `backends` the keys of `backend_document`, `resolved` and the counters; `drops` and `passes`:
-    reason -> packets.
+    `backends` the keys of `backend_document`, `resolved` and the counters; `answered`, `drops`,
+    `passes` and `noted`: reason -> packets.
 
     Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
     nat), `connections`. An interface that is not attached has the `xdp_mode` asked for and
@@ -133,6 +140,7 @@ def status_document(status: Status) -> Document:
         "loaded": status.loaded,
         "interfaces": [_interface_document(i) for i in status.interfaces],
         "services": [_service_status_document(s) for s in status.services],
+        "answered": dict(status.answered),
         "drops": dict(status.drops),
         "passes": dict(status.passes),
         "noted": dict(status.noted),

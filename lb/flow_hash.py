@@ -39,10 +39,11 @@ def slot_of(hash_value: int, ring_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sought:
-    """Flows of one service that have been seen lately."""
+    """Flows to one service's VIP that have been seen lately."""
 
-    address: bytes  # the VIP, packed: 4 or 16 bytes
-    port: int  # 0: any
+    address: bytes  # the VIP's first, packed: 4 or 16 bytes
+    prefix_length: int
+    ports: range
     protocol: int
     oldest_ns: int  # CLOCK_MONOTONIC
     seed: int
@@ -53,9 +54,15 @@ class Sought:
         return (
             flow.seen_ns >= self.oldest_ns
             and key.protocol == self.protocol
-            and self.port in (0, key.destination_port)
-            and bytes(key.address)[size : 2 * size] == self.address
+            and key.destination_port in self.ports
+            and all(a & m == b for a, m, b in zip(bytes(key.address)[size:], self.mask, self.address, strict=False))
         )
+
+    @property
+    def mask(self) -> bytes:
+        """As long as the address: the bits of its prefix."""
+        bits = 8 * len(self.address)
+        return ((1 << bits) - (1 << bits - self.prefix_length)).to_bytes(len(self.address), "big")
 
     def slot(self, key: Any) -> int:
         source = struct.unpack(f"={len(self.address) // 4}I", bytes(key.address)[: len(self.address)])

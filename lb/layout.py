@@ -11,17 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lb.blocks import Blocks, member_block_size
-from lb.model import Mode, Service, Vip
+from lb.model import Mode, Service
+from lb.vip import Protocol as Transport
+from lb.vip import Vip
 
 # What maps hold at least. Rings: 64 services of the default size, 4 MiB. A translated flow has two entries, together
 # about 260 bytes for IPv4.
 LEAST_SERVICES = 256
 LEAST_SLOTS = 1 << 20
 LEAST_MEMBERS = 1 << 13
+LEAST_SERVER_IDS = 1 << 10
 TRACKED_FLOWS = 1 << 17
 NAT_FLOWS = 1 << 18
+FRAGMENTED_DATAGRAMS = 1 << 14
+LIMITED_SOURCES = 1 << 16
 
-FLOW_TABLES = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6")
+FLOW_TABLES = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6", "fragments")
 
 _SLOTS_A_LINE = 16
 
@@ -39,6 +44,7 @@ class Sizes:
     services: int
     slots: int
     members: int
+    server_ids: int
     nat4: int
     nat6: int
 
@@ -50,6 +56,7 @@ class Sizes:
             services=_room(LEAST_SERVICES, len(services)),
             slots=_room(LEAST_SLOTS, sum(s.ring_size for s in services)),
             members=_room(LEAST_MEMBERS, sum(member_block_size(len(s.backends)) for s in services)),
+            server_ids=_room(LEAST_SERVER_IDS, server_ids(services)),
             nat4=NAT_FLOWS if 4 in nat else 1,
             nat6=NAT_FLOWS if 6 in nat else 1,
         )
@@ -57,9 +64,10 @@ class Sizes:
     @classmethod
     def held_by(cls, maps: Maps) -> Sizes:
         return cls(
-            services=len(maps.map("services4")),
+            services=len(maps.map("services")),
             slots=len(maps.map("rings")) * _SLOTS_A_LINE,
             members=len(maps.map("members")),
+            server_ids=len(maps.map("quic_members")),
             nat4=len(maps.map("nat_flows4")),
             nat6=len(maps.map("nat_flows6")),
         )
@@ -74,15 +82,21 @@ class Sizes:
             services=self.services + wanted.services,
             slots=self.slots + wanted.slots,
             members=self.members + wanted.members,
+            server_ids=self.server_ids + wanted.server_ids,
         )
 
     def by_map(self) -> dict[str, int]:
         return {
-            "services4": self.services,
-            "services6": self.services,
+            "services": self.services,
+            "syn_times": self.services,
+            "services4": 2 * self.services,  # each may have its address's echo requests answered
+            "services6": 2 * self.services,
             "rings": self.slots // _SLOTS_A_LINE,
             "members": self.members,
             "counters": self.members,
+            "quic_members": self.server_ids,
+            "source_syn_times": LIMITED_SOURCES,
+            "fragments": FRAGMENTED_DATAGRAMS,
             "flows4": TRACKED_FLOWS,
             "flows6": TRACKED_FLOWS,
             "nat_flows4": self.nat4,
@@ -90,6 +104,11 @@ class Sizes:
             "nat_flows6": self.nat6,
             "nat_replies6": self.nat6,
         }
+
+
+def server_ids(services: Iterable[Service]) -> int:
+    """How many there are. Only UDP services have any: the backends of the others are not looked at."""
+    return sum(len(b.server_ids) for s in services if s.vip.protocol is Transport.UDP for b in s.backends)
 
 
 def _room(least: int, asked: int) -> int:
@@ -102,11 +121,13 @@ class Placed:
 
     vip: Vip
     mode: Mode
+    number: int
     ring_base: int
     ring_size: int
     member_base: int
     member_count: int
     flow_timeout_s: int
+    affinity_s: int
     changed_ns: int  # CLOCK_MONOTONIC; 0: every slot is stable
 
     @property
@@ -122,24 +143,32 @@ class Placed:
         return now_ns >= self.changed_ns + self.flow_timeout_s * 1_000_000_000
 
     def is_like(self, service: Service) -> bool:
-        """Whether it can become the service: mode and ring size never change."""
-        return (self.mode, self.ring_size) == (service.mode, service.ring_size)
+        """Whether it can become the service: what its flows depend on never changes."""
+        return (self.mode, self.ring_size, bool(self.affinity_s)) == (
+            service.mode,
+            service.ring_size,
+            bool(service.options.affinity_s),
+        )
 
 
 class Layout:
-    """The blocks that services have in the maps of slots and of members."""
+    """The numbers of services, and the blocks that they have in the maps of slots and of members."""
 
-    def __init__(self, rings: Blocks, members: Blocks) -> None:
-        self._rings, self._members = rings, members
+    def __init__(self, numbers: Blocks, rings: Blocks, members: Blocks) -> None:
+        self._numbers, self._rings, self._members = numbers, rings, members
 
     @classmethod
-    def of(cls, placed: Iterable[Placed], slots: int, members: int) -> Layout:
-        """Of maps that hold so many slots and members."""
+    def of(cls, placed: Iterable[Placed], services: int, slots: int, members: int) -> Layout:
+        """Of maps that hold so many services, slots and members."""
         found = list(placed)
-        return cls(Blocks((p.ring_block for p in found), slots), Blocks((p.member_block for p in found), members))
+        return cls(
+            Blocks(((p.number, 1) for p in found), services),
+            Blocks((p.ring_block for p in found), slots),
+            Blocks((p.member_block for p in found), members),
+        )
 
     def copy(self) -> Layout:
-        return Layout(self._rings.copy(), self._members.copy())
+        return Layout(self._numbers.copy(), self._rings.copy(), self._members.copy())
 
     def place(self, service: Service, old: Placed | None, held: int) -> Placed | None:
         """Where it lies: where it was, with a larger block of members if need be, or in new blocks; None: no room.
@@ -149,24 +178,28 @@ class Layout:
         """
         asked = len(service.backends)
         if old and old.member_count > held + asked:
-            return replace(old, flow_timeout_s=service.flow_timeout_s)
+            return replace(old, flow_timeout_s=service.flow_timeout_s, affinity_s=service.options.affinity_s)
         member_count = _block_size(held, asked)
         member_base = self._members.take(member_count)
         ring_base = old.ring_base if old else self._rings.take(service.ring_size)
-        if member_base is None or ring_base is None:
+        number = old.number if old else self._numbers.take(1)
+        if member_base is None or ring_base is None or number is None:
             return None
         return Placed(
             service.vip,
             service.mode,
+            number,
             ring_base,
             service.ring_size,
             member_base,
             member_count,
             service.flow_timeout_s,
+            service.options.affinity_s,
             old.changed_ns if old else 0,
         )
 
     def release(self, placed: Placed) -> None:
+        self._numbers.release(placed.number, 1)
         self._rings.release(*placed.ring_block)
         self.release_members(placed)
 

@@ -15,8 +15,14 @@ from typing import Any, Protocol, TypeVar
 
 from lb import ring
 from lb.layout import Placed
-from lb.model import Address, Backend
+from lb.model import Backend, Service
+from lb.options import Network, Options
 from lb.report import Counters, NextHop
+from lb.vip import Address
+
+MOST_MTU = 65535  # of IP
+MOST_VARIED_BITS = 32
+ONE_SOURCE = 64
 
 MemberKey = tuple[bytes, int]  # address, port: what tells one backend from another
 
@@ -32,6 +38,14 @@ def numbered(held: Mapping[K, int], wanted: Sequence[K]) -> dict[K, int]:
     used = set(held.values())
     free = (number for number in ring.MEMBERS if number not in used)
     return {key: held[key] if key in held else next(free) for key in wanted}
+
+
+def _free_bits(prefix: Network | None) -> int:
+    """How many bits of the outer source follow the flow: of IPv6, only the last 32 do. A single address is told from
+    no prefix at all by a number that means none of the bits as well."""
+    if prefix is None:
+        return 0
+    return min(prefix.max_prefixlen - prefix.prefixlen, MOST_VARIED_BITS) or ONE_SOURCE
 
 
 def address_words(address: Address) -> list[int]:
@@ -58,18 +72,18 @@ class MemberTable:
     def __init__(self, members: Any, counters: CounterMap, flags: Mapping[str, int]) -> None:
         self._members, self._counters = members, counters
         self._struct = members._type_
-        self._alive, self._resolved = flags["MEMBER_ALIVE"], flags["MEMBER_RESOLVED"]
+        self._alive, self._resolved, self._ip6 = (flags[f"MEMBER_{name}"] for name in ("ALIVE", "RESOLVED", "IP6"))
 
     def __len__(self) -> int:
         return len(self._members)
 
     def held(self, placed: Placed) -> dict[MemberKey, int]:
         """Those alive in the service's block, with their numbers."""
-        size = len(placed.vip.address.packed)
         found = {}
         for number in range(1, placed.member_count):
             member = self._members[placed.member_base + number]
             if member.flags & self._alive:
+                size = 16 if member.flags & self._ip6 else 4
                 found[bytes(member.address)[:size], member.port] = number
         return found
 
@@ -80,30 +94,33 @@ class MemberTable:
     def write(
         self,
         placed: Placed,
-        backends: Sequence[Backend],
+        service: Service,
         numbers: Mapping[MemberKey, int],
         hops: Mapping[Address, NextHop],
     ) -> None:
         """The counters of one that is new start at zero. One without a next hop in `hops` stays as it is."""
-        for backend in backends:
+        for backend in service.backends:
             if backend.address not in hops:
                 continue
-            number = numbers[member_key(backend)]
-            member = self._member(backend, hops[backend.address])
-            member.number, member.counter = number, placed.member_base + number
+            member = self._member(backend, hops[backend.address], service.options)
+            member.index = placed.member_base + numbers[member_key(backend)]
             self._put(member)
 
-    def _member(self, backend: Backend, hop: NextHop) -> Any:
-        member = self._struct(port=backend.port, flags=self._alive | (self._resolved if hop.dst_mac else 0))
+    def _member(self, backend: Backend, hop: NextHop, options: Options) -> Any:
+        flags = self._alive | (self._resolved if hop.dst_mac else 0) | self._ip6 * (backend.address.version == 6)
+        varies = options.tunnel_source(backend.address.version)
+        member = self._struct(
+            port=backend.port, flags=flags, mtu=min(hop.mtu, MOST_MTU), source_bits=_free_bits(varies)
+        )
         member.address[:] = address_words(backend.address)
-        member.source[:] = address_words(hop.source)
+        member.source[:] = address_words(varies.network_address if varies else hop.source)
         member.hop.ifindex = hop.ifindex
         member.hop.source[:] = hop.src_mac
         member.hop.destination[:] = hop.dst_mac or bytes(6)
         return member
 
     def _put(self, member: Any) -> None:
-        index = member.counter
+        index = member.index
         old = self._members[index]
         if old.flags & self._alive:
             member.uid = old.uid
@@ -118,8 +135,8 @@ class MemberTable:
         for number in self.held(old).values():
             member = self._struct.from_buffer_copy(self._members[old.member_base + number])
             index = new.member_base + number
-            self._counters.set_total(index, self._counters.total(member.counter))
-            member.counter = index
+            self._counters.set_total(index, self._counters.total(member.index))
+            member.index = index
             self._members[index] = member
 
     def wipe(self, base: int, count: int) -> None:
@@ -142,6 +159,17 @@ class MemberTable:
     def _totals(self, index: int) -> Counters:
         total = self._counters.total(index)
         return Counters(total.packets, total.bytes, total.reply_packets, total.reply_bytes, total.connections)
+
+    def is_sourced(self, placed: Placed, options: Options) -> bool:
+        """Whether the outer sources that it has are those that are asked for."""
+        for index in self.places(placed).values():
+            member = self._members[index]
+            varies = options.tunnel_source(6 if member.flags & self._ip6 else 4)
+            if member.source_bits != _free_bits(varies):
+                return False
+            if varies and list(member.source) != address_words(varies.network_address):
+                return False
+        return True
 
     def resolved(self, placed: Placed) -> dict[MemberKey, bool]:
         """Member -> whether its next hop is known; else the programs have to look it up."""

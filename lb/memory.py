@@ -15,8 +15,9 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from lb import maglev, ring
 from lb.errors import DataplaneError, NoRoute
 from lb.members import numbered
-from lb.model import Address, Backend, Interface, Mode, Service, Vip, XdpMode
+from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.report import Attachment, Counters, NextHop, Statistics
+from lb.vip import Address, Vip
 
 
 def refuse() -> None:
@@ -93,6 +94,7 @@ class MemoryDataplane:
     rings: dict[Vip, MemoryRing] = field(default_factory=dict)
     counters: dict[tuple[Vip, Backend], Counters] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    published: set[Vip] = field(default_factory=set)
     _loaded: bool = False
     _generation: int = 0
     _attachments: dict[str, Attachment] = field(default_factory=dict)
@@ -130,6 +132,7 @@ class MemoryDataplane:
         """What a reboot does."""
         self._loaded, self._generation = False, 0
         self.rings.clear()
+        self.published.clear()
         self._attachments.clear()
 
     def attach(self, interface: Interface) -> Attachment:
@@ -196,6 +199,13 @@ class MemoryDataplane:
         held = self.rings.get(service.vip)
         known = {key for key, member in held.ids.items() if held.hops[member].dst_mac} if held else set()
         return {b.address for b in service.backends if _key(b) not in known}
+
+    def publish(self, services: Sequence[Service]) -> None:
+        self._need_loaded()
+        published = {service.vip for service in services}
+        if published != self.published:
+            self.fuse.burn()
+            self.published = published
 
     def plan(self, service: Service) -> ring.Plan:
         held = self._alike(service) or _empty_ring(service)

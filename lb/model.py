@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import IntEnum, StrEnum
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import combinations, pairwise
 
 from lb.errors import AlreadyExists, InvalidInput, NotFound
 from lb.maglev import RING_SIZES, is_prime, nearest_primes
-
-Address = IPv4Address | IPv6Address
+from lb.options import DEFAULTS, Network, Options
+from lb.vip import Address, Protocol, Vip, join_port, split_port
 
 MAX_WEIGHT = 65535  # as ipvsadm's
 DEFAULT_RING_SIZE = 16381
@@ -25,29 +24,17 @@ DEFAULT_FLOW_TIMEOUT_S = 3600
 SLOTS_PER_BACKEND = 10  # below this, Maglev's shares are off by tens of percent
 
 
-class Protocol(IntEnum):
-    """The transport of a service: its value is the number in the IP header."""
-
-    TCP = 6
-    UDP = 17
-
-    @property
-    def label(self) -> str:
-        return self.name.lower()
-
-    @classmethod
-    def parse(cls, text: str) -> Protocol:
-        try:
-            return cls[text.upper()]
-        except KeyError:
-            raise InvalidInput(f"protocol {text}: not known: use tcp or udp") from None
-
-
 class Mode(StrEnum):
     """How packets reach a backend, in the terms of IPVS."""
 
     NAT = "nat"
     DR = "dr"
+    IPIP = "ipip"
+    GUE = "gue"
+
+    @property
+    def is_tunnel(self) -> bool:
+        return self in (Mode.IPIP, Mode.GUE)
 
 
 class XdpMode(StrEnum):
@@ -59,79 +46,20 @@ class XdpMode(StrEnum):
     GENERIC = "generic"
 
 
-def parse_address(text: str) -> Address:
-    try:
-        address = ip_address(text)
-    except ValueError:
-        raise InvalidInput(f"address {text or '(empty)'}: not an IPv4 or IPv6 address") from None
-    if isinstance(address, IPv6Address) and address.scope_id:
-        raise InvalidInput(f"address {text}: zones are not supported")
-    return address
-
-
-def _parse_port(text: str, whole: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) <= 65535:
-        return int(text)
-    raise InvalidInput(f"{whole}: port {text or '(empty)'}: not a number from 0 to 65535")
-
-
-def _split_port(text: str, whole: str) -> tuple[Address, int | None]:
-    """`ADDR`, `ADDR:PORT`, `V6`, `[V6]` or `[V6]:PORT` -> address, port."""
-    match = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", text)
-    match = match or re.fullmatch(r"([^:]*)(?::([^:]*))?", text)
-    host, port = match.groups() if match else (text, None)
-    address = parse_address(host)
-    return address, None if port is None else _parse_port(port, whole)
-
-
-def _join_port(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if isinstance(address, IPv6Address) else f"{address}:{port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Vip:
-    """A virtual service address: `ADDR:PORT/PROTO`. Port 0 stands for every port that has no
-    service of its own."""
-
-    address: Address
-    port: int
-    protocol: Protocol = Protocol.TCP
-    sort_key: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
-    _hash: int = field(init=False, repr=False, compare=False)  # an address takes long to hash, and a VIP is a key
-
-    def __post_init__(self) -> None:
-        key = (self.address.version, int(self.address), self.port, int(self.protocol))
-        object.__setattr__(self, "sort_key", key)
-        object.__setattr__(self, "_hash", hash(key))
-        if self.address.is_unspecified or self.address.is_multicast or self.address.is_loopback:
-            raise InvalidInput(f"vip {self}: not a unicast address that can be served")
-
-    @classmethod
-    def parse(cls, text: str) -> Vip:
-        where, slash, protocol = text.partition("/")
-        address, port = _split_port(where, f"vip {text}")
-        if port is None:
-            raise InvalidInput(f"vip {text}: a port is missing: write {_join_port(address, 80)}/tcp (port 0: any)")
-        return cls(address, port, Protocol.parse(protocol) if slash else Protocol.TCP)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __str__(self) -> str:
-        return f"{_join_port(self.address, self.port)}/{self.protocol.label}"
-
-
 @dataclass(frozen=True, slots=True)
 class Backend:
     """A server behind a service: `ADDR[:PORT][@WEIGHT]`. Port 0 stands for the port the client
-    asked for: in a service with a port, that port."""
+    asked for: in a service with a port, that port. server_ids: what names it in QUIC connection IDs, each
+    `CONFIG:HEX`, the config rotation codepoint (0 to 6) and the ID of 1 to 15 bytes."""
 
     address: Address
     port: int = 0
     weight: int = 1
     draining: bool = False
+    server_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "server_ids", tuple(sorted(set(map(_server_id, self.server_ids)))))
         if not 0 <= self.weight <= MAX_WEIGHT:
             raise InvalidInput(f"backend {self}: weight {self.weight}: out of range 0 to {MAX_WEIGHT}")
         if self.address.is_unspecified or self.address.is_multicast or self.address.is_loopback:
@@ -140,13 +68,13 @@ class Backend:
     @classmethod
     def parse(cls, text: str, default_port: int = 0) -> Backend:
         where, at, weight = text.partition("@")
-        address, port = _split_port(where, f"backend {text}")
+        address, port = split_port(where, f"backend {text}")
         if at and not (weight.isascii() and weight.isdigit()):
             raise InvalidInput(f"backend {text}: weight {weight or '(empty)'}: not a number from 0 to {MAX_WEIGHT}")
         return cls(address, default_port if port is None else port, int(weight) if at else 1)
 
     def __str__(self) -> str:
-        return _join_port(self.address, self.port)
+        return join_port(self.address, self.port)
 
     @property
     def ring_weight(self) -> int:
@@ -156,6 +84,13 @@ class Backend:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         return self.address.version, int(self.address), self.port
+
+
+def _server_id(text: str) -> str:
+    match = re.fullmatch(r"([0-6]):((?:[0-9a-fA-F]{2}){1,15})", text)
+    if match is None:
+        raise InvalidInput(f"server id {text or '(empty)'}: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex")
+    return f"{match[1]}:{match[2].lower()}"
 
 
 def check_ring_size(size: int) -> None:
@@ -175,20 +110,61 @@ class Service:
     backends: tuple[Backend, ...] = ()
     ring_size: int = DEFAULT_RING_SIZE
     flow_timeout_s: int = DEFAULT_FLOW_TIMEOUT_S
+    options: Options = DEFAULTS
 
     def __post_init__(self) -> None:
         check_ring_size(self.ring_size)
+        self._check_options()
         if not 1 <= self.flow_timeout_s <= 7 * 86400:
             raise InvalidInput(f"{self.vip}: flow timeout {self.flow_timeout_s} s: out of range 1 s to 7 days")
+        if self.options.affinity_s > self.flow_timeout_s:
+            raise InvalidInput(
+                f"{self.vip}: affinity {self.options.affinity_s} s: longer than the flow timeout,"
+                f" {self.flow_timeout_s} s, after which no client is remembered"
+            )
         in_full = map(self._in_full, self.backends)
         object.__setattr__(self, "backends", tuple(sorted(in_full, key=lambda b: b.sort_key)))
         self._check_backends()
 
     def _in_full(self, backend: Backend) -> Backend:
         """`10.0.0.11` in a service on port 80 is the same backend as `10.0.0.11:80`."""
-        return backend if backend.port else replace(backend, port=self.vip.port)
+        return backend if backend.port else replace(backend, port=self.vip.fixed_port)
+
+    @property
+    def quic_lengths(self) -> dict[int, int]:
+        """Config rotation codepoint -> bytes of its server IDs."""
+        ids = (server_id.split(":") for backend in self.backends for server_id in backend.server_ids)
+        return {int(config): len(text) // 2 for config, text in ids}
+
+    def _check_options(self) -> None:
+        options, plain = self.options, DEFAULTS
+        if options == plain and not self.vip.set:  # as most are
+            return
+        for name, wrong, why in (
+            ("second chance", options.second_chance and self.mode is not Mode.GUE, "needs mode gue"),
+            ("outer checksum", options.outer_checksum and self.mode is not Mode.GUE, "needs mode gue"),
+            ("gue port", options.gue_port != plain.gue_port and self.mode is not Mode.GUE, "needs mode gue"),
+            ("tunnel source", options.tunnel_sources and not self.mode.is_tunnel, "needs mode ipip or gue"),
+            ("mss", options.mss and self.vip.protocol is not Protocol.TCP, "needs a TCP service"),
+            ("syn limit", options.syn_limit and self.vip.protocol is not Protocol.TCP, "needs a TCP service"),
+            (
+                "syn limit of a source",
+                options.syn_limit_of_source and self.vip.protocol is not Protocol.TCP,
+                "needs a TCP service",
+            ),
+            ("sources", self.vip.set and not options.sources, "missing: a set is for clients from certain prefixes"),
+            (
+                "sources",
+                any(prefix.version != self.vip.address.version for prefix in options.sources),
+                f"not all of them IPv{self.vip.address.version}",
+            ),
+            ("echo", options.echo and not self.vip.is_one_address, "needs a VIP of one address"),
+        ):
+            if wrong:
+                raise InvalidInput(f"{self.vip}: {name}: {why}")
 
     def _check_backends(self) -> None:
+        self._check_server_ids()
         for backend in self.backends:
             self._check_backend(backend)
         for one, other in pairwise(self.backends):
@@ -200,15 +176,32 @@ class Service:
                 f" backends: at least {SLOTS_PER_BACKEND} slots each"
             )
 
+    def _check_server_ids(self) -> None:
+        owners: dict[str, Backend] = {}
+        lengths = self.quic_lengths
+        for backend, server_id in ((b, i) for b in self.backends for i in b.server_ids):
+            if self.vip.protocol is not Protocol.UDP:
+                raise InvalidInput(f"backend {backend}: server id {server_id}: needs a UDP service")
+            if owners.setdefault(server_id, backend) is not backend:
+                raise InvalidInput(f"backend {backend}: server id {server_id}: is that of {owners[server_id]} too")
+            config, text = server_id.split(":")
+            if len(text) // 2 != lengths[int(config)]:
+                raise InvalidInput(
+                    f"backend {backend}: server id {server_id}: not as long as others of config {config}"
+                )
+
     def _check_backend(self, backend: Backend) -> None:
-        if backend.address.version != self.vip.address.version:
+        if backend.address.version != self.vip.address.version and not self.mode.is_tunnel:
             raise InvalidInput(
                 f"backend {backend}: mode {self.mode} needs an IPv{self.vip.address.version} backend for {self.vip}"
             )
-        if backend.address == self.vip.address:
+        if backend.address.version == self.vip.address.version and backend.address in self.vip.network:
             raise InvalidInput(f"backend {backend}: is the VIP's own address")
-        if self.mode is Mode.DR and backend.port != self.vip.port:
-            raise InvalidInput(f"backend {backend}: mode dr keeps the port: leave it out or say {self.vip.port}")
+        if self.mode is not Mode.NAT and backend.port != self.vip.fixed_port:
+            raise InvalidInput(
+                f"backend {backend}: mode {self.mode} keeps the port: leave it out"
+                + (f" or say {self.vip.port}" if self.vip.fixed_port else "")
+            )
 
     def __str__(self) -> str:
         return str(self.vip)
@@ -231,6 +224,42 @@ class Service:
     def changing_backend(self, name: Backend, change: Callable[[Backend], Backend]) -> Service:
         old = self.backend(name)
         return replace(self, backends=tuple(change(b) if b is old else b for b in self.backends))
+
+
+def _check_together(services: tuple[Service, ...]) -> None:
+    """What no service alone can see: sets without their VIP, sources that two sets claim, ranges that cross."""
+    unusual = [s for s in services if s.vip.set or not s.vip.is_exact]
+    if not unusual:
+        return
+    vips = {service.vip for service in services}
+    for service in unusual:
+        if service.vip.set and service.vip.own not in vips:
+            raise InvalidInput(f"vip {service.vip}: there is no {service.vip.own} that it could be a set of")
+    _check_sources([s for s in unusual if s.vip.set])
+    _check_ranges([s.vip for s in unusual if not s.vip.set])
+
+
+def _check_sources(sets: list[Service]) -> None:
+    owners: dict[tuple[Vip, Network], Service] = {}
+    for service, prefix in ((s, p) for s in sets for p in s.options.sources):
+        if (owner := owners.setdefault((service.vip.own, prefix), service)) is not service:
+            raise InvalidInput(f"vip {service.vip}: source {prefix}: is for {owner.vip} already")
+
+
+def _check_ranges(vips: list[Vip]) -> None:
+    """Ranges of one prefix may lie in one another, but not cross."""
+    alike: dict[tuple[Network, Protocol], list[Vip]] = {}
+    for vip in vips:
+        alike.setdefault((vip.network, vip.protocol), []).append(vip)
+    for group in alike.values():
+        for one, other in combinations(group, 2):
+            if _cross(one.ports, other.ports):
+                raise InvalidInput(f"vip {other}: its ports cross those of {one}")
+
+
+def _cross(one: range, other: range) -> bool:
+    first, second = sorted((one, other), key=lambda ports: ports.start)
+    return first.start < second.start < first.stop < second.stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +294,7 @@ class State:
             if one.vip == other.vip:
                 raise AlreadyExists(f"vip {one.vip}: already served")
         object.__setattr__(self, "services", ordered)
+        _check_together(ordered)
         own = tuple(sorted(self.own_addresses, key=lambda o: (o.address.version, int(o.address))))
         object.__setattr__(self, "own_addresses", own)
 
@@ -290,6 +320,9 @@ class State:
 
     def without_service(self, vip: Vip) -> State:
         gone = self.service(vip)
+        for service in self.services:
+            if service.vip.set and service.vip.own == vip:
+                raise InvalidInput(f"vip {vip}: has the set {service.vip}: remove that first")
         return replace(self, services=tuple(s for s in self.services if s is not gone))
 
     def replacing_service(self, service: Service) -> State:

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
-from lb.model import Address
 from lb.report import NextHop
+from lb.vip import Address
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -67,12 +67,14 @@ class _Route:
     neighbour: _Neighbour
     source: Address
     on_link: bool
+    mtu: int | None  # of the route itself
 
 
 @dataclass(frozen=True, slots=True)
 class _Link:
     name: str
     mac: bytes
+    mtu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,13 @@ def _route_of(address: Address, message: Any) -> _Route:
         _Neighbour(message.get_attr("RTA_OIF"), gateway or address),
         ip_address(source),
         gateway is None,
+        _route_mtu(message),
     )
+
+
+def _route_mtu(message: Any) -> int | None:
+    metrics = message.get_attr("RTA_METRICS")
+    return metrics.get_attr("RTAX_MTU") if metrics else None
 
 
 def _gateway(message: Any) -> Address | None:
@@ -281,7 +289,7 @@ def _ethernet_link(ipr: IPRoute, ifindex: int, address: Address) -> _Link:
             f"backend {address}: is behind {name}, which is not an Ethernet interface:"
             " choose a backend that one leads to"
         )
-    return _Link(name, _mac(message.get_attr("IFLA_ADDRESS")))
+    return _Link(name, _mac(message.get_attr("IFLA_ADDRESS")), message.get_attr("IFLA_MTU"))
 
 
 def _next_hop(route: _Route, link: _Link, dst_mac: bytes | None) -> NextHop:
@@ -292,6 +300,7 @@ def _next_hop(route: _Route, link: _Link, dst_mac: bytes | None) -> NextHop:
         src_mac=link.mac,
         dst_mac=dst_mac,
         on_link=route.on_link,
+        mtu=min(route.mtu or link.mtu, link.mtu),
     )
 
 

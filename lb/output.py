@@ -8,10 +8,12 @@ names nothing. Large counters are shortened; the exact ones are in the JSON docu
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lb import option_words
 from lb.documents import total
 from lb.model import Backend, Service
 from lb.report import (
@@ -35,6 +37,7 @@ STYLES = {
     "generic": "yellow",
     "total": "dim",
 }
+WIDTH = 80  # of text that may be broken
 # Bytes stand right of the packets they belong to.
 COUNTER_HEADINGS = ("CONNS", "PACKETS", "BYTES", "REPLIES", "BYTES")
 
@@ -71,7 +74,12 @@ def _difference(was: Backend | None, now: Backend | None) -> Difference:
 
 def _condition(backend: Backend) -> str:
     weight = f"weight {backend.weight}" if backend.weight != 1 else ""
-    return ", ".join(word for word in (weight, "draining" if backend.draining else "") if word)
+    server_ids = f"server id {_server_ids(backend)}" if backend.server_ids else ""
+    return ", ".join(word for word in (weight, "draining" if backend.draining else "", server_ids) if word)
+
+
+def _server_ids(backend: Backend) -> str:
+    return " ".join(backend.server_ids) or "none"
 
 
 def _turns(was: Backend, now: Backend) -> Iterator[str]:
@@ -79,6 +87,8 @@ def _turns(was: Backend, now: Backend) -> Iterator[str]:
         yield f"weight {was.weight} -> {now.weight}"
     if was.draining != now.draining:
         yield "draining" if now.draining else "active again"
+    if was.server_ids != now.server_ids:
+        yield f"server id {_server_ids(was)} -> {_server_ids(now)}"
 
 
 def _service_turns(before: Service | None, after: Service | None) -> list[str]:
@@ -89,7 +99,8 @@ def _service_turns(before: Service | None, after: Service | None) -> list[str]:
         ("ring", before.ring_size, after.ring_size),
         ("flow timeout", f"{before.flow_timeout_s} s", f"{after.flow_timeout_s} s"),
     )
-    return [f"{name} {was} -> {now}" for name, was, now in facts if was != now]
+    turned = [f"{name} {was} -> {now}" for name, was, now in facts if was != now]
+    return [*turned, *option_words.turns(before.options, after.options)]
 
 
 def _backend_turns(change: Change) -> Iterator[str]:
@@ -123,6 +134,10 @@ def _shape(service: Service) -> str:
     return f"{service.mode}, {_count(len(service.backends), 'backend')}, ring {service.ring_size}"
 
 
+def _description(service: Service) -> str:
+    return ", ".join([_shape(service), *option_words.phrases(service.options)])
+
+
 def extent(services: Sequence[Service]) -> str:
     """How much is served, for who attaches what is stored."""
     backends = sum(len(service.backends) for service in services)
@@ -134,7 +149,7 @@ def change_sentence(change: Change) -> str:
     if change.after is None:
         return f"{change.vip}: removed"
     if change.before is None:
-        return f"{change.vip}: added: {_shape(change.after)}"
+        return f"{change.vip}: added: {_description(change.after)}"
     turns = ", ".join([*_service_turns(change.before, change.after), *_backend_turns(change)])
     return _joined(str(change.vip), turns, _moves(change.plan))
 
@@ -178,8 +193,8 @@ def _diff_of_change(change: Change) -> Iterator[str]:
 
 def _diff_detail(change: Change) -> list[str]:
     if change.before is None and change.after is not None:
-        return [_shape(change.after)]
-    return [*_service_turns(change.before, change.after), _moves(change.plan)]
+        return [_description(change.after)]
+    return [", ".join(_service_turns(change.before, change.after)), _moves(change.plan)]
 
 
 def _tally(changes: Sequence[Change]) -> str:
@@ -237,7 +252,15 @@ def services_table(services: Sequence[Service], *, colour: bool) -> list[str]:
         Column("RING", number=True),
         Column("FLOW TIMEOUT", number=True),
     ]
-    return table(columns, [_service_row(s) for s in services], colour=colour)
+    heading, *rows = table(columns, [_service_row(s) for s in services], colour=colour)
+    described = zip(services, rows, strict=True)
+    return [heading, *(line for service, row in described for line in (row, *_options_lines(service)))]
+
+
+def _options_lines(service: Service) -> list[str]:
+    """Under the service's own line, since most have none."""
+    words = ", ".join(option_words.phrases(service.options))
+    return textwrap.wrap(words, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _service_row(service: Service) -> tuple[str, ...]:
@@ -246,11 +269,12 @@ def _service_row(service: Service) -> tuple[str, ...]:
 
 
 def backends_table(services: Sequence[Service], *, colour: bool) -> list[str]:
-    rows = [(str(s), str(b), str(b.weight), _state(b)) for s in services for b in s.backends]
+    rows = [(str(s), str(b), str(b.weight), _state(b), " ".join(b.server_ids)) for s in services for b in s.backends]
     if not rows:
         return ["no backends: add one with xdp-lb backend add"]
-    columns = [Column("VIP"), Column("BACKEND"), Column("WEIGHT", number=True), Column("STATE")]
-    return table(columns, rows, colour=colour)
+    columns = [Column("VIP"), Column("BACKEND"), Column("WEIGHT", number=True), Column("STATE"), Column("SERVER IDS")]
+    known = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    return table(columns[:known], [row[:known] for row in rows], colour=colour)
 
 
 def _state(backend: Backend, *, resolved: bool = True) -> str:
@@ -341,9 +365,10 @@ def _counter_cells(counters: Counters) -> tuple[str, ...]:
 
 def _reasons_table(status: Status, *, colour: bool) -> list[str]:
     columns = [Column("NOT BALANCED"), Column("PACKETS", number=True)]
-    rows = [(reason, short(n)) for reason, n in _counted(status.drops, status.passes, status.noted)]
+    rows = [(reason, short(n)) for reason, n in _counted(status)]
     return table(columns, rows, colour=colour) if rows else []
 
 
-def _counted(*reasons: Mapping[str, int]) -> list[tuple[str, int]]:
-    return [(reason, n) for each in reasons for reason, n in each.items() if n]
+def _counted(status: Status) -> list[tuple[str, int]]:
+    kinds = (status.answered, status.drops, status.passes, status.noted)
+    return [(reason, n) for each in kinds for reason, n in each.items() if n]

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lb.model import Address, Backend, Interface, Service, Vip
+from lb.model import Backend, Interface, Service
 from lb.ring import Plan
+from lb.vip import Address, Vip
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class NextHop:
     src_mac: bytes
     dst_mac: bytes | None
     on_link: bool  # False: through a gateway, which mode dr cannot use
+    mtu: int = 1500  # bytes of IP, by the route and its interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +121,5 @@ class Status:
     services: tuple[ServiceStatus, ...]
     drops: Mapping[str, int]
     passes: Mapping[str, int]
+    answered: Mapping[str, int] = field(default_factory=dict)  # by the balancer itself
     noted: Mapping[str, int] = field(default_factory=dict)  # counted beside what became of the packet

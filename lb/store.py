@@ -8,6 +8,7 @@ and kernel go to the new state, or neither does.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sqlite3
 import stat
@@ -21,19 +22,11 @@ from types import TracebackType
 from typing import Self
 
 from lb.errors import Busy, LbError, StoreError
-from lb.model import (
-    Backend,
-    Interface,
-    Mode,
-    OwnAddress,
-    Service,
-    State,
-    Vip,
-    XdpMode,
-    parse_address,
-)
+from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.options import changed_values, from_values
+from lb.vip import Vip, parse_address
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOCK_WAIT_S = 5.0
 LOCK_POLL_S = 0.02
 
@@ -43,7 +36,8 @@ CREATE TABLE service (
     vip TEXT PRIMARY KEY,
     mode TEXT NOT NULL,
     ring_size INTEGER NOT NULL,
-    flow_timeout_s INTEGER NOT NULL
+    flow_timeout_s INTEGER NOT NULL,
+    options TEXT NOT NULL DEFAULT '{}'
 ) WITHOUT ROWID;
 CREATE TABLE backend (
     vip TEXT NOT NULL,
@@ -51,6 +45,7 @@ CREATE TABLE backend (
     port INTEGER NOT NULL,
     weight INTEGER NOT NULL,
     draining INTEGER NOT NULL,
+    server_ids TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (vip, address, port)
 ) WITHOUT ROWID;
 CREATE TABLE interface (
@@ -60,6 +55,14 @@ CREATE TABLE interface (
 );
 CREATE TABLE own_address (address TEXT PRIMARY KEY, interface TEXT NOT NULL) WITHOUT ROWID;
 """
+
+# From each version to the next. A new option needs no column, but a version: an older xdp-lb must not leave it out.
+MIGRATIONS = {
+    1: """
+ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
+"""
+}
 
 UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
 WAYS_OUT = {
@@ -130,9 +133,9 @@ class Store:
         with _translated(self._path):
             self._connection.execute("BEGIN")
             try:
-                if self._version() == SCHEMA_VERSION:
+                if self._version():
                     self._generation = self._stored_generation()
-                    self._state = _read_state(self._connection)
+                    self._state = _read_state(self._connection, self._version())
             finally:
                 self._roll_back()
         return self._state
@@ -175,10 +178,10 @@ class Store:
                 f"store {self._path}: written by a newer xdp-lb (schema {version},"
                 f" this one knows {SCHEMA_VERSION}): upgrade xdp-lb"
             )
-        if write and version == 0:
+        if write and version < SCHEMA_VERSION:
+            steps = [_create()] if version == 0 else [MIGRATIONS[v] for v in range(version, SCHEMA_VERSION)]
             self._connection.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
-                f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                f"BEGIN IMMEDIATE; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
 
     def _version(self) -> int:
@@ -210,8 +213,8 @@ class Store:
     def _write_service(self, old: Service | None, new: Service) -> None:
         vip = str(new.vip)
         self._connection.execute(
-            "INSERT OR REPLACE INTO service VALUES (?, ?, ?, ?)",
-            (vip, new.mode.value, new.ring_size, new.flow_timeout_s),
+            "INSERT OR REPLACE INTO service VALUES (?, ?, ?, ?, ?)",
+            (vip, new.mode.value, new.ring_size, new.flow_timeout_s, json.dumps(changed_values(new.options))),
         )
         before = set(old.backends) if old else set()
         after = set(new.backends)
@@ -220,8 +223,8 @@ class Store:
             [(vip, str(b.address), b.port) for b in before - after],
         )
         self._connection.executemany(
-            "INSERT INTO backend VALUES (?, ?, ?, ?, ?)",
-            [(vip, str(b.address), b.port, b.weight, b.draining) for b in after - before],
+            "INSERT INTO backend VALUES (?, ?, ?, ?, ?, ?)",
+            [(vip, str(b.address), b.port, b.weight, b.draining, " ".join(b.server_ids)) for b in after - before],
         )
 
     def _write_interfaces(self, state: State) -> None:
@@ -237,6 +240,10 @@ class Store:
     def _replace_table(self, table: str, places: str, rows: Iterable[tuple[object, ...]]) -> None:
         self._connection.execute(f"DELETE FROM {table}")
         self._connection.executemany(f"INSERT INTO {table} VALUES {places}", rows)
+
+
+def _create() -> str:
+    return f"{SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
 
 
 @contextmanager
@@ -291,10 +298,11 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _read_state(connection: sqlite3.Connection) -> State:
+def _read_state(connection: sqlite3.Connection, version: int) -> State:
+    """Of a store of any version that there has been: who reads alone cannot bring it up to date."""
     try:
         return State(
-            tuple(_read_services(connection)),
+            tuple(_read_services(connection, version)),
             tuple(
                 Interface(name, XdpMode(mode))
                 for name, mode in connection.execute("SELECT name, xdp_mode FROM interface ORDER BY position")
@@ -308,14 +316,17 @@ def _read_state(connection: sqlite3.Connection) -> State:
         raise sqlite3.DatabaseError(f"holds an invalid value ({error})") from error
 
 
-def _read_services(connection: sqlite3.Connection) -> Iterator[Service]:
+def _read_services(connection: sqlite3.Connection, version: int) -> Iterator[Service]:
     backends: dict[str, list[Backend]] = {}
-    for vip, address, port, weight, draining in connection.execute("SELECT * FROM backend"):
-        backend = Backend(parse_address(address), port, weight, bool(draining))
+    server_ids, options = ("server_ids", "options") if version >= 2 else ("''", "'{}'")
+    rows = connection.execute(f"SELECT vip, address, port, weight, draining, {server_ids} FROM backend")
+    for vip, address, port, weight, draining, ids in rows:
+        backend = Backend(parse_address(address), port, weight, bool(draining), tuple(ids.split()))
         backends.setdefault(vip, []).append(backend)
-    for vip, mode, ring_size, flow_timeout_s in connection.execute("SELECT * FROM service"):
+    rows = connection.execute(f"SELECT vip, mode, ring_size, flow_timeout_s, {options} FROM service")
+    for vip, mode, ring_size, flow_timeout_s, text in rows:
         members = tuple(backends.get(vip, ()))
-        yield Service(Vip.parse(vip), Mode(mode), members, ring_size, flow_timeout_s)
+        yield Service(Vip.parse(vip), Mode(mode), members, ring_size, flow_timeout_s, from_values(json.loads(text)))
 
 
 @contextmanager

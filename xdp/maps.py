@@ -150,8 +150,9 @@ class Map:
     def copy_from(self, other: Map) -> None:
         """All entries of a hash map of the same shape."""
         for key, value in other.items():
+            same = value if isinstance(value, ctypes.Structure) else self.value_type(value)
             try:
-                libbpf.update(self.fd, ctypes.byref(key), ctypes.byref(value), ANY)
+                libbpf.update(self.fd, ctypes.byref(key), ctypes.byref(same), ANY)
             except OSError as error:
                 raise self._failed("copy", error) from error
 

@@ -228,7 +228,9 @@ class BpfObject:
 
     def _check_shape(self, name: str, fd: int) -> None:
         info, (key, value) = map_info(fd), self._map_types(name)
-        if (info.key_size, info.value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
+        alignment = ctypes.alignment(value) if name.startswith(".") else 1  # a section ends with its last variable
+        value_size = -(-info.value_size // alignment) * alignment
+        if (info.key_size, value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
             raise LoadError(f"map {name}: of another shape than in {self.path.name}")
 
     def program(self, name: str) -> Program:

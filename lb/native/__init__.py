@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import socket
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from ctypes import c_int, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
@@ -145,7 +144,9 @@ class _Sought(ctypes.Structure):
         ("ring_size", c_uint32),
         ("words", c_uint32),
         ("address", c_uint8 * 16),
-        ("port", c_uint16),
+        ("mask", c_uint8 * 16),
+        ("first_port", c_uint16),
+        ("last_port", c_uint16),
         ("protocol", c_uint8),
     )
 
@@ -157,7 +158,9 @@ class _Sought(ctypes.Structure):
             ring_size=sought.ring_size,
             words=len(sought.address) // 4,
             address=(c_uint8 * 16)(*sought.address),
-            port=socket.htons(sought.port),
+            mask=(c_uint8 * 16)(*sought.mask),
+            first_port=sought.ports.start,
+            last_port=sought.ports.stop - 1,
             protocol=sought.protocol,
         )
 

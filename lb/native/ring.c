@@ -5,6 +5,7 @@
  *
  * Arrays come in and go out by address; the caller has checked that their lengths agree.
  */
+#include <arpa/inet.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -261,16 +262,26 @@ static uint64_t flow_hash(const struct flow_key *key, uint32_t words, uint64_t s
 struct sought {
 	uint64_t seed, oldest_ns;
 	uint32_t ring_size, words; /* of an address */
-	uint32_t address[4];	   /* the VIP */
-	uint16_t port;		   /* network byte order, 0: any */
+	uint32_t address[4];	   /* the VIP's first */
+	uint32_t mask[4];	   /* which bits of it count */
+	uint16_t first_port, last_port;
 	uint8_t protocol;
 };
 
+static int is_in_network(const struct sought *sought, const uint32_t *address)
+{
+	for (uint32_t i = 0; i < sought->words; i++)
+		if ((address[i] & sought->mask[i]) != sought->address[i])
+			return 0;
+	return 1;
+}
+
 static int is_sought(const struct sought *sought, const struct flow_key *key, const struct flow *flow)
 {
-	return flow->seen_ns >= sought->oldest_ns && key->protocol == sought->protocol &&
-	       (!sought->port || key->destination_port == sought->port) &&
-	       !memcmp(key->address + sought->words, sought->address, 4 * sought->words);
+	uint16_t port = ntohs(key->destination_port);
+
+	return flow->seen_ns >= sought->oldest_ns && key->protocol == sought->protocol && port >= sought->first_port &&
+	       port <= sought->last_port && is_in_network(sought, key->address + sought->words);
 }
 
 /* keys: struct flow_key, or flow_key4, which ends earlier. slots: room for `count`. Returns how many are found. */

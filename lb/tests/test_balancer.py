@@ -17,9 +17,10 @@ import pytest
 from lb.balancer import Balancer
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, Vip, XdpMode
+from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.report import Attachment, ChangeKind, Counters, Report
 from lb.store import Store
+from lb.vip import Vip
 
 ETH0, ETH1 = Interface("eth0"), Interface("eth1")
 WEB = Vip.parse("10.0.0.1:80/tcp")

@@ -211,6 +211,109 @@ def test_status_for_people(serving: Host) -> None:
     ]
 
 
+EVERY_OPTION = (
+    ("--affinity", "300", "affinity_s", 300),
+    ("--allow", "10.0.0.0/8, 192.0.2.7", "sources", ["10.0.0.0/8", "192.0.2.7/32"]),
+    ("--syn-limit", "1000", "syn_limit", 1000),
+    ("--syn-limit-of-source", "20", "syn_limit_of_source", 20),
+    ("--mss", "1416", "mss", 1416),
+    ("--echo", None, "echo", True),
+    ("--tunnel-source", "198.18.0.0/16", "tunnel_sources", ["198.18.0.0/16"]),
+    ("--gue-port", "6081", "gue_port", 6081),
+    ("--outer-checksum", None, "outer_checksum", True),
+    ("--second-chance", None, "second_chance", True),
+)
+OPTION_WORDS = tuple(word for name, value, *_ in EVERY_OPTION for word in (name, value) if word is not None)
+OPTION_VALUES = {key: value for *_, key, value in EVERY_OPTION}
+TUNNEL = "10.0.0.100:443/tcp"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attach", "eth0", "--vip", TUNNEL, "--backends", "10.0.0.11", "--mode", "gue"),
+        ("vip", "add", TUNNEL, "--backends", "10.0.0.11", "--mode", "gue"),
+    ],
+)
+def test_a_service_is_made_with_every_option(host: Host, words: tuple[str, ...]) -> None:
+    host.lines(*words, *OPTION_WORDS)
+    (service,) = host.json("vip", "list")
+    assert (service["mode"], service["options"]) == ("gue", OPTION_VALUES)
+
+
+@pytest.mark.parametrize("mode", ["nat", "dr", "ipip", "gue"])
+def test_a_service_is_made_in_each_mode(host: Host, mode: str) -> None:
+    host.lines("vip", "add", TUNNEL, "--backends", "10.0.0.11", "--mode", mode)
+    assert [service["mode"] for service in host.json("vip", "list")] == [mode]
+
+
+def options_of(host: Host, vip: str = WEB) -> Any:
+    return next(service["options"] for service in host.json("vip", "list") if service["vip"] == vip)
+
+
+def test_only_the_options_that_are_named_change(serving: Host) -> None:
+    assert serving.lines("vip", "set", WEB, "--mss", "1416", "--echo") == [
+        "10.0.0.1:80/tcp: mss off -> 1416, echo off -> on: no slot moves"
+    ]
+    assert serving.lines("vip", "set", WEB, "--syn-limit", "1000") == [
+        "10.0.0.1:80/tcp: syn limit off -> 1000/s: no slot moves"
+    ]
+    options = options_of(serving)
+    assert (options["mss"], options["echo"], options["syn_limit"]) == (1416, True, 1000)
+
+
+def test_every_option_is_switched_off_again(host: Host) -> None:
+    host.lines("vip", "add", TUNNEL, "--mode", "gue")
+    plain = options_of(host, TUNNEL)
+    host.lines("vip", "set", TUNNEL, *OPTION_WORDS)
+    assert options_of(host, TUNNEL) == OPTION_VALUES
+    off = [word for option in ("--affinity", "--syn-limit", "--syn-limit-of-source", "--mss") for word in (option, "0")]
+    switches = ("--no-echo", "--no-outer-checksum", "--no-second-chance")
+    host.lines("vip", "set", TUNNEL, *off, *switches, "--allow", "any", "--tunnel-source", "own", "--gue-port", "6080")
+    assert options_of(host, TUNNEL) == plain
+
+
+def test_a_dry_run_of_set_changes_nothing(serving: Host) -> None:
+    (line,) = serving.lines("vip", "set", WEB, "--mss", "1416", "--dry-run")
+    assert line == "dry run: 10.0.0.1:80/tcp: mss off -> 1416: no slot moves"
+    assert options_of(serving)["mss"] == 0
+
+
+def test_a_set_has_its_own_backends_and_sources(serving: Host) -> None:
+    near = "10.0.0.1:80/tcp@near"
+    serving.lines("vip", "add", near, "--source", "10.7.0.0/16", "--backends", "10.0.0.21", *RING)
+    assert serving.lines("vip", "list") == [
+        "VIP                   MODE  BACKENDS  RING  FLOW TIMEOUT",
+        "10.0.0.1:80/tcp       nat          2   251        3600 s",
+        "10.0.0.1:80/tcp@near  nat          1   251        3600 s",
+        "  sources 10.7.0.0/16",
+    ]
+    serving.lines("vip", "set", near, "--source", "10.7.0.0/16,10.8.0.0/16")
+    assert options_of(serving, near)["sources"] == ["10.7.0.0/16", "10.8.0.0/16"]
+    assert serving.error("vip", "remove", WEB) == f"xdp-lb: vip {WEB}: has the set {near}: remove that first"
+
+
+def test_a_backend_of_a_range_of_ports_has_the_port_of_the_client(host: Host) -> None:
+    host.lines("vip", "add", "10.0.0.100:8000-8999", "--mode", "dr", "--backends", "10.0.0.11", *RING)
+    host.lines("backend", "add", "10.0.0.100:8000-8999", "10.0.0.12")
+    host.lines("backend", "weight", "10.0.0.100:8000-8999", "10.0.0.12", "2")
+    assert host.names() == ["10.0.0.11:0", "10.0.0.12:0"]
+
+
+QUIC = "10.0.0.1:443/udp"
+
+
+def test_what_names_a_backend_is_given_changed_and_taken_away(host: Host) -> None:
+    host.lines("vip", "add", QUIC, *RING)
+    host.lines("backend", "add", QUIC, "10.0.0.11", "--server-id", "0:0A1B", "--server-id", "1:00c4d2")
+    assert host.json("backend", "list")[0]["server_ids"] == ["0:0a1b", "1:00c4d2"]
+    assert host.lines("backend", "server-id", QUIC, "10.0.0.11", "0:0a1b")[0] == (
+        "10.0.0.1:443/udp: backend 10.0.0.11:443 server id 0:0a1b 1:00c4d2 -> 0:0a1b"
+    )
+    host.lines("backend", "server-id", QUIC, "10.0.0.11", "none")
+    assert host.json("backend", "list")[0]["server_ids"] == []
+
+
 CONFIG = """
 [[service]]
 vip = "10.0.0.1:80/tcp"
@@ -311,6 +414,30 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             "backend 10.0.0.11:80: weight -1: out of range 0 to 65535",
         ),
         (
+            ("backend", "add", WEB, "10.0.0.13", "--server-id", "0:aa"),
+            "backend 10.0.0.13:80: server id 0:aa: needs a UDP service",
+        ),
+        (
+            ("backend", "server-id", WEB, "10.0.0.11", "9:aa"),
+            "server id 9:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
+        ),
+        (("vip", "set", WEB, "--mss", "87"), "mss 87: out of range 88 to 65495"),
+        (("vip", "set", WEB, "--second-chance"), "10.0.0.1:80/tcp: second chance: needs mode gue"),
+        (("vip", "set", WEB, "--allow", "10.0.0.1/8"), "prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8"),
+        (
+            ("vip", "set", WEB, "--affinity", "60"),
+            "vip 10.0.0.1:80/tcp: affinity cannot be changed while it is served: remove it first",
+        ),
+        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list"),
+        (
+            ("vip", "add", "10.0.0.1:80@near"),
+            "10.0.0.1:80/tcp@near: sources: missing: a set is for clients from certain prefixes",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
+            "vip 10.0.0.2:80/tcp@near: there is no 10.0.0.2:80/tcp that it could be a set of",
+        ),
+        (
             ("backend", "add", WEB, "10.0.0.13:http"),
             "backend 10.0.0.13:http: port http: not a number from 0 to 65535",
         ),
@@ -385,6 +512,16 @@ def test_ctrl_c_is_quiet() -> None:
         ("attach",),
         ("attach", "eth0", "--mode", "dr"),
         ("attach", "eth0", "--vip", WEB),
+        ("attach", "eth0", "--echo"),
+        ("attach", "eth0", "--allow", "10.0.0.0/8"),
+        ("attach", "eth0", "--backends", "10.0.0.11", "--source", "10.7.0.0/16"),
+        ("vip", "add", "10.0.0.2:80", "--source", "10.7.0.0/16"),
+        ("vip", "add", "10.0.0.1:80@near", "--allow", "10.7.0.0/16"),
+        ("vip", "set", WEB),
+        ("vip", "set", WEB, "--mss", "small"),
+        ("vip", "set", WEB, "--mode", "dr"),
+        ("backend", "add", WEB, "10.0.0.13", "10.0.0.14", "--server-id", "0:aa"),
+        ("backend", "server-id", WEB, "10.0.0.11"),
         ("attach", "eth0", "--xdp-mode", "fast"),
         ("vip", "add", WEB, "--mode", "maglev"),
         ("backend", "add", WEB),

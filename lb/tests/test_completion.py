@@ -12,16 +12,20 @@ from click.testing import CliRunner
 from lb import completion
 from lb.cli import cli
 from lb.errors import StoreError
-from lb.model import Backend, Service, State, Vip
+from lb.model import Backend, Service, State
+from lb.options import Options, parse_network
+from lb.vip import Vip
 
 WEB = Service(Vip.parse("10.0.0.1:80"), backends=(Backend.parse("10.0.0.11:80"),))
 DNS = Service(Vip.parse("[2001:db8::1]:53/udp"), backends=(Backend.parse("[2001:db8::11]:53"),))
+
+NEAR = Service(Vip.parse("10.0.0.1:80@near"), options=Options(sources=(parse_network("10.7.0.0/16"),)))
 
 
 @contextmanager
 def stored(*, write: bool) -> Iterator[SimpleNamespace]:
     assert not write
-    yield SimpleNamespace(state=State((WEB, DNS)))
+    yield SimpleNamespace(state=State((WEB, NEAR, DNS)))
 
 
 def unreadable(*, write: bool) -> AbstractContextManager[SimpleNamespace]:
@@ -58,11 +62,16 @@ def test_interfaces_complete_once_each() -> None:
 
 
 def test_vips_complete() -> None:
-    assert complete("xdp-lb vip remove ") == ["10.0.0.1:80/tcp", "[2001:db8::1]:53/udp"]
+    assert complete("xdp-lb vip remove ") == ["10.0.0.1:80/tcp", "10.0.0.1:80/tcp@near", "[2001:db8::1]:53/udp"]
+
+
+def test_bash_gets_a_set_with_its_at_sign() -> None:
+    assert complete("xdp-lb vip remove 10.0.0.1:80/tcp@") == ["@near"]
+    assert complete("xdp-lb vip remove 10.0.0.1:80/tcp@n") == ["@near"]
 
 
 def test_bash_gets_what_follows_the_last_colon_typed() -> None:
-    assert complete("xdp-lb vip remove 10.0.0.1:") == ["80/tcp"]
+    assert complete("xdp-lb vip remove 10.0.0.1:") == ["80/tcp", "80/tcp@near"]
     assert complete("xdp-lb vip remove [2001:db8::1]:5") == ["53/udp"]
 
 

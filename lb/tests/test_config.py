@@ -9,7 +9,9 @@ import pytest
 
 from lb import config
 from lb.errors import InvalidInput
-from lb.model import Backend, Mode, Service, Vip
+from lb.model import Backend, Mode, Service
+from lb.options import Options, parse_network
+from lb.vip import Vip
 
 WHOLE = """
 [[service]]
@@ -56,6 +58,53 @@ def test_every_key_is_read_and_every_default_filled_in() -> None:
     ]
 
 
+def test_every_option_is_read() -> None:
+    (service,) = config.parse("""
+[[service]]
+vip = "10.0.0.1:443"
+mode = "gue"
+affinity = 300
+sources = ["10.0.0.0/8", "192.0.2.7"]
+syn_limit = 1000
+syn_limit_of_source = 10
+mss = 1400
+echo = true
+tunnel_source = ["198.18.0.0/16", "2001:db8:1::/64"]
+gue_port = 6081
+outer_checksum = true
+second_chance = true
+""")
+    assert service.mode is Mode.GUE
+    assert service.options == Options(
+        affinity_s=300,
+        sources=(parse_network("10.0.0.0/8"), parse_network("192.0.2.7/32")),
+        syn_limit=1000,
+        syn_limit_of_source=10,
+        mss=1400,
+        echo=True,
+        tunnel_sources=(parse_network("198.18.0.0/16"), parse_network("2001:db8:1::/64")),
+        gue_port=6081,
+        outer_checksum=True,
+        second_chance=True,
+    )
+
+
+def test_server_ids_are_read_of_a_backend_with_a_table() -> None:
+    (service,) = config.parse(
+        '[[service]]\nvip = "10.0.0.1:443/udp"\n'
+        'backends = [{address = "10.0.0.11", server_ids = ["1:0A0B", "0:0a"]}, "10.0.0.12"]'
+    )
+    assert [b.server_ids for b in service.backends] == [("0:0a", "1:0a0b"), ()]
+
+
+def test_a_set_is_a_service_beside_that_of_its_vip() -> None:
+    own, members = config.parse(
+        '[[service]]\nvip = "10.0.0.0/24:8000-8999"\n'
+        '[[service]]\nvip = "10.0.0.0/24:8000-8999@eu"\nmode = "ipip"\nsources = ["10.7.0.0/16"]'
+    )
+    assert (members.vip.own, members.vip.set, members.mode) == (own.vip, "eu", Mode.IPIP)
+
+
 def test_an_empty_file_asks_for_nothing() -> None:
     assert config.parse("") == []
 
@@ -83,9 +132,10 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         ),
         (
             SERVICE + "ring = 251",
-            f"{HERE}: ring: no such key: there are vip, mode, ring_size, flow_timeout, backends",
+            f"{HERE}: ring: no such key: there are vip, mode, ring_size, flow_timeout, affinity, sources, syn_limit,"
+            " syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance, backends",
         ),
-        (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: not known: use nat or dr"),
+        (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: not known: use nat, dr, ipip or gue"),
         (SERVICE + "mode = true", f"{HERE}: mode: true or false where a string is expected"),
         (
             SERVICE + "ring_size = 1000",
@@ -122,7 +172,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (SERVICE + "backends = [{weight = 2}]", f"{HERE}: backend: address: missing"),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", weigth = 2}]',
-            f"{HERE}: backend 10.0.0.11: weigth: no such key: there are address, weight, drain",
+            f"{HERE}: backend 10.0.0.11: weigth: no such key: there are address, weight, drain, server_ids",
         ),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", drain = 1}]',
@@ -135,6 +185,51 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (
             SERVICE + 'backends = [{address = "10.0.0.11@2", weight = 3}]',
             f"{HERE}: backend 10.0.0.11@2: weight: given twice: leave one of them out",
+        ),
+        (SERVICE + "affinity = true", f"{HERE}: affinity: true or false where a whole number is expected"),
+        (SERVICE + "affinity = -1", f"{HERE}: affinity -1: out of range 1 to 604800"),
+        (SERVICE + "affinity_s = 1", f"{HERE}: affinity_s: no such key: there are {', '.join(config.SERVICE_KEYS)}"),
+        (SERVICE + 'sources = "10.0.0.0/8"', f"{HERE}: sources: a string where a list is expected"),
+        (SERVICE + "sources = [10]", f"{HERE}: sources: a whole number where a string is expected"),
+        (
+            SERVICE + 'sources = ["10.0.0.1/8"]',
+            f"{HERE}: sources: prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8",
+        ),
+        (SERVICE + 'sources = ["2001:db8::/32"]', f"{HERE}: 10.0.0.1:80/tcp: sources: not all of them IPv4"),
+        (SERVICE + "syn_limit = 1_000_000_001", f"{HERE}: syn limit 1000000001: out of range 1 to 1000000000"),
+        (SERVICE + "syn_limit_of_source = -1", f"{HERE}: syn limit of a source -1: out of range 1 to 1000000000"),
+        (SERVICE + "mss = 87", f"{HERE}: mss 87: out of range 88 to 65495"),
+        (SERVICE + "echo = 1", f"{HERE}: echo: a whole number where true or false is expected"),
+        (
+            SERVICE + 'mode = "dr"\ntunnel_source = ["198.18.0.0/16"]',
+            f"{HERE}: 10.0.0.1:80/tcp: tunnel source: needs mode ipip or gue",
+        ),
+        (SERVICE + 'tunnel_source = ["lo"]', f"{HERE}: tunnel_source: prefix lo: not an IPv4 or IPv6 prefix"),
+        (SERVICE + 'tunnel_source = ["192.0.0.0/2"]', f"{HERE}: tunnel source 192.0.0.0/2: not unicast"),
+        (
+            SERVICE + 'tunnel_source = ["198.18.0.0/16", "198.19.0.0/16"]',
+            f"{HERE}: tunnel source: two prefixes of one family: give one each",
+        ),
+        (SERVICE + "gue_port = 0", f"{HERE}: gue port 0: out of range 1 to 65535"),
+        (SERVICE + 'mode = "ipip"\ngue_port = 6081', f"{HERE}: 10.0.0.1:80/tcp: gue port: needs mode gue"),
+        (SERVICE + "outer_checksum = true", f"{HERE}: 10.0.0.1:80/tcp: outer checksum: needs mode gue"),
+        (SERVICE + "second_chance = true", f"{HERE}: 10.0.0.1:80/tcp: second chance: needs mode gue"),
+        (
+            SERVICE + 'backends = [{address = "10.0.0.11", server_ids = "0:aa"}]',
+            f"{HERE}: backend 10.0.0.11: server_ids: a string where a list is expected",
+        ),
+        (
+            SERVICE + 'backends = [{address = "10.0.0.11", server_ids = ["7:aa"]}]',
+            f"{HERE}: server id 7:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
+        ),
+        (
+            SERVICE + 'backends = [{address = "10.0.0.11", server_ids = ["0:aa"]}]',
+            f"{HERE}: backend 10.0.0.11:80: server id 0:aa: needs a UDP service",
+        ),
+        (
+            '[[service]]\nvip = "10.0.0.1:80@eu"',
+            "lb.toml: service 10.0.0.1:80/tcp@eu: 10.0.0.1:80/tcp@eu: sources:"
+            " missing: a set is for clients from certain prefixes",
         ),
         (SERVICE + SERVICE, f"{HERE}: vip: given twice"),
     ],

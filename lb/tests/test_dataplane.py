@@ -25,9 +25,10 @@ from lb import layout
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.memory import MemoryDataplane
-from lb.model import Address, Backend, Interface, Mode, Service, Vip, XdpMode
+from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.report import Attachment, Counters, NextHop
 from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
+from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf
 from xdp.attach import GENERIC, NATIVE, Attached
@@ -92,6 +93,7 @@ class Kernel:
         """All of them and no others, as the balancer does."""
         self.dataplane.load(services)
         plans = [self.dataplane.put(each, hops_for(each)) for each in services]
+        self.dataplane.publish(services)
         for vip in set(self.dataplane.vips()) - {each.vip for each in services}:
             self.dataplane.remove(vip)
         return plans
@@ -281,7 +283,7 @@ def test_packets_of_a_service_without_backends_are_dropped_by_name(kernel: Kerne
 def test_every_reason_but_forwarded_is_named_in_the_statistics(kernel: Kernel) -> None:
     kernel.serve(service(WEB))
     reasons = kernel.dataplane.statistics().reasons
-    assert all(name.startswith(("pass_", "drop_", "noted_")) for name in reasons)
+    assert all(name.startswith(("answered_", "pass_", "drop_", "noted_")) for name in reasons)
     assert {"pass_not_ip", "drop_no_backend"} <= reasons.keys()
 
 
@@ -348,7 +350,7 @@ def test_members_that_a_killed_process_left_in_no_service_are_not_taken_over(ker
     kernel.serve(service(WEB, A, B, C))
     kernel.send(frame(WEB, 1024))
     uids = kernel.uids(WEB)
-    del kernel.dataplane._services(WEB)[kernel.dataplane._service_key(WEB)]  # killed in the middle of remove()
+    kernel.dataplane._services.erase(kernel.dataplane._placed[WEB])  # killed in the middle of remove()
     kernel.reopen()
     assert kernel.dataplane.vips() == set()
     kernel.serve(service(WEB, C, A))
@@ -498,6 +500,7 @@ def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "LEAST_SERVICES", 4)
     monkeypatch.setattr(layout, "LEAST_SLOTS", 1024)
     monkeypatch.setattr(layout, "LEAST_MEMBERS", 128)
+    monkeypatch.setattr(layout, "LEAST_SERVER_IDS", 2)
 
 
 @pytest.fixture
@@ -547,6 +550,21 @@ def test_table_of_translations_that_is_added_later_keeps_the_flows_of_the_other_
     kernel.serve(service(WEB, B, C), service(DNS6, *backends(21, family=6)))
     again = [kernel.backend_of(WEB, port, "A") for port in range(1024, 1056)]
     assert [a for a, b in zip(again, reached, strict=True) if b == B.address] == [B.address] * reached.count(B.address)
+
+
+def test_server_ids_that_outgrow_their_map_are_all_in_force(small_maps: None, kernel: Kernel) -> None:
+    for count in (1, 2, 5, 30):
+        ids = {f"0:{number:04x}" for number in range(count)}
+        kernel.serve(service(Vip.parse("10.2.0.1:443/udp"), replace(A, server_ids=tuple(ids)), B, mode=Mode.DR))
+        held = kernel.dataplane._obj.map("quic_members")
+        assert {f"{key.config}:{bytes(key.server_id[:2]).hex()}" for key, _ in held.items()} == ids
+
+
+def test_no_table_is_as_small_as_it_was_compiled(kernel: Kernel) -> None:
+    kernel.serve(service(WEB, A), service(DNS6, *backends(21, family=6)))
+    obj = kernel.dataplane._obj
+    sizes = {name: len(obj.map(name)) for name in obj.map_names if not name.startswith(".")}
+    assert {name for name, size in sizes.items() if size == 1} == set()
 
 
 @pytest.mark.parametrize("what", ["services", "slots", "members"])

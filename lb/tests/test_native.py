@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from inspect import unwrap
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -161,7 +162,8 @@ def flow_tables(draw: st.DrawFn, size: int) -> tuple[Any, Any]:
 @settings(deadline=None)
 @given(
     data=st.data(),
-    port=st.sampled_from([0, 80, 443]),
+    ports=st.sampled_from([range(65536), range(80, 81), range(80, 444)]),
+    prefix_bits_off=st.sampled_from([0, 0, 8, 20]),
     protocol=st.sampled_from([6, 17]),
     oldest_ns=st.integers(-1, 3),
     seed=st.integers(0, 2**64 - 1),
@@ -169,9 +171,20 @@ def flow_tables(draw: st.DrawFn, size: int) -> tuple[Any, Any]:
 )
 @pytest.mark.parametrize("size", [4, 16], ids=["ipv4", "ipv6"])
 def test_slots_of_recorded_flows_are_those_of_the_oracle(
-    size: int, data: st.DataObject, port: int, protocol: int, oldest_ns: int, seed: int, ring_size: int
+    size: int,
+    data: st.DataObject,
+    ports: range,
+    prefix_bits_off: int,
+    protocol: int,
+    oldest_ns: int,
+    seed: int,
+    ring_size: int,
 ) -> None:
     keys, flows = data.draw(flow_tables(size))
-    sought = flow_hash.Sought(VIPS[size][0], port, protocol, oldest_ns, seed, ring_size)
+    length = 8 * size - prefix_bits_off
+    first = ip_network(
+        (int.from_bytes(VIPS[size][0], "big") if size == 4 else VIPS[size][0], length), strict=False
+    ).network_address.packed
+    sought = flow_hash.Sought(first, length, ports, protocol, oldest_ns, seed, ring_size)
     expected = unwrap(flow_hash.recorded_slots)(keys, flows, sought)
     assert native.recorded_slots(keys, flows, sought) == expected

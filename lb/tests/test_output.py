@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from lb import documents, output
-from lb.model import Backend, Interface, Mode, Service, Vip, XdpMode
+from lb.model import Backend, Interface, Mode, Service, XdpMode
+from lb.options import Options, parse_network
 from lb.report import (
     Attachment,
     BackendStatus,
@@ -18,6 +19,7 @@ from lb.report import (
     Status,
 )
 from lb.ring import Plan
+from lb.vip import Vip
 
 WEB = Vip.parse("10.0.0.1:80/tcp")
 DNS6 = Vip.parse("[2001:db8::1]:53/udp")
@@ -57,6 +59,7 @@ STATUS = Status(
             backends=(BackendStatus(DNS6_SERVICE.backends[0], False, Counters()),),
         ),
     ),
+    answered={"answered_echo": 7},
     drops={"drop_no_backend": 0, "drop_malformed": 12},
     passes={"pass_no_service": 1_234_567},
 )
@@ -81,6 +84,7 @@ eth1       detached        -
   [2001:db8::11]:53       1  unresolved      0        0      0        0      0
 
 NOT BALANCED     PACKETS
+answered_echo          7
 drop_malformed        12
 pass_no_service    1.23M
 """)
@@ -129,6 +133,44 @@ def test_service_list() -> None:
 VIP                   MODE  BACKENDS   RING  FLOW TIMEOUT
 10.0.0.1:80/tcp       nat          2  16381        3600 s
 [2001:db8::1]:53/udp  dr           1    251          60 s
+""")
+
+
+PREFIX = parse_network("10.7.0.0/16")
+TUNNELLED = replace(
+    WEB_SERVICE, mode=Mode.GUE, options=Options(affinity_s=300, sources=(PREFIX,), mss=1400, second_chance=True)
+)
+NEAR = Service(Vip.parse("10.0.0.1:80@near"), Mode.NAT, (THIRD,), options=Options(sources=(PREFIX,)))
+
+
+def test_service_list_has_options_and_sets_where_there_are_some() -> None:
+    wide = replace(DNS6_SERVICE, vip=Vip.parse("[2001:db8:2::/64]:8000-8999/udp"), backends=())
+    assert output.services_table([TUNNELLED, NEAR, wide], colour=False) == lines("""
+VIP                              MODE  BACKENDS   RING  FLOW TIMEOUT
+10.0.0.1:80/tcp                  gue          2  16381        3600 s
+  affinity 300 s, sources 10.7.0.0/16, mss 1400, second chance on
+10.0.0.1:80/tcp@near             nat          1  16381        3600 s
+  sources 10.7.0.0/16
+[2001:db8:2::/64]:8000-8999/udp  dr           0    251          60 s
+""")
+
+
+def test_many_options_stay_within_80_columns_and_whole() -> None:
+    prefixes = tuple(parse_network(f"10.{n}.0.0/16") for n in range(30))
+    services = [replace(WEB_SERVICE, options=Options(sources=prefixes, echo=True))]
+    text = output.services_table(services, colour=False)
+    assert max(map(len, text)) <= 80
+    words = " ".join(line.strip() for line in text[2:])
+    assert words == f"sources {' '.join(map(str, prefixes))}, echo on"
+
+
+def test_backend_list_has_server_ids_where_there_are_some() -> None:
+    named = replace(FIRST, server_ids=("0:0a1b", "1:00c4d2"))
+    quic = Service(Vip.parse("10.0.0.1:80/udp"), Mode.NAT, (named, SECOND))
+    assert output.backends_table([quic], colour=False) == lines("""
+VIP              BACKEND       WEIGHT  STATE   SERVER IDS
+10.0.0.1:80/udp  10.0.0.11:80       1  active  0:0a1b 1:00c4d2
+10.0.0.1:80/udp  10.0.0.12:80       1  active
 """)
 
 
@@ -186,10 +228,32 @@ def test_empty_lists_say_what_to_do() -> None:
             changed(replace(WEB_SERVICE, flow_timeout_s=60), plan=None),
             "10.0.0.1:80/tcp: flow timeout 3600 s -> 60 s",
         ),
+        (
+            Change(WEB, None, TUNNELLED),
+            "10.0.0.1:80/tcp: added: gue, 2 backends, ring 16381,"
+            " affinity 300 s, sources 10.7.0.0/16, mss 1400, second chance on",
+        ),
+        (
+            Change(WEB, TUNNELLED, replace(TUNNELLED, options=Options(mss=1360, echo=True)), replace(PLAN, moved=0)),
+            "10.0.0.1:80/tcp: affinity 300 s -> off, sources 10.7.0.0/16 -> any, mss 1400 -> 1360, echo off -> on,"
+            " second chance on -> off: no slot moves",
+        ),
     ],
 )
 def test_a_change_is_one_sentence(change: Change, sentence: str) -> None:
     assert output.change_sentence(change) == sentence
+
+
+def test_what_names_a_backend_is_told() -> None:
+    before = Service(Vip.parse("10.0.0.1:80/udp"), Mode.NAT, (replace(FIRST, server_ids=("0:aa",)), SECOND))
+    after = replace(before, backends=(FIRST, replace(SECOND, server_ids=("0:aa", "1:bb"))))
+    assert output.change_sentence(Change(before.vip, before, after)) == (
+        "10.0.0.1:80/udp: backend 10.0.0.11:80 server id 0:aa -> none, backend 10.0.0.12:80 server id none -> 0:aa 1:bb"
+    )
+    added = replace(before, backends=(*before.backends, replace(THIRD, server_ids=("0:cc",))))
+    assert output.change_sentence(Change(before.vip, before, added)) == (
+        "10.0.0.1:80/udp: backend 10.0.0.13:80 (server id 0:cc) added"
+    )
 
 
 def test_a_service_that_is_only_stored_may_change_in_every_way() -> None:
@@ -238,6 +302,21 @@ def test_a_report_of_nothing_is_not_silent() -> None:
     assert output.diff_lines(Report()) == ["nothing to change"]
 
 
+def test_diff_tells_of_options() -> None:
+    report = Report(
+        changes=(
+            Change(NEAR.vip, None, NEAR),
+            changed(replace(WEB_SERVICE, options=Options(echo=True, syn_limit=1000)), replace(PLAN, moved=0)),
+        )
+    )
+    assert output.diff_lines(report) == lines("""
++ service 10.0.0.1:80/tcp@near: nat, 1 backend, ring 16381, sources 10.7.0.0/16
+  + backend 10.0.0.13:80
+~ service 10.0.0.1:80/tcp: syn limit off -> 1000/s, echo off -> on: no slot moves
+1 service added, 1 service changed
+""")
+
+
 def test_diff_marks_services_and_backends() -> None:
     after = (
         WEB_SERVICE.with_backend(THIRD).without_backend(FIRST).changing_backend(SECOND, lambda b: replace(b, weight=3))
@@ -279,6 +358,20 @@ def test_large_numbers_have_three_figures(number: int, text: str) -> None:
     assert output.short(number) == text
 
 
+PLAIN_OPTIONS = {
+    "affinity_s": 0,
+    "sources": [],
+    "syn_limit": 0,
+    "syn_limit_of_source": 0,
+    "mss": 0,
+    "echo": False,
+    "tunnel_sources": [],
+    "gue_port": 6080,
+    "outer_checksum": False,
+    "second_chance": False,
+}
+
+
 def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
     assert documents.status_document(STATUS) == {
         "netns": "lb1",
@@ -291,11 +384,15 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
             {
                 "vip": "10.0.0.1:80/tcp",
                 "address": "10.0.0.1",
+                "prefix_length": 32,
                 "port": 80,
+                "last_port": 80,
                 "protocol": "tcp",
+                "set": "",
                 "mode": "nat",
                 "ring_size": 16381,
                 "flow_timeout_s": 3600,
+                "options": PLAIN_OPTIONS,
                 "slots_in_transition": 8190,
                 "packets": 12_350,
                 "bytes": 9_876_843,
@@ -309,6 +406,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "port": 80,
                         "weight": 1,
                         "draining": False,
+                        "server_ids": [],
                         "resolved": True,
                         "packets": 12_345,
                         "bytes": 9_876_543,
@@ -322,6 +420,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "port": 80,
                         "weight": 3,
                         "draining": True,
+                        "server_ids": [],
                         "resolved": True,
                         "packets": 5,
                         "bytes": 300,
@@ -334,11 +433,15 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
             {
                 "vip": "[2001:db8::1]:53/udp",
                 "address": "2001:db8::1",
+                "prefix_length": 128,
                 "port": 53,
+                "last_port": 53,
                 "protocol": "udp",
+                "set": "",
                 "mode": "dr",
                 "ring_size": 251,
                 "flow_timeout_s": 60,
+                "options": PLAIN_OPTIONS,
                 "slots_in_transition": 0,
                 "packets": 0,
                 "bytes": 0,
@@ -352,6 +455,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "port": 53,
                         "weight": 1,
                         "draining": False,
+                        "server_ids": [],
                         "resolved": False,
                         "packets": 0,
                         "bytes": 0,
@@ -362,9 +466,39 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                 ],
             },
         ],
+        "answered": {"answered_echo": 7},
         "drops": {"drop_no_backend": 0, "drop_malformed": 12},
         "passes": {"pass_no_service": 1_234_567},
         "noted": {},
+    }
+
+
+def test_service_document_has_what_a_wide_vip_a_set_and_options_are() -> None:
+    wide = Vip.parse("[2001:db8:2::/64]:8000-8999/udp@near")
+    named = replace(Backend.parse("2001:db8::11"), server_ids=("0:0a1b",))
+    options = Options(sources=(parse_network("2001:db8:7::/48"),), affinity_s=60)
+    assert documents.service_document(Service(wide, Mode.DR, (named,), 251, 60, options)) == {
+        "vip": "[2001:db8:2::/64]:8000-8999/udp@near",
+        "address": "2001:db8:2::",
+        "prefix_length": 64,
+        "port": 8000,
+        "last_port": 8999,
+        "protocol": "udp",
+        "set": "near",
+        "mode": "dr",
+        "ring_size": 251,
+        "flow_timeout_s": 60,
+        "options": {**PLAIN_OPTIONS, "affinity_s": 60, "sources": ["2001:db8:7::/48"]},
+        "backends": [
+            {
+                "backend": "[2001:db8::11]:0",
+                "address": "2001:db8::11",
+                "port": 0,
+                "weight": 1,
+                "draining": False,
+                "server_ids": ["0:0a1b"],
+            }
+        ],
     }
 
 
@@ -379,16 +513,18 @@ def test_report_document_has_the_documented_keys() -> None:
     service = {
         "vip": "10.0.0.1:80/tcp",
         "address": "10.0.0.1",
+        "prefix_length": 32,
         "port": 80,
+        "last_port": 80,
         "protocol": "tcp",
+        "set": "",
         "mode": "nat",
         "ring_size": 16381,
         "flow_timeout_s": 3600,
+        "options": PLAIN_OPTIONS,
     }
-    first, second = (
-        {"backend": f"{a}:80", "address": a, "port": 80, "weight": 1, "draining": False}
-        for a in ("10.0.0.11", "10.0.0.12")
-    )
+    plain = {"port": 80, "weight": 1, "draining": False, "server_ids": []}
+    first, second = ({"backend": f"{a}:80", "address": a, **plain} for a in ("10.0.0.11", "10.0.0.12"))
     assert documents.report_document(report) == {
         "dry_run": False,
         "changes": [

@@ -16,9 +16,11 @@ import pytest
 
 from lb import paths
 from lb.errors import Busy, StoreError
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, Vip, XdpMode
+from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.options import Options, parse_network
 from lb.paths import Paths
 from lb.store import Store, writer_lock
+from lb.vip import Vip
 
 STATE = State(
     services=(
@@ -38,6 +40,88 @@ STATE = State(
     own_addresses=(OwnAddress("eth1", ip_address("10.0.0.1")),),
 )
 OTHER = replace(STATE, services=STATE.services[1:], interfaces=())
+
+# Every option, member sets, wide VIPs and server IDs.
+RICH = State(
+    services=(
+        Service(
+            Vip.parse("10.0.0.1:443/tcp"),
+            Mode.GUE,
+            (Backend.parse("10.0.0.11"), Backend.parse("2001:db8::11")),
+            options=Options(
+                affinity_s=300,
+                sources=(parse_network("10.0.0.0/8"), parse_network("192.0.2.7")),
+                syn_limit=1000,
+                syn_limit_of_source=10,
+                mss=1400,
+                echo=True,
+                tunnel_sources=(parse_network("198.18.0.0/16"), parse_network("2001:db8:1::/64")),
+                gue_port=6081,
+                outer_checksum=True,
+                second_chance=True,
+            ),
+        ),
+        Service(
+            Vip.parse("10.0.0.1:443/tcp@eu"),
+            Mode.IPIP,
+            (Backend.parse("10.0.0.12"),),
+            options=Options(sources=(parse_network("10.7.0.0/16"),)),
+        ),
+        Service(
+            Vip.parse("[2001:db8:2::/64]:8000-8999/udp"),
+            Mode.DR,
+            (
+                replace(Backend.parse("2001:db8::11"), server_ids=("0:0a", "1:0b0c")),
+                replace(Backend.parse("2001:db8::12"), server_ids=("0:0b",)),
+            ),
+        ),
+    ),
+)
+
+# As the release before options wrote it.
+STORE_1 = """
+CREATE TABLE generation (value INTEGER NOT NULL);
+CREATE TABLE service (
+    vip TEXT PRIMARY KEY,
+    mode TEXT NOT NULL,
+    ring_size INTEGER NOT NULL,
+    flow_timeout_s INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE backend (
+    vip TEXT NOT NULL,
+    address TEXT NOT NULL,
+    port INTEGER NOT NULL,
+    weight INTEGER NOT NULL,
+    draining INTEGER NOT NULL,
+    PRIMARY KEY (vip, address, port)
+) WITHOUT ROWID;
+CREATE TABLE interface (
+    position INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    xdp_mode TEXT NOT NULL
+);
+CREATE TABLE own_address (address TEXT PRIMARY KEY, interface TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO generation VALUES (1700000042);
+INSERT INTO service VALUES ('10.0.0.1:80/tcp', 'nat', 251, 60), ('[2001:db8::1]:53/udp', 'dr', 16381, 3600);
+INSERT INTO backend VALUES ('10.0.0.1:80/tcp', '10.0.0.11', 80, 1, 0), ('10.0.0.1:80/tcp', '10.0.0.12', 8080, 3, 1);
+INSERT INTO interface VALUES (0, 'eth1', 'generic'), (1, 'eth0', 'auto');
+INSERT INTO own_address VALUES ('10.0.0.1', 'eth1');
+PRAGMA user_version = 1;
+"""
+
+
+def write_store(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sqlite3.connect(path) as connection:
+        connection.executescript(script)
+    connection.close()
+
+
+def query(path: Path, statement: str) -> list[tuple[object, ...]]:
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute(statement).fetchall()
+    connection.close()
+    return rows
 
 
 def save(path: Path, state: State) -> int:
@@ -84,6 +168,20 @@ def path(tmp_path: Path) -> Path:
 def test_what_was_saved_is_loaded(path: Path) -> None:
     save(path, STATE)
     assert load(path) == STATE
+
+
+def test_every_option_is_saved_and_loaded(path: Path) -> None:
+    save(path, RICH)
+    assert load(path) == RICH
+
+
+def test_an_option_that_changes_is_saved(path: Path) -> None:
+    save(path, RICH)
+    plain = replace(RICH.services[0], options=Options())
+    nameless = replace(RICH.services[2], backends=tuple(replace(b, server_ids=()) for b in RICH.services[2].backends))
+    changed = RICH.replacing_service(plain).replacing_service(nameless)
+    save(path, changed)
+    assert load(path) == changed
 
 
 def test_each_change_replaces_what_was_there(path: Path) -> None:
@@ -183,8 +281,69 @@ def test_a_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             Store.open(path, write=write)
         assert str(caught.value) == (
-            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 1): upgrade xdp-lb"
+            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 2): upgrade xdp-lb"
         )
+
+
+def test_a_store_of_the_release_before_is_read_as_it_is(path: Path) -> None:
+    write_store(path, STORE_1)
+    with Store.open(path, write=False) as store:
+        assert (store.load(), store.generation) == (STATE, 1700000042)
+    assert query(path, "PRAGMA user_version") == [(1,)]
+
+
+def test_a_store_of_the_release_before_is_brought_up_to_date_by_the_first_writer(path: Path) -> None:
+    write_store(path, STORE_1)
+    with Store.open(path, write=True) as store:
+        assert (store.load(), store.generation) == (STATE, 1700000042)
+        assert query(path, "PRAGMA user_version") == [(2,)]
+        with store.saving(RICH):
+            pass
+    assert load(path) == RICH
+
+
+def test_a_migrated_store_has_the_tables_of_a_new_one(path: Path, tmp_path: Path) -> None:
+    write_store(path, STORE_1)
+    save(path, STATE)
+    save(tmp_path / "new" / "state.db", STATE)
+    columns = "SELECT m.name, i.name, i.type, i.pk FROM sqlite_master m, pragma_table_info(m.name) i ORDER BY 1, i.cid"
+    assert query(path, columns) == query(tmp_path / "new" / "state.db", columns)
+
+
+def test_a_reader_that_opened_the_old_schema_reads_the_new_one(path: Path) -> None:
+    write_store(path, STORE_1)
+    with Store.open(path, write=False) as reader:
+        assert reader.load() == STATE
+        save(path, RICH)
+        assert reader.load() == RICH
+
+
+def test_a_migration_that_fails_leaves_the_old_store(path: Path) -> None:
+    """The second of its steps finds the column there already."""
+    write_store(path, STORE_1 + "ALTER TABLE backend ADD COLUMN server_ids TEXT;")
+    with pytest.raises(StoreError, match="duplicate column name: server_ids"):
+        Store.open(path, write=True)
+    assert query(path, "PRAGMA user_version") == [(1,)]
+    assert "options" not in [column[1] for column in query(path, "PRAGMA table_info(service)")]
+    assert load(path) == STATE
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("{", "Expecting"),
+        ("[]", "no attribute"),
+        ('{"mss": 5}', "mss 5: out of range"),
+        ('{"sources": ["10.0.0.1/8"]}', "has host bits set"),
+        ('{"shoe_size": 47}', "option shoe_size: not known"),
+        ('{"tunnel_sources": ["198.18.0.0/16"]}', "needs mode ipip or gue"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(path: Path, options: str, fault: str) -> None:
+    save(path, STATE)
+    write_store(path, f"UPDATE service SET options = '{options}' WHERE mode = 'nat'")
+    with pytest.raises(StoreError, match=rf"holds an invalid value .*{fault}.*damaged"):
+        load(path)
 
 
 def test_a_file_that_is_no_store_is_named_with_the_way_out(path: Path) -> None:

@@ -20,6 +20,7 @@ const volatile struct config config = {
 	.nat_closed_timeout_s = 60,
 	.udp_timeout_s = 120,
 	.recorded_syns_per_s = 10000,
+	.too_big_per_s = 1000,
 	.nat_port_first = 1024,
 	.nat_port_count = 32768 - 1024,
 };

@@ -6,19 +6,11 @@
 #include "hop.h"
 #include "verdict.h"
 
-static __always_inline enum reason forward_dr(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
-					      int family)
+static __always_inline enum reason send_direct(struct xdp_md *ctx, struct packet *pkt, const struct member *member, int family)
 {
 	struct hop found = {};
-	const struct hop *hop;
-	struct member *member;
+	const struct hop *hop = hop_to(ctx, member, &found, family);
 
-	if (ttl_expired(pkt, family))
-		return DROP_TTL_EXPIRED;
-	member = select_member(service, pkt, family);
-	if (!member)
-		return DROP_NO_BACKEND;
-	hop = hop_to(ctx, member, &found, family);
 	if (!hop)
 		return DROP_NO_NEIGHBOUR;
 	set_hop(pkt, hop);

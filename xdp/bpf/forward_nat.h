@@ -50,6 +50,8 @@ static __always_inline int refresh(struct xdp_md *ctx, const struct service *ser
 	flow->seen_ns = now;
 	flow->state = state;
 	flow->timeout_s = timeout_s(pkt->flow, state, service->flow_timeout_s);
+	if (service->options & OPTION_AFFINITY)
+		affine_member(service, pkt->flow, KIND(pkt->l4_kind, pkt->tcp_flags), family); /* the client is not silent */
 	return refresh_reply(ctx, member, pkt->flow, flow, family);
 }
 
@@ -81,14 +83,14 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 		return PASS_ICMP_NO_FLOW;
 	if (pkt->tcp_flags & TCP_RST)
 		return DROP_NAT_NO_FLOW;
-	member = select_member_untracked(service, pkt, family);
+	member = select_member_untracked(ctx, service, pkt, family);
 	if (!member)
 		return DROP_NO_BACKEND;
 	hop = hop_to(ctx, member, &found, family);
 	if (!hop)
 		return DROP_NO_NEIGHBOUR;
 	port = open_reply(ctx, member, pkt->flow, family);
-	if (!port || open_request(member, pkt->flow, port, family))
+	if (!port || open_request(member, service->member_base, pkt->flow, port, family))
 		return DROP_NAT_NO_PORT;
 	return to_member(pkt, member, hop, port, 1, family);
 }
@@ -102,8 +104,6 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 	struct member *member = NULL;
 	__u64 now = now_ns();
 
-	if (ttl_expired(pkt, family))
-		return DROP_TTL_EXPIRED;
 	flow = bpf_map_lookup_elem(MAP(nat_flows, family), pkt->flow);
 	if (flow && !is_over(flow, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);

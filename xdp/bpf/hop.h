@@ -29,7 +29,7 @@ static __always_inline void decrement_ttl(struct packet *pkt, int family)
 
 static __always_inline void set_hop(struct packet *pkt, const struct hop *hop)
 {
-	__u32 *to = (void *)pkt->eth;
+	__u32 *to = pkt->ip - sizeof(struct ethhdr);
 	const __u32 *from = (const void *)hop->destination;
 
 	/* Both addresses lie in the order of the header: three words. */

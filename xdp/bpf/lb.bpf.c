@@ -4,13 +4,19 @@
  * service is a reply of a translated flow, or the host's. Each step returns a reason or goes on, and all leave through
  * verdict(). The story is compiled once for each address family.
  */
+#include "admit.h"
+#include "answer.h"
 #include "forward_dr.h"
 #include "forward_nat.h"
+#include "forward_tunnel.h"
+#include "fragment.h"
+#include "known.h"
+#include "vlan.h"
 
 /* The flow of a packet that parse() refused, found the slow way: behind IP options or a fragment header. */
 static __always_inline int refused_flow(struct xdp_md *ctx, struct flow_key *flow, int family)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data, *end = frame_end(ctx);
 	void *l3 = data + sizeof(struct ethhdr);
 	__be16 *ports;
 
@@ -59,21 +65,88 @@ SLOW_PATH int refuse(struct xdp_md *ctx, int why, int family)
 	return family == AF_INET ? refuse_in(ctx, why, AF_INET) : refuse_in(ctx, why, AF_INET6);
 }
 
-static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pkt, int family)
+/* GO_ON: the packet goes to the member as it is. Anything else: it is done with. */
+static __always_inline enum reason find_target(struct xdp_md *ctx, struct packet *pkt, struct service **service,
+					       struct member **member, int family)
 {
-	enum reason why = parse(ctx, pkt, family);
-	struct service *service;
+	int number;
 
-	if (why >= DROP_MALFORMED)
+	*service = find_known_service(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol,
+				      family);
+	if (!*service)
+		return forward_reply(pkt, family);
+	if ((*service)->options & OPTIONS_OF_ADMISSION) {
+		number = admit(ctx, *service, pkt->flow, opens_connection(pkt), family);
+		if (number < 0)
+			return -number;
+		*service = service_numbered(number);
+		if (!*service)
+			return DROP_NO_BACKEND;
+	}
+	if (ttl_expired(pkt, family))
+		return DROP_TTL_EXPIRED;
+	if ((*service)->mode == MODE_NAT)
+		return forward_nat(ctx, *service, pkt, family);
+	*member = select_member(ctx, *service, pkt, family);
+	return *member ? GO_ON : DROP_NO_BACKEND;
+}
+
+static __always_inline enum reason find_target_of_fragment(struct xdp_md *ctx, struct packet *pkt, struct service **service,
+							   struct member **member, int family)
+{
+	struct fragment found = {};
+	enum reason why = find_fragment(ctx, pkt->flow, &found, family);
+
+	if (why == DROP_FRAGMENT)
 		return refuse(ctx, why, family);
 	if (why)
 		return why;
-	service = find_service(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol, family);
-	if (!service)
-		return forward_reply(pkt, family);
-	if (service->mode == MODE_NAT)
-		return forward_nat(ctx, service, pkt, family);
-	return forward_dr(ctx, service, pkt, family);
+	if (ttl_expired(pkt, family))
+		return DROP_TTL_EXPIRED;
+	pkt->l4_kind = L4_FRAGMENT;
+	pkt->hash = found.hash;
+	*service = service_numbered(found.service);
+	*member = *service ? recorded_member(*service, found.member, found.uid) : NULL;
+	return *member ? GO_ON : DROP_NO_BACKEND;
+}
+
+/* What belongs to no flow. */
+static __always_inline enum reason handle_odd(struct xdp_md *ctx, struct packet *pkt, enum reason why, int family)
+{
+	if (why == PASS_ICMP && control.echo_addresses)
+		return answer_echo(ctx, pkt->flow, family);
+	return why >= DROP_MALFORMED ? refuse(ctx, why, family) : why;
+}
+
+static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pkt, int family)
+{
+	enum reason why = parse(ctx, pkt, family);
+	struct service *service = NULL;
+	struct member *member = NULL;
+
+	if (!why)
+		why = find_target(ctx, pkt, &service, &member, family);
+	else if (why == PASS_FRAGMENT || why == DROP_FRAGMENT)
+		why = find_target_of_fragment(ctx, pkt, &service, &member, family);
+	else
+		return handle_odd(ctx, pkt, why, family);
+	if (why || !member || !service)
+		return why;
+	/* Modes that leave the packet's own addresses: the backend answers the client itself. */
+	if (service->mode == MODE_DR)
+		return send_direct(ctx, pkt, member, family);
+	return send_through_tunnel(ctx, service, pkt, member, family);
+}
+
+static __always_inline enum reason balance_untagged(struct xdp_md *ctx, struct packet *pkt)
+{
+	struct ethhdr *eth = (void *)(long)ctx->data;
+
+	if ((void *)(eth + 1) > frame_end(ctx))
+		return PASS_MALFORMED;
+	if (eth->h_proto == bpf_htons(ETH_P_IP))
+		return balance(ctx, pkt, AF_INET);
+	return eth->h_proto == bpf_htons(ETH_P_IPV6) ? balance(ctx, pkt, AF_INET6) : PASS_NOT_IP;
 }
 
 SEC("xdp")
@@ -82,15 +155,14 @@ int xdp_lb(struct xdp_md *ctx)
 	struct ethhdr *eth = (void *)(long)ctx->data;
 	struct flow_key flow = {};
 	struct packet pkt = { .flow = &flow };
+	struct tags tags = {};
 	enum reason why = PASS_NOT_IP;
 
-	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
+	if ((void *)(eth + 1) > frame_end(ctx))
 		why = PASS_MALFORMED;
-	else if (eth->h_proto == bpf_htons(ETH_P_IP))
-		why = balance(ctx, &pkt, AF_INET);
-	else if (eth->h_proto == bpf_htons(ETH_P_IPV6))
-		why = balance(ctx, &pkt, AF_INET6);
-	return verdict(ctx, &pkt, why);
+	else if (!is_tag(eth->h_proto) || !set_tags_aside(ctx, &tags))
+		why = balance_untagged(ctx, &pkt);
+	return verdict(ctx, &pkt, &tags, why);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -6,19 +6,117 @@
 #include <bpf/bpf_helpers.h>
 #include "types.h"
 
+#define MOST_PREFIXES (1 << 20) /* of a trie, which takes memory for those that it has */
+
+/* The service with just this address and port; VIP prefixes and port ranges are in the four maps below. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct service_key4);
-	__type(value, struct service);
+	__type(value, __u32);
 } services4 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct service_key6);
-	__type(value, struct service);
+	__type(value, __u32);
 } services6 SEC(".maps");
+
+#define KNOWN_BITS 8
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << KNOWN_BITS);
+	__type(key, __u32);
+	__type(value, struct known_service4);
+} known4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << KNOWN_BITS);
+	__type(key, __u32);
+	__type(value, struct known_service6);
+} known6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct network_key4);
+	__type(value, __u32);
+} networks4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct network_key6);
+	__type(value, __u32);
+} networks6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct range_key4);
+	__type(value, __u32);
+} ranges4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct range_key6);
+	__type(value, __u32);
+} ranges6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct service);
+} services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct source_key4);
+	__type(value, __u32);
+} sources4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MOST_PREFIXES);
+	__type(key, struct source_key6);
+	__type(value, __u32);
+} sources6 SEC(".maps");
+
+/* Per service, and per service and client prefix: when the next connection opening would be in time. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} syn_times SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct source_prefix);
+	__type(value, __u64);
+} source_syn_times SEC(".maps");
+
+/* Server ID -> member, local to the service. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct quic_key);
+	__type(value, __u32);
+} quic_members SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -52,7 +150,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, PACED_COUNT);
 	__type(key, __u32);
 	__type(value, struct pace);
 } paces SEC(".maps");
@@ -98,6 +196,26 @@ struct {
 	__type(key, struct flow_key);
 	__type(value, struct nat_reply);
 } nat_replies6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct flow_key);
+	__type(value, struct fragment);
+} fragments SEC(".maps");
+
+/* Whether this CPU may do it once more in this second. */
+static __always_inline int may_do(__u32 what, __u32 per_s, __u64 now)
+{
+	struct pace *pace = bpf_map_lookup_elem(&paces, &what);
+	__u64 second = now / 1000000000;
+
+	if (!pace)
+		return 1;
+	if (pace->second != second)
+		*pace = (struct pace){ .second = second };
+	return ++pace->done <= per_s;
+}
 
 static __always_inline void count_reason(__u32 why)
 {

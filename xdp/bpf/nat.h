@@ -61,7 +61,7 @@ static __always_inline int fill_reply(struct nat_reply *reply, struct xdp_md *ct
 {
 	struct ethhdr *eth = (void *)(long)ctx->data;
 
-	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
+	if ((void *)(eth + 1) > frame_end(ctx))
 		return -1;
 	reply->client_port = flow->source_port;
 	reply->vip_port = flow->destination_port;
@@ -70,7 +70,7 @@ static __always_inline int fill_reply(struct nat_reply *reply, struct xdp_md *ct
 	reply->hop.ifindex = ctx->ingress_ifindex;
 	__builtin_memcpy(reply->hop.destination, eth->h_source, 6);
 	__builtin_memcpy(reply->hop.source, eth->h_dest, 6);
-	reply->counter = member->counter;
+	reply->counter = member->index;
 	reply->uid = member->uid;
 	return 0;
 }
@@ -156,14 +156,14 @@ SLOW_PATH __be16 open_reply(struct xdp_md *ctx, const struct member *member, str
 	return family == AF_INET ? open_reply_in(ctx, member, flow, AF_INET) : open_reply_in(ctx, member, flow, AF_INET6);
 }
 
-SLOW_PATH int open_request(const struct member *member, struct flow_key *flow, __u16 port, int family)
+SLOW_PATH int open_request(const struct member *member, __u32 member_base, struct flow_key *flow, __u16 port, int family)
 {
 	struct nat_flow entry = { .seen_ns = now_ns(), .port = port };
 
 	if (!member || !flow)
 		return -1;
 	entry.uid = member->uid;
-	entry.member = member->number;
+	entry.member = member->index - member_base;
 	entry.timeout_s = timeout_s(flow, 0, 0);
 	return bpf_map_update_elem(MAP(nat_flows, family), flow, &entry, BPF_ANY);
 }

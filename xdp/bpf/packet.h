@@ -22,6 +22,7 @@
 
 #define IP_MF bpf_htons(0x2000)
 #define IP_OFFSET bpf_htons(0x1fff)
+#define IP6_OFFSET bpf_htons(0xfff8)
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
@@ -47,20 +48,46 @@ enum l4_kind {
 	L4_TCP = 1,
 	L4_UDP,
 	L4_ICMP_ERROR,
+	L4_FRAGMENT,
 };
 
 struct packet {
-	struct ethhdr *eth;
-	void *ip;   /* struct iphdr or struct ipv6hdr */
+	void *ip;   /* struct iphdr or struct ipv6hdr, right behind a struct ethhdr */
 	void *l4;   /* TCP, UDP, ICMP or ICMPv6 */
 	void *end;
 	__u32 bytes; /* of the frame */
 	__u32 l4_bytes; /* by the IP header, which the frame holds in full */
 	__u32 egress; /* ifindex, once the packet is FORWARDED */
+	__u32 word;   /* of its slot; 0 where its member was found otherwise */
+	__u32 hash;   /* of its flow, for what else is to vary by flow */
 	__u32 tcp_flags;
 	enum l4_kind l4_kind;
 	struct flow_key *flow; /* apart, since maps want its address: the rest stays in registers */
 };
+
+/*
+ * Where the frame ends. Each call loads it anew: a value that the compiler keeps it may copy as the 32 bits that the struct
+ * says it has, and then the verifier takes it for a number.
+ */
+static __always_inline void *frame_end(struct xdp_md *ctx)
+{
+	void *end;
+
+	asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(end) : "r"(ctx), "i"(__builtin_offsetof(struct xdp_md, data_end)));
+	return end;
+}
+
+/*
+ * A length in host order that may be added to a packet pointer. The verifiers of Linux 6.1 and 6.12 forget all bounds in a
+ * byte swap, and the compiler, which knows them, would leave the mask out.
+ */
+static __always_inline __u32 bounded_length(__be16 length)
+{
+	__u32 bytes = bpf_ntohs(length);
+
+	asm volatile("" : "+r"(bytes));
+	return bytes & 0xffff;
+}
 
 static __always_inline int ip_header_size(int family)
 {
@@ -119,17 +146,15 @@ static __always_inline enum reason odd_ip4(const struct iphdr *ip)
 {
 	if (ip->version != 4 || ip->ihl < 5)
 		return PASS_MALFORMED;
-	if (ip->frag_off & IP_OFFSET)
-		return PASS_FRAGMENT;
-	return ip->ihl > 5 ? DROP_IP_OPTIONS : DROP_FRAGMENT;
+	return ip->frag_off & IP_OFFSET ? PASS_FRAGMENT : DROP_IP_OPTIONS;
 }
 
 static __always_inline enum reason parse_ip4(struct packet *pkt, __u8 *protocol)
 {
 	struct iphdr *ip = pkt->ip;
-	__u32 total = bpf_ntohs(ip->tot_len);
+	__u32 total = bounded_length(ip->tot_len);
 
-	if (*(__u8 *)ip != 0x45 || ip->frag_off & (IP_MF | IP_OFFSET))
+	if (*(__u8 *)ip != 0x45)
 		return odd_ip4(ip);
 	if (total < sizeof(*ip) || pkt->ip + total > pkt->end)
 		return DROP_MALFORMED;
@@ -137,6 +162,8 @@ static __always_inline enum reason parse_ip4(struct packet *pkt, __u8 *protocol)
 	pkt->flow->address[0] = ip->saddr;
 	pkt->flow->address[1] = ip->daddr;
 	*protocol = ip->protocol;
+	if (ip->frag_off & (IP_MF | IP_OFFSET))
+		return ip->frag_off & IP_OFFSET ? PASS_FRAGMENT : DROP_FRAGMENT;
 	return GO_ON;
 }
 
@@ -146,7 +173,7 @@ static __always_inline enum reason parse_ip6(struct packet *pkt, __u8 *protocol)
 
 	if (ip->version != 6)
 		return PASS_MALFORMED;
-	pkt->l4_bytes = bpf_ntohs(ip->payload_len);
+	pkt->l4_bytes = bounded_length(ip->payload_len);
 	if (pkt->l4 + pkt->l4_bytes > pkt->end)
 		return DROP_MALFORMED;
 	__builtin_memcpy(pkt->flow->address, &ip->saddr, 32);
@@ -249,7 +276,7 @@ static __always_inline enum reason other_header(struct packet *pkt, __u8 next)
 		return PASS_NOT_TCP_OR_UDP;
 	if ((void *)(fragment + 1) > pkt->end)
 		return PASS_MALFORMED;
-	return fragment->offset & bpf_htons(0xfff8) ? PASS_FRAGMENT : DROP_FRAGMENT;
+	return fragment->offset & IP6_OFFSET ? PASS_FRAGMENT : DROP_FRAGMENT;
 }
 
 static __always_inline enum reason parse_l4(struct packet *pkt, int family)
@@ -274,9 +301,10 @@ static __always_inline enum reason parse_l4(struct packet *pkt, int family)
 /* What is wrong with a packet of a service drops it; whether it is one of a service, unservable() finds out. */
 static __always_inline enum reason parse(struct xdp_md *ctx, struct packet *pkt, int family)
 {
-	pkt->eth = (void *)(long)ctx->data;
-	pkt->end = (void *)(long)ctx->data_end;
-	pkt->ip = pkt->eth + 1;
+	void *frame = (void *)(long)ctx->data;
+
+	pkt->end = frame_end(ctx);
+	pkt->ip = frame + sizeof(struct ethhdr);
 	pkt->l4 = pkt->ip + ip_header_size(family);
 	pkt->bytes = ctx->data_end - ctx->data;
 	if (pkt->l4 > pkt->end)

@@ -11,6 +11,7 @@
 
 #define RING_CURRENT(word) ((word) & 0x7fff)
 #define RING_PREVIOUS(word) ((word) >> 15 & 0x7fff)
+#define RING_PREVIOUS_MASK (0x7fffu << 15)
 #define RING_TRACK (1u << 30)
 
 #define SLOT_WORDS 16
@@ -21,12 +22,14 @@ struct slot_words {
 };
 
 /*
- * Why a packet left the way it did. Everything from DROP_MALFORMED on is dropped. What is NOTED is counted beside the
- * packet's own reason.
+ * Why a packet left the way it did. What is ANSWERED goes back where it came from; everything from DROP_MALFORMED on is
+ * dropped. What is NOTED is counted beside the packet's own reason.
  */
 enum reason {
 	GO_ON,
 	FORWARDED,
+	ANSWERED_ECHO,
+	ANSWERED_TOO_BIG,
 	PASS_NOT_IP,
 	PASS_NOT_TCP_OR_UDP,
 	PASS_NOT_A_SERVICE,
@@ -43,6 +46,11 @@ enum reason {
 	DROP_NO_NEIGHBOUR,
 	DROP_NAT_NO_FLOW,
 	DROP_NAT_NO_PORT,
+	DROP_SOURCE_NOT_ALLOWED,
+	DROP_SYN_LIMIT,
+	DROP_SYN_LIMIT_OF_SOURCE,
+	DROP_TOO_BIG, /* for the tunnel, and the sender has been told often enough this second */
+	DROP_NO_HEADROOM,
 	NOTED_SYN_NOT_RECORDED, /* the flow table takes so many a second: the connection may stray at the next change */
 	REASON_COUNT,
 };
@@ -50,6 +58,21 @@ enum reason {
 enum mode {
 	MODE_NAT,
 	MODE_DR,
+	MODE_IPIP,
+	MODE_GUE,
+};
+
+/* What a service asks for beyond the plain path; the plain path tests for all of them at once. */
+enum service_option {
+	OPTION_SOURCES = 1,	  /* the map `sources` says which service a client has, this one or another */
+	OPTION_ONLY_SOURCES = 2,  /* a client that is not in `sources` has none */
+	OPTION_SYN_LIMIT = 4,
+	OPTION_SYN_LIMIT_OF_SOURCE = 8,
+	OPTION_MSS = 16,
+	OPTION_AFFINITY = 32,	  /* all flows of a client address go together */
+	OPTION_QUIC = 64,	  /* server IDs in connection IDs */
+	OPTION_OUTER_CHECKSUM = 128,
+	OPTION_SECOND_CHANCE = 256,
 };
 
 struct service_key4 {
@@ -66,15 +89,119 @@ struct service_key6 {
 	__u8 zero;
 };
 
+/* What a CPU found last in services4 or services6. */
+struct known_service4 {
+	__u64 key; /* struct service_key4 */
+	__u32 number;
+	__u32 epoch;
+};
+
+struct known_service6 {
+	__be32 address[4];
+	__u32 ends; /* port and protocol, as in the key */
+	__u32 number;
+	__u32 epoch;
+	__u32 zero;
+};
+
+struct address {
+	__be32 words[4];
+};
+
+/* Where to find a service: its number, an index into the map `services`. */
+#define NO_SERVICE (~0u) /* the value of an address, under protocol ICMP, whose echo requests are answered */
+
+#define SET_NAME_SIZE 40
+#define QUIC_CONFIGS 8
+
+/* Two cache lines: what the plain path reads is in the first. */
 struct service {
 	__u32 ring_base; /* in words */
 	__u32 ring_size;
 	__u32 member_base;
 	__u32 member_count; /* size of the block, not of the set: for the allocator in user space */
+	__u64 changed_ns;   /* when the ring last changed, CLOCK_MONOTONIC */
 	__u32 flow_timeout_s;
-	__u8 mode;
+	__u32 affinity_s;
+	__u16 options; /* enum service_option */
+	__u8 mode;     /* enum mode */
+	__u8 in_use;
+	__u16 mss;	 /* what the MSS option of SYNs is at most */
+	__be16 gue_port; /* the UDP destination port */
+	__u32 syn_limit; /* a second */
+	__u32 syn_limit_of_source;
+	__u32 number;	     /* of the service */
+	__u8 zero[4];
+	__u8 quic_lengths[QUIC_CONFIGS]; /* config rotation codepoint -> length of its server IDs, 0: none */
+	__be32 address[4];		 /* the VIP */
+	__be16 first_port;
+	__be16 last_port;
+	__u8 prefix_length;
+	__u8 family; /* AF_INET or AF_INET6 */
+	__u8 protocol;
+	__u8 zero1;
+	char set[SET_NAME_SIZE]; /* which set of members of this VIP; empty: the VIP's own */
+};
+
+/* VIP prefixes and port ranges: the longest prefix of the address, and then, under it, of the port. */
+struct network_key4 {
+	__u32 prefix_length;
+	__be32 address;
+};
+
+struct network_key6 {
+	__u32 prefix_length;
+	__be32 address[4];
+};
+
+struct range_key4 {
+	__u32 prefix_length;
+	__be32 network;
+	__u8 network_length;
+	__u8 protocol;
+	__be16 port;
+};
+
+struct range_key6 {
+	__u32 prefix_length;
+	__be32 network[4];
+	__u8 network_length;
+	__u8 protocol;
+	__be16 port;
+};
+
+/* Which service a client of service `service` has. */
+struct source_key4 {
+	__u32 prefix_length;
+	__u32 service;
+	__be32 address;
+};
+
+struct source_key6 {
+	__u32 prefix_length;
+	__u32 service;
+	__be32 address[4];
+};
+
+/* Connection openings of one client prefix: 24 bits of IPv4, 64 of IPv6. */
+struct source_prefix {
+	__u32 service;
+	__be32 address[2];
+};
+
+struct quic_key {
+	__u32 service;
+	__u8 config; /* rotation codepoint */
 	__u8 zero[3];
-	__u64 changed_ns; /* when the ring last changed, CLOCK_MONOTONIC */
+	__u8 server_id[16]; /* padded with zeros */
+};
+
+/* Where the first fragment of a datagram went. The key is a struct flow_key whose ports are the datagram's ID. */
+struct fragment {
+	__u32 service;
+	__u32 member; /* local to the service */
+	__u32 uid;
+	__u32 hash; /* of the flow */
 };
 
 /* Where a frame goes. */
@@ -87,18 +214,21 @@ struct hop {
 enum member_flag {
 	MEMBER_ALIVE = 1,
 	MEMBER_RESOLVED = 2,
+	MEMBER_IP6 = 4,
 };
 
 /* A backend within one service. One cache line. */
 struct member {
 	__be32 address[4];
-	__be32 source[4]; /* nat: the balancer's address towards this backend */
+	__be32 source[4]; /* nat: the balancer's address towards this backend; tunnels: the outer source */
 	struct hop hop;
 	__u32 uid; /* never used twice, so that an entry about an earlier member in this place is not taken for it */
-	__u32 counter;
+	__u32 index; /* its own in `members` and `counters` */
 	__be16 port; /* 0: the port the client asked for */
 	__u16 flags;
-	__u32 number; /* its place in the service's block, as slot words and flow entries name it */
+	__u16 mtu;	  /* of the way there */
+	__u8 source_bits; /* tunnels: so many low bits of `source` are the flow's, modulo 64 */
+	__u8 zero;
 };
 
 struct counter {
@@ -137,10 +267,17 @@ struct flow {
 	__u16 closing;
 };
 
-/* What one CPU has recorded in the second that runs. */
+/* What a CPU does no more than so often a second. */
+enum paced {
+	PACED_RECORDS,
+	PACED_TOO_BIG,
+	PACED_COUNT,
+};
+
+/* What one CPU has done in the second that runs. */
 struct pace {
 	__u64 second;
-	__u64 connections;
+	__u64 done;
 };
 
 enum nat_state {
@@ -178,7 +315,9 @@ struct nat_reply {
 struct control {
 	__u64 generation;	 /* of the stored state that is applied in full; 0: unknown */
 	__u64 test_clock_ns;	 /* the time, when config.test_clock is set */
-	__u32 any_port_services; /* how many services have port 0 */
+	__u32 wide_services;	 /* how many services have more than one port or address */
+	__u32 echo_addresses;	 /* how many addresses have their echo requests answered */
+	__u32 epoch;		 /* of services4 and services6: another one after each change; never 0 */
 	__u32 zero;
 };
 
@@ -190,16 +329,18 @@ struct config {
 	__u32 nat_closed_timeout_s;
 	__u32 udp_timeout_s;
 	__u32 recorded_syns_per_s; /* by each CPU */
+	__u32 too_big_per_s;	   /* ICMP errors, by each CPU */
 	__u16 nat_port_first;
 	__u16 nat_port_count;
 	__u8 test_clock;
-	__u8 zero[3];
+	__u8 zero[7];
 };
 
 /* Never read: it puts the enums, which user space knows by name, into the object's BTF. */
 struct names {
 	enum reason reason;
 	enum mode mode;
+	enum service_option service_option;
 	enum member_flag member_flag;
 	enum nat_state nat_state;
 };

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The one exit: a forwarded packet is counted for its member, every other one for its reason. */
+/* The one exit: a forwarded packet is counted for its member, every other one for its reason. Tags are put back. */
 #pragma once
 
 #include "maps.h"
 #include "packet.h"
+#include "vlan.h"
 
 static __always_inline struct counter *counter_of(__u32 index)
 {
@@ -12,7 +13,7 @@ static __always_inline struct counter *counter_of(__u32 index)
 
 static __always_inline enum reason count_request(const struct member *member, const struct packet *pkt, int opens)
 {
-	struct counter *counter = counter_of(member->counter);
+	struct counter *counter = counter_of(member->index);
 
 	if (counter) {
 		counter->packets++;
@@ -33,10 +34,14 @@ static __always_inline enum reason count_reply(const struct nat_reply *reply, co
 	return FORWARDED;
 }
 
-static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, enum reason why)
+static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, struct tags *tags, enum reason why)
 {
+	if (tags->words[0] && put_tags_back(ctx, tags))
+		why = DROP_NO_HEADROOM;
 	if (why == FORWARDED)
 		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
 	count_reason(why);
+	if (why == ANSWERED_ECHO || why == ANSWERED_TOO_BIG)
+		return XDP_TX;
 	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
 }
