@@ -21,15 +21,33 @@ import click
 from click.exceptions import Abort, Exit
 
 from lb import completion, documents, output
+from lb.cli_options import (
+    OptionWords,
+    backend_argument,
+    backends_option,
+    interfaces_argument,
+    json_option,
+    mode_option,
+    option_words,
+    ring_size_option,
+    server_id_option,
+    split_list,
+    vip_address_option,
+    vip_argument,
+)
+from lb.decap_cli import decap
+from lb.doctor_cli import doctor_command
 from lb.errors import InvalidInput, LbError
-from lb.model import DEFAULT_RING_SIZE, Address, Backend, Interface, Mode, Service, Vip, XdpMode
+from lb.model import DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
 from lb.progress import progress
 from lb.report import Report
+from lb.vip import Address, Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
     from lb.balancer import Balancer
 
 DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
+NO_SERVER_ID = ("none",)
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
 
 
@@ -100,7 +118,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
 
 
-# Options and words that commands share
+# What commands share
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +144,6 @@ class Request:
             echo_lines(lines(report))
 
 
-def json_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option("--json", "as_json", is_flag=True, help=text)
-
-
 def change_options(command: Callable[..., None]) -> Callable[..., None]:
     """`--dry-run` and `--json`, given to the command as one `request`."""
 
@@ -142,59 +156,19 @@ def change_options(command: Callable[..., None]) -> Callable[..., None]:
     return dry_run(json(with_request))
 
 
-vip_argument = click.argument("vip", type=Vip.parse, shell_complete=completion.vips)
-backend_argument = click.argument("backend", shell_complete=completion.backends)
-
-
-def interfaces_argument(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.argument(
-        "interfaces",
-        nargs=-1,
-        required=required,
-        metavar="IFACE..." if required else "[IFACE]...",
-        shell_complete=completion.interfaces,
-    )
-
-
-backends_option = click.option(
-    "--backends",
-    multiple=True,
-    metavar="A,B,...",
-    help="Backends, ADDR[:PORT][@WEIGHT] each. May be repeated.",
-)
-mode_option = click.option(
-    "--mode",
-    type=click.Choice([str(mode) for mode in Mode]),
-    metavar="MODE",
-    help="How packets reach the backends: nat or dr.  [default: nat]",
-)
-ring_size_option = click.option(
-    "--ring-size",
-    type=int,
-    metavar="N",
-    help=f"Slots of the ring, a prime from 251 to 131071.  [default: {DEFAULT_RING_SIZE}]",
-)
-vip_address_option = click.option(
-    "--no-vip-address",
-    is_flag=True,
-    help="Put no address on an interface: the VIP is routed to this host.",
-)
-
-
-def split_list(texts: Sequence[str]) -> list[str]:
-    return [word.strip() for text in texts for word in text.split(",")]
-
-
 def parse_backends(texts: Sequence[str], port: int) -> tuple[Backend, ...]:
     return tuple(Backend.parse(text, port) for text in texts)
 
 
-def make_service(vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None) -> Service:
+def make_service(
+    vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None, option_words: OptionWords
+) -> Service:
     return Service(
         vip,
         Mode(mode or Mode.NAT),
-        parse_backends(split_list(backends), vip.port),
+        parse_backends(split_list(backends), vip.fixed_port),
         DEFAULT_RING_SIZE if ring_size is None else ring_size,
+        options=option_words.change(vip),
     )
 
 
@@ -221,9 +195,19 @@ def wants_colour() -> bool:
 def cli() -> None:
     """Balance TCP and UDP over backends, in XDP.
 
-    A VIP is written ADDR:PORT/PROTO (10.0.0.1:80/tcp, [2001:db8::1]:53/udp; /PROTO is /tcp where
-    it is missing, port 0 is any port). A backend is written ADDR[:PORT][@WEIGHT]; without PORT it
-    gets the port of the VIP.
+    A VIP is written ADDR[/LENGTH]:PORT[-PORT][/PROTO][@SET]: an address or a prefix, a port, a
+    range, or 0 for any port, and tcp (also where it is missing) or udp. SET is a second set of
+    backends at the same VIP, for clients from certain prefixes. Of the VIPs that a packet fits,
+    that of the longest prefix has it, and of those the one with the fewest ports.
+
+    A backend is written ADDR[:PORT][@WEIGHT]; without PORT it gets the port of the VIP.
+
+    \b
+    VIPs:
+      10.0.0.1:80                   TCP port 80
+      [2001:db8::1]:53/udp          IPv6 stands in brackets
+      10.0.0.0/24:8000-8999/tcp     256 addresses, 1000 ports
+      10.0.0.1:80/tcp@eu            the set eu of 10.0.0.1:80/tcp
 
     \b
     Examples:
@@ -255,6 +239,7 @@ def cli() -> None:
     help="native, generic, or auto: native, else generic with a warning.  [default: auto]",
 )
 @ring_size_option
+@option_words
 @vip_address_option
 @change_options
 def attach(
@@ -264,6 +249,7 @@ def attach(
     mode: str | None,
     xdp_mode: str,
     ring_size: int | None,
+    option_words: OptionWords,
     no_vip_address: bool,
     request: Request,
 ) -> None:
@@ -279,13 +265,16 @@ def attach(
       # A VIP of its own, direct return, weights 1 and 3
       xdp-lb attach eth0 --vip 10.0.0.100:443 --mode dr \\
           --backends 10.0.0.11,10.0.0.12@3
+      # Backends anywhere, through tunnels that xdp-lb decap ends there
+      xdp-lb attach eth0 --vip 10.0.0.100:443 --mode gue \\
+          --backends 172.16.4.11,172.16.9.12
       # Clients on eth0, servers behind eth1
       xdp-lb attach eth0 eth1 --backends 10.1.0.11,10.1.0.12
       # Start again what is stored
       xdp-lb attach eth0
     """
-    if not backends and (vip or mode or ring_size is not None):
-        raise click.UsageError("--vip, --mode and --ring-size need --backends.")
+    if not backends and (vip or mode or ring_size is not None or option_words):
+        raise click.UsageError("--vip, --mode and the other options of a service need --backends.")
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
     def restore(balancer: Balancer) -> Report:
@@ -294,7 +283,7 @@ def attach(
 
     def serve(balancer: Balancer) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
-        service = make_service(chosen, backends, mode, ring_size)
+        service = make_service(chosen, backends, mode, ring_size, option_words)
         report = balancer.attach(wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run)
         return report if vip else with_note(report, f"{chosen} is {interfaces[0]}'s own address")
 
@@ -344,16 +333,20 @@ def status(as_json: bool) -> None:
     """Show interfaces, services and counters.
 
     PACKETS and the BYTES beside them come from clients, REPLIES and the BYTES beside them go back
-    to clients (mode nat: with dr, backends answer directly). Numbers are exact in --json.
+    to clients (mode nat: in the others, backends answer directly). Numbers are exact in --json.
 
     \b
-    JSON: {netns, loaded, interfaces, services, drops, passes, noted}
+    JSON: {netns, loaded, interfaces, services, answered, drops, passes,
+           noted}
       interfaces  [{name, xdp_mode, attached, program_id}]
-      services    [{vip, address, port, protocol, mode, ring_size,
-                    flow_timeout_s, slots_in_transition, COUNTERS, backends}]
-      backends    [{backend, address, port, weight, draining, resolved,
-                    COUNTERS}]
+      services    [{vip, address, prefix_length, port, last_port, protocol,
+                    set, mode, ring_size, flow_timeout_s, options,
+                    slots_in_transition, COUNTERS, backends}]
+      options     as in vip list
+      backends    [{backend, address, port, weight, draining, server_ids,
+                    resolved, COUNTERS}]
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections
+      answered    {reason: packets}, by the balancer itself
       drops       {reason: packets}, dropped
       passes      {reason: packets}, left to the host
       noted       {reason: packets}, forwarded, but worth knowing
@@ -373,7 +366,7 @@ def status(as_json: bool) -> None:
 
 @cli.group()
 def vip() -> None:
-    """Add, remove and list services."""
+    """Add, change, remove and list services."""
 
 
 @vip.command("add")
@@ -389,6 +382,7 @@ def vip() -> None:
     show_default=True,
     help="How long an idle connection is remembered.",
 )
+@option_words
 @vip_address_option
 @change_options
 def vip_add(
@@ -397,6 +391,7 @@ def vip_add(
     mode: str | None,
     ring_size: int | None,
     flow_timeout: int,
+    option_words: OptionWords,
     no_vip_address: bool,
     request: Request,
 ) -> None:
@@ -409,9 +404,48 @@ def vip_add(
       xdp-lb vip add 10.0.0.100:53/udp --mode dr --backends 10.0.0.11
       # IPv6, servers on another port
       xdp-lb vip add '[2001:db8::100]:443' --backends '[2001:db8::11]:8443'
+      # All addresses of a prefix, a range of ports
+      xdp-lb vip add 10.0.1.0/24:8000-8999 --mode dr --backends 10.0.0.11
+      # Other backends for clients from 192.0.2.0/24
+      xdp-lb vip add 10.0.0.100:80@near --source 192.0.2.0/24 \\
+          --backends 10.0.0.21
+      # No more than 1000 new connections a second, 20 from one network
+      xdp-lb vip add 10.0.0.100:25 --backends 10.0.0.11 \\
+          --syn-limit 1000 --syn-limit-of-source 20
     """
-    service = replace(make_service(vip, backends, mode, ring_size), flow_timeout_s=flow_timeout)
+    service = make_service(vip, backends, mode, ring_size, option_words)
+    service = replace(service, flow_timeout_s=flow_timeout)
     request.run(lambda balancer: balancer.add_service(service, own_address=not no_vip_address, dry_run=request.dry_run))
+
+
+@vip.command("set")
+@vip_argument
+@option_words
+@change_options
+def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
+    """Change options of the service at VIP. What is not named stays as it is.
+
+    0 switches a limit or the MSS off, --no-echo and the like a switch, --allow any the list of
+    clients, --tunnel-source own the prefix. While the service is in force, the affinity can be made
+    longer or shorter, but not begin or end.
+
+    \b
+    Examples:
+      xdp-lb vip set 10.0.0.100:80 --echo --mss 1400
+      # No limit any more
+      xdp-lb vip set 10.0.0.100:80 --syn-limit 0
+      # Who may connect; then everybody again
+      xdp-lb vip set 10.0.0.100:80 --allow 10.0.0.0/8,192.0.2.0/24
+      xdp-lb vip set 10.0.0.100:80 --allow any
+    """
+    if not option_words:
+        raise click.UsageError("no option named: say what to change.")
+
+    def change(balancer: Balancer) -> Report:
+        options = option_words.change(vip, balancer.state.service(vip).options)
+        return balancer.set_options(vip, options, dry_run=request.dry_run)
+
+    request.run(change)
 
 
 @vip.command("remove")
@@ -432,11 +466,15 @@ def vip_remove(vip: Vip, request: Request) -> None:
 @vip.command("list")
 @json_option("Print JSON, as above.")
 def vip_list(as_json: bool) -> None:
-    """List the services that are stored.
+    """List the services that are stored, and the options that are not the default.
 
     \b
-    JSON: [{vip, address, port, protocol, mode, ring_size, flow_timeout_s,
-            backends: [{backend, address, port, weight, draining}]}]
+    JSON: [{vip, address, prefix_length, port, last_port, protocol, set, mode,
+            ring_size, flow_timeout_s, options, backends}]
+      options   {affinity_s, sources, syn_limit, syn_limit_of_source, mss,
+                 echo, tunnel_sources, gue_port, outer_checksum,
+                 second_chance}
+      backends  [{backend, address, port, weight, draining, server_ids}]
 
     \b
     Examples:
@@ -457,14 +495,15 @@ def stored_services() -> tuple[Service, ...]:
 
 @cli.group()
 def backend() -> None:
-    """Add, remove, drain and weigh backends."""
+    """Add, remove, drain, weigh and name backends."""
 
 
 @backend.command("add")
 @vip_argument
 @click.argument("backends", nargs=-1, required=True, metavar="BACKEND...")
+@server_id_option
 @change_options
-def backend_add(vip: Vip, backends: tuple[str, ...], request: Request) -> None:
+def backend_add(vip: Vip, backends: tuple[str, ...], server_ids: tuple[str, ...], request: Request) -> None:
     """Add backends to the service at VIP. Connections stay where they are.
 
     \b
@@ -474,8 +513,14 @@ def backend_add(vip: Vip, backends: tuple[str, ...], request: Request) -> None:
       xdp-lb backend add 10.0.0.1:80 10.0.0.13@3
       # How many slots would move
       xdp-lb backend add 10.0.0.1:80 10.0.0.13 --dry-run
+      # QUIC connections that it gave a connection ID with 0a1b stay with it
+      xdp-lb backend add 10.0.0.1:443/udp 10.0.0.13 --server-id 0:0a1b
     """
-    added = parse_backends(split_list(backends), vip.port)
+    added = parse_backends(split_list(backends), vip.fixed_port)
+    if server_ids:
+        if len(added) > 1:
+            raise click.UsageError("--server-id names one backend: add them one by one.")
+        added = (replace(added[0], server_ids=server_ids),)
     request.run(lambda balancer: balancer.add_backends(vip, added, dry_run=request.dry_run))
 
 
@@ -490,7 +535,7 @@ def backend_remove(vip: Vip, backend: str, request: Request) -> None:
     Examples:
       xdp-lb backend remove 10.0.0.1:80 10.0.0.11
     """
-    name = Backend.parse(backend, vip.port)
+    name = Backend.parse(backend, vip.fixed_port)
     request.run(lambda balancer: balancer.remove_backend(vip, name, dry_run=request.dry_run))
 
 
@@ -507,7 +552,7 @@ def backend_drain(vip: Vip, backend: str, request: Request) -> None:
     Examples:
       xdp-lb backend drain 10.0.0.1:80 10.0.0.11
     """
-    name = Backend.parse(backend, vip.port)
+    name = Backend.parse(backend, vip.fixed_port)
     request.run(lambda balancer: balancer.drain_backend(vip, name, dry_run=request.dry_run))
 
 
@@ -524,8 +569,32 @@ def backend_weight(vip: Vip, backend: str, weight: int, request: Request) -> Non
       # Three times the share of a backend of weight 1
       xdp-lb backend weight 10.0.0.1:80 10.0.0.11 3
     """
-    name = replace(Backend.parse(backend, vip.port), weight=weight)
+    name = replace(Backend.parse(backend, vip.fixed_port), weight=weight)
     request.run(lambda balancer: balancer.set_weight(vip, name, weight, dry_run=request.dry_run))
+
+
+@backend.command("server-id")
+@vip_argument
+@backend_argument
+@click.argument("server_ids", nargs=-1, required=True, metavar="CONFIG:HEX...")
+@change_options
+def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], request: Request) -> None:
+    """Set what names a backend in QUIC connection IDs; none: nothing.
+
+    CONFIG is the config rotation codepoint of QUIC-LB, 0 to 6, and HEX the server ID, 1 to 15
+    bytes, as the server writes it into its connection IDs in plaintext. All IDs of one CONFIG in a
+    service have one length.
+
+    \b
+    Examples:
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b
+      # While the servers go over to the next configuration
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b 1:00c4d2
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 none
+    """
+    name = Backend.parse(backend, vip.fixed_port)
+    ids = () if server_ids == NO_SERVER_ID else server_ids
+    request.run(lambda balancer: balancer.set_server_ids(vip, name, ids, dry_run=request.dry_run))
 
 
 @backend.command("list")
@@ -535,7 +604,7 @@ def backend_list(vip: Vip | None, as_json: bool) -> None:
     """List the backends that are stored, of VIP or of all services.
 
     \b
-    JSON: [{vip, backend, address, port, weight, draining}]
+    JSON: [{vip, backend, address, port, weight, draining, server_ids}]
 
     \b
     Examples:
@@ -571,11 +640,24 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
     The file:
       [[service]]
       vip = "10.0.0.1:80/tcp"
-      mode = "nat"            # or "dr"
+      mode = "nat"            # or "dr", "ipip", "gue"
       ring_size = 16381
       flow_timeout = 3600     # seconds
       backends = ["10.0.0.11", "10.0.0.12:8080@3",
                   {address = "10.0.0.13", weight = 2, drain = true}]
+    and where wanted
+      affinity = 300          # seconds
+      sources = ["10.0.0.0/8"]
+      syn_limit = 1000        # a second
+      syn_limit_of_source = 20
+      mss = 1400
+      echo = true
+      tunnel_source = ["198.18.0.0/16"]
+      gue_port = 6080
+      outer_checksum = true
+      second_chance = true
+    and in the table of a backend
+      server_ids = ["0:0a1b"]
 
     \b
     Examples:
@@ -617,6 +699,10 @@ def print_completion(shell: str) -> None:
       xdp-lb completion fish > ~/.config/fish/completions/xdp-lb.fish
     """
     click.echo(completion.script(cli, shell))
+
+
+cli.add_command(doctor_command)
+cli.add_command(decap)
 
 
 def main() -> None:

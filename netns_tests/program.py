@@ -6,25 +6,36 @@ Enters what the model takes too: Settings, Services, frames. Leaves an Outcome, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
+from socket import AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6
 from typing import Any
 
-from netns_tests.model import Count, Member, Outcome, Service, Settings
+from netns_tests.model import Count, Member, Outcome, Prefix, Service, Settings, Slot, narrowest
 from netns_tests.packets import Verdict
 from xdp.object import LB_OBJECT, BpfObject
 
 SLOTS = 1 << 10
-MEMBERS = 1 << 8
-SERVICES = 1 << 6
+SERVICES = 1 << 4
+PLACES = 1 << 4  # for the members of a service, the first of them for none
 FLOWS = 1 << 14  # far more than a test has: least-recently-used maps evict nothing
 PREVIOUS_SHIFT, TRACK = 15, 1 << 30
-FLOW_TABLES = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6")
+NO_SERVICE = 0xFFFFFFFF
+FLOW_TABLES = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6", "fragments")
+SERVICE_TABLES = (
+    *("services4", "services6", "networks4", "networks6", "ranges4", "ranges6", "sources4", "sources6"),
+    "quic_members",
+)
 MAP_SIZES = {
     "services4": SERVICES,
     "services6": SERVICES,
-    "members": MEMBERS,
-    "counters": MEMBERS,
+    "services": SERVICES,
+    "syn_times": SERVICES,
+    "quic_members": SERVICES * PLACES,
+    "members": SERVICES * PLACES,
+    "counters": SERVICES * PLACES,
+    "source_syn_times": FLOWS,
 } | dict.fromkeys(FLOW_TABLES, FLOWS)
 
 
@@ -37,6 +48,8 @@ class LoadedProgram:
         self._reasons = list(bpf.types.enum("reason"))
         self._modes = bpf.types.enum("mode")
         self._flags = bpf.types.enum("member_flag")
+        self._options = bpf.types.enum("service_option")
+        self._services = bpf.map("services").view()
         self._members = bpf.map("members").view()
         self._rings = bpf.map("rings").view()
         self._words_in_line = len(self._rings[0].words)
@@ -46,7 +59,9 @@ class LoadedProgram:
     def run(self, frame: bytes, ingress_ifindex: int) -> Outcome:
         """Run it once on a frame of 14 bytes or more. AssertionError when more than one reason was counted."""
         run = self._program.test_run(frame, ingress_ifindex=ingress_ifindex)
-        return Outcome(Verdict(run.verdict), self._reason_counted(), run.data)
+        assert run.verdict != Verdict.ABORTED, frame.hex()
+        reason, noted = self._reasons_counted()
+        return Outcome(Verdict(run.verdict), reason, run.data, noted)
 
     def run_uncounted(self, frame: bytes, ingress_ifindex: int) -> bytes:
         """The frame that leaves; for several threads at once, which share the counters."""
@@ -55,22 +70,33 @@ class LoadedProgram:
     def set_clock(self, now_ns: int) -> None:
         self._control.test_clock_ns = now_ns
 
-    def install(self, services: list[Service]) -> None:
-        """Put these services in the place of those before; flows stay."""
-        self._clear("services4", "services6")
-        ring_base = member_base = 0
-        for service in services:
-            self._put_service(service, ring_base, member_base)
+    def install(self, services: list[Service], echo: Collection[bytes] = ()) -> None:
+        """Put these services in the place of those before; flows stay. A service's number is its place in the list.
+
+        echo: the addresses whose echo requests are answered.
+        """
+        self._clear(*SERVICE_TABLES)
+        ring_base = 0
+        for number, service in enumerate(services):
+            self._put_slots(service.slots, ring_base)
+            self._put_members(service, number * PLACES)
+            self._put_service(service, number, ring_base)
+            self._put_sources(service, number)
+            self._put_server_ids(service, number)
             ring_base += len(service.slots)
-            member_base += max(service.members, default=0) + 1
-        self._control.any_port_services = sum(service.port == 0 for service in services)
+        self._put_addresses(services)
+        self._put_echo(echo)
+        self._control.epoch += 1
 
     def forget(self) -> None:
-        """Empty every table of flows, and the counters of members."""
-        self._clear(*FLOW_TABLES)
-        counters = self.bpf.map("counters")
-        for index in range(len(counters)):
-            counters.set_total(index, counters.value_type())
+        """Empty every table of flows, the limits, and the counters of members."""
+        self._clear(*FLOW_TABLES, "source_syn_times")
+        for name in ("counters", "paces"):
+            counters = self.bpf.map(name)
+            for index in range(len(counters)):
+                counters.set_total(index, counters.value_type())
+        for number in range(SERVICES):
+            self.bpf.map("syn_times")[number] = 0
 
     def forget_replies(self) -> None:
         """As if every translation's reply direction had been evicted."""
@@ -79,8 +105,9 @@ class LoadedProgram:
     def entries(self, table: str) -> list[tuple[Any, Any]]:
         return list(self.bpf.map(table).items())
 
-    def count(self, index: int) -> Count:
-        total = self.bpf.map("counters").total(index)
+    def count(self, member: int, service: int = 0) -> Count:
+        """By their numbers."""
+        total = self.bpf.map("counters").total(service * PLACES + member)
         return Count(**{name: getattr(total, name) for name, _ in total._fields_})
 
     def _clear(self, *tables: str) -> None:
@@ -89,51 +116,129 @@ class LoadedProgram:
             for key, _ in list(entries.items()):
                 del entries[key]
 
-    def _put_service(self, service: Service, ring_base: int, member_base: int) -> None:
-        for slot_number, slot in enumerate(service.slots, ring_base):
+    def _put_slots(self, slots: list[Slot], ring_base: int) -> None:
+        for slot_number, slot in enumerate(slots, ring_base):
             word = slot.current | slot.previous << PREVIOUS_SHIFT | TRACK * slot.track
             self._rings[slot_number // self._words_in_line].words[slot_number % self._words_in_line] = word
-        self._members[member_base] = self.bpf.types.struct("member")()
-        for number in range(1, max(service.members, default=0) + 1):
-            self._put_member(self._members[member_base + number], number, service.members.get(number))
-        services = self.bpf.map(f"services{version(service.address)}")
-        services[self._service_key(service)] = services.value_type(
+
+    def _put_members(self, service: Service, base: int) -> None:
+        for number in range(PLACES):
+            member = service.members.get(number)
+            self._members[base + number] = self._member(member, base + number) if member else type(self._members[0])()
+
+    def _member(self, member: Member, index: int) -> Any:
+        made = type(self._members[0])(uid=member.uid, index=index, port=member.port, mtu=member.mtu)
+        made.address[:], made.source[:] = words(member.address), words(member.source)
+        made.hop.ifindex = member.hop.ifindex
+        made.hop.destination[:], made.hop.source[:] = member.hop.destination, member.hop.source
+        made.source_bits = member.source_bits
+        made.flags = self._flags["MEMBER_ALIVE"] * member.alive | self._flags["MEMBER_RESOLVED"] * member.resolved
+        made.flags |= self._flags["MEMBER_IP6"] * (version(member.address) == 6)
+        return made
+
+    def _put_service(self, service: Service, number: int, ring_base: int) -> None:
+        made = type(self._services[0])(
             ring_base=ring_base,
             ring_size=len(service.slots),
-            member_base=member_base,
-            flow_timeout_s=service.flow_timeout_s,
-            mode=self._modes[f"MODE_{service.mode.upper()}"],
+            member_base=number * PLACES,
+            member_count=PLACES,
             changed_ns=service.changed_ns,
+            flow_timeout_s=service.flow_timeout_s,
+            affinity_s=service.affinity_s,
+            options=self._option_bits(service),
+            mode=self._modes[f"MODE_{service.mode.upper()}"],
+            in_use=1,
+            mss=service.mss,
+            gue_port=service.gue_port,
+            syn_limit=service.syn_limit,
+            syn_limit_of_source=service.syn_limit_of_source,
+            number=number,
+            first_port=service.ports.start,
+            last_port=service.ports.stop - 1,
+            prefix_length=service.prefix_length,
+            family=AF_INET if version(service.address) == 4 else AF_INET6,
+            protocol=service.protocol,
         )
+        for config, length in service.quic_lengths.items():
+            made.quic_lengths[config] = length
+        made.address[:] = words(service.address)
+        self._services[number] = made
 
-    def _service_key(self, service: Service) -> Any:
-        key = self.bpf.types.struct(f"service_key{version(service.address)}")()
-        key.port, key.protocol = service.port, service.protocol
-        if version(service.address) == 4:
-            key.address = int.from_bytes(service.address, "big")
+    def _option_bits(self, service: Service) -> int:
+        asked = {
+            "OPTION_SOURCES": service.sources,
+            "OPTION_ONLY_SOURCES": service.only_sources,
+            "OPTION_SYN_LIMIT": service.syn_limit,
+            "OPTION_SYN_LIMIT_OF_SOURCE": service.syn_limit_of_source,
+            "OPTION_MSS": service.mss,
+            "OPTION_AFFINITY": service.affinity_s,
+            "OPTION_QUIC": service.server_ids,
+            "OPTION_OUTER_CHECKSUM": service.outer_checksum,
+            "OPTION_SECOND_CHANCE": service.second_chance,
+        }
+        return sum(self._options[name] for name, value in asked.items() if value)
+
+    def _put_sources(self, service: Service, number: int) -> None:
+        for (address, length), target in service.sources.items():
+            sources = self.bpf.map(f"sources{version(address)}")
+            sources[self._key(sources, "address", address, prefix_length=32 + length, service=number)] = target
+
+    def _put_server_ids(self, service: Service, number: int) -> None:
+        quic_members = self.bpf.map("quic_members")
+        for (config, server_id), member in service.server_ids.items():
+            key = quic_members.key_type(service=number, config=config)
+            key.server_id[: len(server_id)] = server_id
+            quic_members[key] = member
+
+    def _put_addresses(self, services: list[Service]) -> None:
+        numbers = [number for number, service in enumerate(services) if not service.is_set]
+        for number in (n for n in numbers if not services[n].is_wide):
+            service = services[number]
+            table = self.bpf.map(f"services{version(service.address)}")
+            table[self._key(table, "address", service.address, port=service.port, protocol=service.protocol)] = number
+        wide = {number: services[number] for number in numbers if services[number].is_wide}
+        for network in {(service.address, service.prefix_length) for service in wide.values()}:
+            self._put_network(network, {n: s for n, s in wide.items() if covers(s, network)})
+        self._control.wide_services = len(wide)
+
+    def _put_network(self, network: Prefix, services: dict[int, Service]) -> None:
+        """A prefix with all ports of the services under it; those of shorter prefixes have what it leaves free."""
+        address, length = network
+        networks, ranges = (self.bpf.map(f"{name}{version(address)}") for name in ("networks", "ranges"))
+        networks[self._key(networks, "address", address, prefix_length=length)] = length
+        for number, port, bits in owned_ports(services):
+            key = self._key(ranges, "network", address, network_length=length, port=port)
+            key.protocol, key.prefix_length = services[number].protocol, 8 * len(address) + 16 + bits
+            ranges[key] = number
+
+    def _put_echo(self, addresses: Collection[bytes]) -> None:
+        for address in addresses:
+            table = self.bpf.map(f"services{version(address)}")
+            protocol = IPPROTO_ICMP if version(address) == 4 else IPPROTO_ICMPV6
+            table[self._key(table, "address", address, protocol=protocol)] = NO_SERVICE
+        self._control.echo_addresses = len(addresses)
+
+    def _key(self, table: Any, name: str, address: bytes, **fields: int) -> Any:
+        """A key that has an address in the field `name`."""
+        key = table.key_type(**fields)
+        if version(address) == 4:
+            setattr(key, name, int.from_bytes(address, "big"))
         else:
-            key.address[:] = words(service.address)
+            getattr(key, name)[:] = words(address)
         return key
-
-    def _put_member(self, place: Any, number: int, member: Member | None) -> None:
-        place.flags = 0
-        if member is None:
-            return
-        place.address[:], place.source[:] = words(member.address), words(member.source)
-        place.hop.ifindex = member.hop.ifindex
-        place.hop.destination[:], place.hop.source[:] = member.hop.destination, member.hop.source
-        place.uid, place.counter, place.port, place.number = member.uid, member.counter, member.port, number
-        place.flags = self._flags["MEMBER_ALIVE"] * member.alive | self._flags["MEMBER_RESOLVED"] * member.resolved
 
     def _read_reasons(self) -> list[int]:
         totals: list[int] = self.bpf.map("reasons").totals()
         return totals
 
-    def _reason_counted(self) -> str:
+    def _reasons_counted(self) -> tuple[str, str]:
+        """The packet's own, and what was noted beside it."""
         before, self._counted = self._counted, self._read_reasons()
         moved = [name for name, old, new in zip(self._reasons, before, self._counted, strict=False) if new != old]
-        assert len(moved) <= 1, f"counted more than once: {moved}"
-        return moved[0] if moved else "FORWARDED"
+        noted = [name for name in moved if name.startswith("NOTED")]
+        own = [name for name in moved if name not in noted]
+        assert len(own) <= 1, f"counted more than once: {own}"
+        return own[0] if own else "FORWARDED", noted[0] if noted else ""
 
 
 def version(address: bytes) -> int:
@@ -144,6 +249,29 @@ def words(address: bytes) -> list[int]:
     """An address as a struct holds it: IPv4 in the first of four words."""
     padded = address.ljust(16, b"\0")
     return [int.from_bytes(padded[at : at + 4], "big") for at in range(0, 16, 4)]
+
+
+def covers(service: Service, network: Prefix) -> bool:
+    return service.prefix_length <= network[1] and service.has(network[0])
+
+
+def owned_ports(services: dict[int, Service]) -> Iterator[tuple[int, int, int]]:
+    """(number of the service, port, prefix length) for the ports of each, as the model shares them out."""
+    edges = {edge for s in services.values() for edge in (s.ports.start, s.ports.stop)}
+    for ports in itertools.starmap(range, itertools.pairwise(sorted(edges))):
+        for protocol in {service.protocol for service in services.values()}:
+            here = {n: s for n, s in services.items() if s.protocol == protocol and ports.start in s.ports}
+            owner = narrowest(here.values())
+            yield from ((n, *prefix) for n, s in here.items() if s is owner for prefix in port_prefixes(ports))
+
+
+def port_prefixes(ports: range) -> Iterator[tuple[int, int]]:
+    """The fewest (port, prefix length) that are these ports together."""
+    first = ports.start
+    while first < ports.stop:
+        size = min(first & -first or 1 << 16, 1 << (ports.stop - first).bit_length() - 1)
+        yield first, 17 - size.bit_length()
+        first += size
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ struct connection {
 };
 
 struct walk {
+	__u32 number; /* of the connection whose turn it is */
 	__u32 next;
 	__u32 share;   /* every share-th connection has its turn, the first of them is `first` */
 	__u32 first;
@@ -78,35 +79,44 @@ static __always_inline __u16 receiver(struct xdp_md *ctx, int verdict)
 	return eth->h_dest[BACKEND] << 8 | eth->h_dest[BACKEND + 1];
 }
 
-static __always_inline int send(struct xdp_md *ctx, __u32 number, struct connection *connection)
+/* Nonzero: it is not its turn. Apart, as is remember(), since the balancer leaves next to nothing of the stack. */
+SLOW_PATH int prepare(struct xdp_md *ctx)
 {
-	int verdict;
+	__u32 number = walk.number;
+	struct connection *connection = bpf_map_lookup_elem(&connections, &number);
 
+	if (!connection || !has_its_turn(number, connection))
+		return -1;
 	if (walk.tcp_flags == TCP_SYN)
 		connection->life++;
-	if (write_packet(ctx, number, connection))
-		return XDP_ABORTED;
-	verdict = xdp_lb(ctx);
+	return write_packet(ctx, number, connection);
+}
+
+SLOW_PATH int remember(struct xdp_md *ctx, int verdict)
+{
+	__u32 number = walk.number;
+	struct connection *connection = bpf_map_lookup_elem(&connections, &number);
+
+	if (!connection)
+		return -1;
 	if (walk.tcp_flags == TCP_SYN) {
 		connection->backend = receiver(ctx, verdict);
 	} else if (connection->backend != receiver(ctx, verdict)) {
 		walk.strayed++;
 		walk.last_strayed = number;
 	}
-	return verdict;
+	return 0;
 }
 
 SEC("xdp")
 int take_turn(struct xdp_md *ctx)
 {
-	__u32 number = walk.next++;
-	struct connection *connection = bpf_map_lookup_elem(&connections, &number);
-
-	return connection && has_its_turn(number, connection) ? send(ctx, number, connection) : XDP_PASS;
+	walk.number = walk.next++;
+	return prepare(ctx) ? XDP_PASS : remember(ctx, xdp_lb(ctx)) ? XDP_ABORTED : XDP_PASS;
 }
 
-/* Where the flow of an entry would go without it. */
-static __always_inline struct member *untracked_member(const struct flow_key4 *key)
+/* The number of the member that the flow of an entry would go to without it; 0: none. */
+static __always_inline __u32 untracked_member(const struct flow_key4 *key)
 {
 	struct flow_key flow = {
 		.source_port = key->source_port,
@@ -114,25 +124,25 @@ static __always_inline struct member *untracked_member(const struct flow_key4 *k
 		.protocol = key->protocol,
 		.address = { key->address[0], key->address[1] },
 	};
-	struct service *service = exact_service(&flow.address[1], flow.destination_port, flow.protocol, AF_INET);
+	struct service *service = find_service(&flow.address[1], flow.destination_port, flow.protocol, AF_INET);
 	struct member *member;
 	__u32 word;
 
 	if (!service)
-		return NULL;
+		return 0;
 	word = slot_word(service, flow_hash(&flow, AF_INET));
 	member = live_member(service, RING_PREVIOUS(word));
-	return member ? member : live_member(service, RING_CURRENT(word));
+	if (!member)
+		member = live_member(service, RING_CURRENT(word));
+	return member ? member->index - service->member_base : 0;
 }
 
 static long count_entry(UNUSED void *map, const struct flow_key4 *key, const struct flow *flow, UNUSED void *context)
 {
-	struct member *member = untracked_member(key);
-
 	if (older_than(flow->seen_ns, now_ns(), walk.flow_timeout_s))
 		return 0;
 	walk.entries++;
-	walk.decisive += !member || member->number != flow->member;
+	walk.decisive += untracked_member(key) != flow->member;
 	return 0;
 }
 

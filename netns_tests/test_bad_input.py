@@ -153,7 +153,7 @@ REFUSED = {
     " 10.99.7.11",
     f"backend add {VIP} 10.99.8.11": "backend 10.99.8.11: no route: No route to host: see ip route get 10.99.8.11",
     f"vip add {FREE} --backends 10.99.9.11 --mode dr": "backend 10.99.9.11:80: mode dr needs a backend on a directly"
-    " connected network, not behind a gateway: use nat",
+    " connected network, not behind a gateway: use ipip or nat",
     # weights, rings, times
     f"vip add {FREE} --backends 10.99.2.12@65536": "backend 10.99.2.12:80: weight 65536: out of range 0 to 65535",
     f"vip add {FREE} --backends 10.99.2.12@-1": "backend 10.99.2.12@-1: weight -1: not a number from 0 to 65535",
@@ -185,8 +185,8 @@ def test_more_backends_than_the_ring_is_for_are_refused(attached: Bed) -> None:
 MISUSED = {
     "nonsense": "No such command 'nonsense'.",
     "attach": "Missing argument 'IFACE...'.",
-    f"attach eth0 --vip {FREE}": "--vip, --mode and --ring-size need --backends.",
-    f"vip add {FREE} --mode tunnel": "Invalid value for '--mode': 'tunnel' is not one of 'nat', 'dr'.",
+    f"attach eth0 --vip {FREE}": "--vip, --mode and the other options of a service need --backends.",
+    f"vip add {FREE} --mode tunnel": "Invalid value for '--mode': 'tunnel' is not one of 'nat', 'dr', 'ipip', 'gue'.",
     f"vip add {FREE} --ring-size small": "Invalid value for '--ring-size': 'small' is not a valid integer.",
     f"backend weight {VIP} 10.99.2.11 much": "Invalid value for 'WEIGHT': 'much' is not a valid integer.",
     "apply": "Missing option '-f' / '--file'.",

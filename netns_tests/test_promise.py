@@ -7,19 +7,26 @@ serves the program and the control plane.
 
 A connection is open as long as it sends within a timeout less `refresh_ns`, by which the time of its entry may be late:
 TCP within the service's flow timeout, UDP within udp_timeout where that is shorter. In mode nat a connection that has
-only been opened has nat_opening_timeout.
+only been opened has nat_opening_timeout. Where a client has affinity, all that it has open is on one backend, and
+affinity_s is the timeout.
+
+With a second chance the promise holds for flows that hop between two balancers which know nothing of each other: a
+packet reaches the backend that has the connection, or one that is told its name. It holds for one change in the life of
+a connection: there are but two backends that a slot knows.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import ip_address
 from itertools import product
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -34,11 +41,15 @@ from hypothesis.stateful import (
 
 from lb import dataplane as dataplane_module
 from lb.dataplane import KernelDataplane
-from lb.model import Address, Backend, Mode, Protocol, Service, Vip
+from lb.model import Backend, Mode, Service
+from lb.options import Options
 from lb.report import NextHop
+from lb.vip import Address, Protocol, Vip
+from netns_tests import packets
 from netns_tests.model import SECOND_NS, Settings
 from netns_tests.packets import LB4, LB6, LB_MAC, VIP4, VIP6, tcp4, tcp6, udp4, udp6
 from netns_tests.program import LoadedProgram, loaded_program
+from netns_tests.wire import IP_HEADER_SIZE
 from xdp.pins import Pins
 
 FUZZ = "FUZZ_PACKETS" in os.environ
@@ -48,13 +59,24 @@ STEPS = 50  # of a sequence
 SETTINGS = Settings(nat_port_count=1 << 12)
 RING_SIZE = 251
 START_NS = 100_000 * SECOND_NS
+UDP_HEADER_SIZE = 8
 LOOPBACK = 1  # what a test run comes in on
 
 BACKENDS = range(1, 7)
 CLIENTS = range(8)
-PORTS = {Mode.NAT: 80, Mode.DR: 443}
+FLOWS_OF_A_CLIENT = 2  # where it has affinity
+AFFINITY_S = 60
+PORTS = {
+    (Mode.NAT, False): 80,
+    (Mode.DR, False): 443,
+    (Mode.IPIP, False): 8080,
+    (Mode.NAT, True): 9443,
+    (Mode.DR, True): 8443,
+}
+SECOND_CHANCE_PORT = 8888
 VIPS = {4: VIP4, 6: VIP6}
 SOURCES = {4: ip_address(LB4), 6: ip_address(LB6)}
+CLIENT_ADDRESSES = {4: ip_address("192.0.2.32"), 6: ip_address("2001:db8:1::32")}
 FIRST_BACKENDS = {4: ip_address("198.51.100.10"), 6: ip_address("2001:db8:3::10")}
 DESTINATIONS = {4: slice(30, 34), 6: slice(38, 54)}  # of the IP header, in a frame
 TCP_FRAMES: dict[int, Callable[..., bytes]] = {4: tcp4, 6: tcp6}
@@ -66,12 +88,18 @@ class Kind:
     """Of service: there is one of each."""
 
     mode: Mode
+    affinity: bool
     family: int
     protocol: Protocol
 
     @property
     def vip(self) -> Vip:
-        return Vip(ip_address(VIPS[self.family]), PORTS[self.mode], self.protocol)
+        port = PORTS.get((self.mode, self.affinity), SECOND_CHANCE_PORT)
+        return Vip(ip_address(VIPS[self.family]), port, self.protocol)
+
+    @property
+    def options(self) -> Options:
+        return Options(affinity_s=AFFINITY_S * self.affinity, second_chance=self.mode is Mode.GUE)
 
     def address(self, backend: int) -> Address:
         return FIRST_BACKENDS[self.family] + backend
@@ -79,22 +107,27 @@ class Kind:
     def backend(self, number: int) -> Backend:
         return Backend(self.address(number))
 
-    @cache  # noqa: B019 (there are eight)
+    @cache  # noqa: B019 (there are twenty-two)
     def frame(self, client: int, flags: str) -> bytes:
         """A client's packet; `flags` are TCP's."""
-        ports = {"sport": 40000 + client, "dport": self.vip.port}
+        source = str(CLIENT_ADDRESSES[self.family] + self.household(client))
+        ends = {"src": source, "sport": 40000 + client, "dport": self.vip.port}
         if self.protocol is Protocol.UDP:
-            return UDP_FRAMES[self.family](**ports)
-        return TCP_FRAMES[self.family](flags=flags, **ports)
+            return UDP_FRAMES[self.family](**ends)
+        return TCP_FRAMES[self.family](flags=flags, **ends)
+
+    def household(self, client: int) -> int:
+        """Clients of one address: with affinity they go together."""
+        return client // FLOWS_OF_A_CLIENT if self.affinity else client
 
     def receiver(self, frame: bytes) -> int:
         """The backend that gets a frame that left: by its address in mode nat, else by its MAC address."""
-        if self.mode is Mode.DR:
+        if self.mode is not Mode.NAT:
             return frame[5]
         return int(ip_address(frame[DESTINATIONS[self.family]])) - int(FIRST_BACKENDS[self.family])
 
 
-KINDS = [Kind(*each) for each in product(Mode, (4, 6), Protocol)]
+KINDS = [Kind(*of, family, protocol) for of, family, protocol in product(PORTS, (4, 6), Protocol)]
 
 
 def mac(backend: int) -> bytes:
@@ -113,6 +146,7 @@ class World:
     def __init__(self, program: LoadedProgram, pins: Pins) -> None:
         self._program, self._pins = program, pins
         self.now_ns = START_NS
+        self._services: dict[Kind, Service] = {}
         self.start_process()
 
     def start_process(self) -> None:
@@ -123,6 +157,7 @@ class World:
     def clear(self) -> None:
         for vip in list(self._dataplane.vips()):
             self._dataplane.remove(vip)
+        self._services.clear()
         self._program.forget()
         self.wait(START_NS - self.now_ns)
 
@@ -131,12 +166,20 @@ class World:
         self._program.set_clock(self.now_ns)
 
     def put(self, kind: Kind, service: Service) -> None:
+        self._services[kind] = service
         self._dataplane.put(service, next_hops(kind))
+        self._dataplane.publish(list(self._services.values()))
 
     def send(self, kind: Kind, client: int, flags: str) -> int | None:
         """The backend that a client's packet reaches."""
         outcome = self._program.run(kind.frame(client, flags), LOOPBACK)
         return kind.receiver(outcome.frame) if outcome.reason == "FORWARDED" else None
+
+    def forward(self, kind: Kind, client: int, flags: str) -> bytes:
+        """The frame that leaves with a client's packet, which has somewhere to go."""
+        outcome = self._program.run(kind.frame(client, flags), LOOPBACK)
+        assert outcome.reason == "FORWARDED"
+        return outcome.frame
 
 
 @dataclass
@@ -175,7 +218,7 @@ class OpenConnectionsStay(RuleBasedStateMachine):
     def serve(self, kinds: list[Kind], backends: set[int], flow_timeout_s: int) -> None:
         for kind in kinds:
             members = tuple(map(kind.backend, backends))
-            self._put(kind, Service(kind.vip, kind.mode, members, RING_SIZE, flow_timeout_s))
+            self._put(kind, Service(kind.vip, kind.mode, members, RING_SIZE, flow_timeout_s, kind.options))
 
     # Clients
 
@@ -205,7 +248,7 @@ class OpenConnectionsStay(RuleBasedStateMachine):
         del self.open[name]
 
     @precondition(lambda self: self.open)
-    @rule(seconds=st.sampled_from([1, 50, 99, 101, 121, 3599, 3601]), silent=st.sets(st.sampled_from(CLIENTS)))
+    @rule(seconds=st.sampled_from([1, 50, 61, 99, 101, 121, 3599, 3601]), silent=st.sets(st.sampled_from(CLIENTS)))
     def wait(self, seconds: int, silent: set[int]) -> None:
         """Silent clients lose the promise in the end; the others send just in time not to."""
         until = self.world.now_ns + seconds * SECOND_NS
@@ -271,7 +314,15 @@ class OpenConnectionsStay(RuleBasedStateMachine):
     def _connect(self, kind: Kind, client: int) -> None:
         name = kind, client
         if name not in self.open and (reached := self.world.send(kind, client, "S")) is not None:
+            assert self._homes(kind, kind.household(client)) <= {reached}, (
+                f"{name} is not where its client's others are"
+            )
             self.open[name] = Connection(reached, self.world.now_ns)
+
+    def _homes(self, kind: Kind, household: int) -> set[int]:
+        """The backends of what a client has open."""
+        names = (name for name in self.open if name[0] == kind and kind.household(name[1]) == household)
+        return {self.open[name].backend for name in names}
 
     def _go_on(self, name: ConnectionName, flags: str = "A") -> None:
         connection = self.open[name]
@@ -293,6 +344,8 @@ class OpenConnectionsStay(RuleBasedStateMachine):
 
     def _timeout_s(self, kind: Kind, connection: Connection) -> int:
         timeout_s = self.services[kind].flow_timeout_s
+        if kind.affinity:
+            return min(timeout_s, AFFINITY_S)
         if kind.protocol is Protocol.UDP:
             return min(timeout_s, SETTINGS.udp_timeout_s)
         if kind.mode is Mode.NAT and not connection.answered:
@@ -327,6 +380,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield world
 
 
+@pytest.fixture(scope="module")
+def two_worlds(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[World]]:
+    """With one clock, in effect: they wait together."""
+    run_dir: Path = tmp_path_factory.mktemp("run")
+    with loaded_program(SETTINGS) as program:
+        yield [world, World(program, Pins(run_dir, "promise"))]
+
+
 def test_open_connection_stays_on_its_backend_while_that_lives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenConnectionsStay, "world", world, raising=False)
     run_state_machine_as_test(
@@ -343,3 +404,92 @@ def test_open_connection_stays_on_its_backend_while_that_lives(world: World, mon
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# Two balancers
+
+
+HOPPERS = range(64)  # clients whose packets come in at either balancer
+ROUNDS = 40 if FUZZ else 8
+
+
+class Tier:
+    """Two balancers with the same services and a common seed, and backends that hand on what they do not know."""
+
+    def __init__(self, balancers: list[World], kind: Kind, random: Random) -> None:
+        self._balancers, self.kind, self._random = balancers, kind, random
+        self._owners: dict[int, int] = {}  # client -> the backend that has its connection
+        self.handed_on = 0
+
+    def put(self, service: Service) -> None:
+        for balancer in self._balancers:
+            balancer.put(self.kind, service)
+
+    def wait(self, seconds: int) -> None:
+        for balancer in self._balancers:
+            balancer.wait(seconds * SECOND_NS)
+
+    def open(self, clients: Iterable[int]) -> None:
+        for client in clients:
+            self._owners[client] = self._reached(self._either(), client, "S")[0]
+
+    def speak(self, clients: Iterable[int], flags: str = "A") -> None:
+        """Asserts that each packet gets to its connection."""
+        for client in clients:
+            self._speak(self._either(), client, flags)
+
+    def speak_everywhere(self, clients: Iterable[int]) -> None:
+        for client, balancer in product(clients, self._balancers):
+            self._speak(balancer, client, "A")
+
+    def _either(self) -> World:
+        return self._random.choice(self._balancers)
+
+    def _speak(self, balancer: World, client: int, flags: str) -> None:
+        first, other = self._reached(balancer, client, flags)
+        assert self._owners[client] in (first, other), f"client {client}: not at {self._owners[client]}"
+        self.handed_on += first != self._owners[client]
+
+    def _reached(self, balancer: World, client: int, flags: str) -> tuple[int, int | None]:
+        """The backend that gets a packet, and the one that it is told of."""
+        frame = balancer.forward(self.kind, client, flags)
+        data = frame[packets.ETHERNET_HEADER_SIZE + IP_HEADER_SIZE[self.kind.family] + UDP_HEADER_SIZE :]
+        return self.kind.receiver(frame), self._named(data) if data[0] else None
+
+    def _named(self, gue: bytes) -> int:
+        size = 4 if self.kind.family == 4 else 16
+        assert gue[4:8] == b"X2" + bytes([self.kind.family, 0])
+        return int(ip_address(gue[8 : 8 + size])) - int(FIRST_BACKENDS[self.kind.family])
+
+
+def go_through_an_addition(tier: Tier, service: Service, random: Random) -> None:
+    """Connections are opened before and after it. What a balancer sees while it lasts, it sends right later too."""
+    tier.open(HOPPERS[::2])
+    tier.put(service)
+    tier.open(HOPPERS[1::2])
+    for _ in range(4):
+        tier.speak(random.sample(HOPPERS, len(HOPPERS)))
+        tier.wait(service.flow_timeout_s // 5)
+    tier.speak_everywhere(HOPPERS)
+    tier.wait(service.flow_timeout_s // 2)
+    tier.put(service)
+    tier.speak_everywhere(HOPPERS)
+    tier.speak(HOPPERS, "FA")
+    tier.wait(service.flow_timeout_s + 1)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_flows_that_hop_between_two_balancers_find_their_backend_while_backends_are_added(
+    two_worlds: list[World], family: int
+) -> None:
+    random, kind = Random(time.time_ns() if FUZZ else family), Kind(Mode.GUE, False, family, Protocol.TCP)
+    tier = Tier(two_worlds, kind, random)
+    for turn in range(ROUNDS):
+        for world in two_worlds:
+            world.clear()
+        first = random.sample(BACKENDS, 1 + turn % 5)
+        added = random.choice([number for number in BACKENDS if number not in first])
+        service = Service(kind.vip, kind.mode, tuple(map(kind.backend, first)), RING_SIZE, 100, kind.options)
+        tier.put(service)
+        go_through_an_addition(tier, service.with_backend(kind.backend(added)), random)
+    assert tier.handed_on > ROUNDS

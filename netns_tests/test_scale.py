@@ -24,8 +24,9 @@ from lb import dataplane as dataplane_module
 from lb.dataplane import KernelDataplane
 from lb.layout import Sizes
 from lb.model import DEFAULT_FLOW_TIMEOUT_S as FLOW_TIMEOUT_S
-from lb.model import Address, Backend, Mode, Service, Vip
+from lb.model import Backend, Mode, Service
 from lb.report import NextHop
+from lb.vip import Address, Vip
 from netns_tests.model import SECOND_NS
 from netns_tests.packets import LB4, LB_MAC, VIP4, tcp4
 from xdp.object import BpfObject
@@ -137,6 +138,7 @@ class Operator:
     def _put(self, service: Service) -> None:
         self._service = service
         self._dataplane.put(service, self._hops)
+        self._dataplane.publish([service])
 
 
 def go_through_a_change(crowd: Crowd, operator: Operator, turn: int) -> None:

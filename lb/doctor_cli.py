@@ -1,0 +1,48 @@
+"""`xdp-lb doctor`: facts of this host -> a table with what mends each fault, or JSON."""
+
+from __future__ import annotations
+
+import click
+from click.exceptions import Exit
+
+from lb.cli_options import interfaces_argument, json_option
+
+EXIT_UNFIT = 1
+
+
+@click.command("doctor")
+@interfaces_argument(required=False)
+@json_option("Print JSON, as above.")
+def doctor_command(interfaces: tuple[str, ...], as_json: bool) -> None:
+    """Check this host and its interfaces, and say what mends each fault.
+
+    Without IFACE: all Ethernet interfaces that are up. Nothing is changed, and nothing attached;
+    the program is loaded once for the kernel's verifier, and forgotten again.
+
+    FAIL keeps xdp-lb from running there, and makes the exit status 1; warn makes it slow, or loses
+    packets of some kind.
+
+    \b
+    JSON: [{check, interface, status, value, fix}]
+      interface   null: the host
+      status      ok, warn or FAIL
+      fix         a command, or what else to do; null where ok
+
+    \b
+    Examples:
+      xdp-lb doctor
+      xdp-lb doctor eth0 eth1
+      # The commands that mend what is found
+      xdp-lb doctor --json | jq -r '.[].fix // empty'
+    """
+    from lb import cli, doctor, doctor_facts, doctor_output  # what other commands need not wait for
+    from lb.paths import Paths
+
+    paths = Paths.here()
+    found = doctor.findings(doctor_facts.read_host(paths), doctor_facts.read_interfaces(paths, interfaces))
+    if as_json:
+        cli.echo_json(doctor.findings_document(found))
+    else:
+        cli.echo_lines(doctor_output.lines(found, colour=cli.wants_colour()))
+    if not doctor.is_fit(found):
+        raise Exit(EXIT_UNFIT)
