@@ -27,8 +27,9 @@ from bench.line import known
 from bench.report import BenchError, Result
 from lb import config
 from lb.balancer import Balancer, open_balancer
-from lb.model import Backend, Interface, Service, Vip, XdpMode
+from lb.model import Backend, Interface, Service, XdpMode
 from lb.paths import Paths
+from lb.vip import Vip
 from netns_tests.topology import PREFIX, Host
 from xdp import libbpf
 from xdp.pins import Pins

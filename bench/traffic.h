@@ -80,6 +80,7 @@ static __always_inline __u32 *write_template(struct xdp_md *ctx, __u32 words)
 	if ((void *)(ip + words) > (void *)(long)ctx->data_end)
 		return NULL;
 	write_words((void *)eth, traffic.macs, MAC_WORDS);
+	*(__be16 *)((__u32 *)eth + MAC_WORDS) = words == IP4_WORDS ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 	write_words(ip, traffic.packet, words);
 	return ip;
 }
