@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from lb import layout
+from lb import layout, lookup
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.memory import MemoryDataplane
 from lb.model import Backend, Interface, Mode, Service, XdpMode
+from lb.options import Options
 from lb.report import Attachment, Counters, NextHop
 from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.vip import Address, Vip
@@ -750,3 +751,67 @@ def test_slot_with_a_live_flow_stays_tracked_after_its_transition(kernel: Kernel
     tracked = [word for word in words if word & TRACK]
     assert 0 < len(tracked) <= len(ports)
     assert all(word >> 15 & MEMBER_MASK == 0 for word in words)
+
+
+EVERYWHERE = Vip.parse("10.7.0.0/16:0/tcp")
+RANGE = Vip.parse("10.7.1.0/24:8000-8999/tcp")
+EU = Vip.parse("10.0.0.1:80/tcp@eu")
+CLIENTS = (ip_network("10.0.9.0/24"),)
+
+
+def held_by_lookups(kernel: Kernel) -> dict[str, int]:
+    """Map name -> how many entries it has, of those that have any."""
+    sizes = {name: len(list(kernel.dataplane._obj.map(name).items())) for name in lookup.TABLES}
+    return {name: size for name, size in sizes.items() if size}
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "expected"),
+    [("10.7.1.9", 8080, B), ("10.7.1.9", 80, A), ("10.7.2.9", 8080, A)],
+    ids=["range", "outside the range", "outside the prefix"],
+)
+def test_prefix_and_range_of_ports_are_served(kernel: Kernel, address: str, port: int, expected: Backend) -> None:
+    kernel.serve(service(EVERYWHERE, A), service(RANGE, B))
+    sent = Ether(dst=SRC_MAC, src=DST_MAC) / IP(src="10.0.9.9", dst=address) / TCP(sport=4000, dport=port, flags="S")
+    left = Ether(kernel.send(bytes(sent)))
+    assert (left[IP].dst, left[TCP].dport) == (str(expected.address), port)
+
+
+def test_next_process_finds_prefixes_ranges_and_sets_and_takes_them_away(kernel: Kernel) -> None:
+    asked = service(WEB, A), service(RANGE, B), service(EU, C, options=Options(sources=CLIENTS))
+    kernel.serve(*asked)
+    assert kernel.reopen().vips() == {WEB, RANGE, EU}
+    assert kernel.backend_of(WEB, 4000) == C.address
+    kernel.serve(asked[0])
+    assert held_by_lookups(kernel) == {"services4": 1}
+    assert kernel.backend_of(WEB, 4001) == A.address
+
+
+def test_only_allowed_clients_are_served_until_anyone_is(kernel: Kernel) -> None:
+    closed = service(WEB, A, options=Options(sources=(ip_network("192.0.2.0/24"),)))
+    kernel.serve(closed)
+    packet = frame(WEB, 4000)
+    assert kernel.send(packet) == packet
+    assert kernel.dataplane.statistics().reasons["drop_source_not_allowed"] == 1
+    kernel.serve(service(WEB, A))
+    assert kernel.backend_of(WEB, 4000) == A.address
+
+
+def test_service_put_in_the_place_of_a_known_one_is_found_at_once(kernel: Kernel) -> None:
+    """The programs keep copies of what they have found: a number that another service gets must not be in them."""
+    kernel.serve(service(WEB, A))
+    assert kernel.backend_of(WEB, 4000) == A.address
+    kernel.serve(service(TLS, B))
+    assert kernel.send(frame(WEB, 4001)) == frame(WEB, 4001)
+    assert kernel.backend_of(TLS, 4000) == B.address
+
+
+def test_outer_source_follows_the_option_also_of_a_backend_that_is_known(kernel: Kernel) -> None:
+    plain = service(WEB, A, mode=Mode.IPIP)
+    kernel.serve(plain)
+    varied = replace(plain, options=Options(tunnel_sources=(ip_network("10.200.0.0/16"),)))
+    assert kernel.dataplane.unknown(plain) == set()
+    assert kernel.dataplane.unknown(varied) == {A.address}
+    kernel.serve(varied)
+    assert Ether(kernel.send(frame(WEB, 4000)))[IP].src.startswith("10.200.")
+    assert kernel.dataplane.unknown(plain) == {A.address}
