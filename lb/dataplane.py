@@ -89,6 +89,7 @@ class KernelDataplane:
         self._object: BpfObject | None = None
         self._unusable: LoadError | None = None
         self._placed: dict[Vip, Placed] = {}
+        self._announced_writes = 0
         if current := pins.current():
             self._adopt(current)
 
@@ -143,20 +144,16 @@ class KernelDataplane:
     @_translated
     def publish(self, services: Sequence[Service]) -> None:
         numbers = {vip: placed.number for vip, placed in self._placed.items()}
-        with_ids = (s.vip for s in services if s.quic_lengths)
-        members = {vip: self._members.held(self._placed[vip]) for vip in with_ids}
-        self._directory.add(services, numbers, members)
+        self._directory.add(services, numbers, lambda vip: self._members.held(self._placed[vip]))
         self._set_sources(services, numbers)
         self._announce_directory()
         self._directory.prune()
         self._announce_directory()
 
     def _set_sources(self, services: Sequence[Service], numbers: Mapping[Vip, int]) -> None:
-        own_of_sets = {s.vip.own for s in services if s.vip.set}
-        for service in services:
-            only = bool(service.options.sources) and not service.vip.set
-            some = only or service.vip in own_of_sets
-            self._services.set_sources(numbers[service.vip], some=some, only=only)
+        with_sources = [service for service in services if service.options.sources]
+        only = {numbers[s.vip] for s in with_sources if not s.vip.set}
+        self._services.set_sources(some={numbers[s.vip.own] for s in with_sources}, only=only)
 
     def _announce_directory(self) -> None:
         """Tells the programs what they need not look for, and to forget what they know."""

@@ -13,8 +13,8 @@ from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from lb.lookup import NO_SERVICE, TABLES, Key, entries, exact_table, is_plain, service_key
-from lb.members import MemberKey, address_words
+from lb.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
+from lb.members import address_words
 from lb.model import Service
 from lb.vip import Vip
 
@@ -78,9 +78,7 @@ class Directory:
         self._plain: dict[Vip, Plain] = {}
         self._wanted: dict[str, set[bytes]] = {}
 
-    def add(
-        self, services: Iterable[Service], numbers: Mapping[Vip, int], members: Mapping[Vip, Mapping[MemberKey, int]]
-    ) -> None:
+    def add(self, services: Iterable[Service], numbers: Mapping[Vip, int], members: Members) -> None:
         """What these services want, beside what is there; `prune` takes away the rest."""
         plain, unusual = {}, []
         for service in services:

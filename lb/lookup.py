@@ -7,7 +7,7 @@ fields, and values. Everything follows from the services alone, so that what is 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
@@ -59,6 +59,7 @@ class QuicKey:
 
 Key = ServiceKey | NetworkKey | RangeKey | SourceKey | QuicKey
 Entries = dict[Key, int]
+Members = Callable[[Vip], Mapping[MemberKey, int]]  # of one service, their numbers
 
 TABLES = (
     "services4",
@@ -79,10 +80,8 @@ def is_plain(service: Service) -> bool:
     return vip.is_exact and not (vip.set or options.echo or options.sources or service.quic_lengths)
 
 
-def entries(
-    services: Iterable[Service], numbers: Mapping[Vip, int], members: Mapping[Vip, Mapping[MemberKey, int]]
-) -> dict[str, Entries]:
-    """Map name -> key -> value, for all of TABLES. members: those of services with server IDs."""
+def entries(services: Iterable[Service], numbers: Mapping[Vip, int], members: Members) -> dict[str, Entries]:
+    """Map name -> key -> value, for all of TABLES. members: asked for services with server IDs."""
     found: dict[str, Entries] = {name: {} for name in TABLES}
     asked = list(services)
     own = [service.vip for service in asked if not service.vip.set]
@@ -124,12 +123,15 @@ def _add_quic(
     found: dict[str, Entries],
     service: Service,
     number: int,
-    members: Mapping[Vip, Mapping[MemberKey, int]],
+    members: Members,
 ) -> None:
+    if not service.quic_lengths:
+        return
+    held = members(service.vip)
     for backend, text in ((b, i) for b in service.backends for i in b.server_ids):
         config, server_id = text.split(":")
         key = QuicKey(number, int(config), bytes.fromhex(server_id))
-        found["quic_members"][key] = members[service.vip][member_key(backend)]
+        found["quic_members"][key] = held[member_key(backend)]
 
 
 # VIP prefixes and port ranges

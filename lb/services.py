@@ -7,7 +7,7 @@ know of a service. How packets get there is lb.directory's.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from ipaddress import ip_address
 from typing import Any
 
@@ -39,6 +39,7 @@ class ServiceTable:
         self._modes = {Mode(name.removeprefix("MODE_").lower()): value for name, value in modes.items()}
         self._mode_names = {value: mode for mode, value in self._modes.items()}
         self._options = options
+        self._sourced = {number for number, e in enumerate(services) if e.options & self._source_bits}
 
     def __iter__(self) -> Iterator[Placed]:
         """Those in use."""
@@ -95,15 +96,19 @@ class ServiceTable:
         """The time of its last change alone."""
         self._services[placed.number].changed_ns = placed.changed_ns
 
-    def set_sources(self, number: int, *, some: bool, only: bool) -> None:
-        """Whether clients are looked up, and those that are not found are refused."""
-        bits = self._options["OPTION_SOURCES"] * some | self._options["OPTION_ONLY_SOURCES"] * only
-        entry = self._services[number]
-        if entry.options & self._source_bits != bits:
+    def set_sources(self, *, some: Set[int], only: Set[int]) -> None:
+        """The numbers of the services whose clients are looked up, and of those that refuse who is not found."""
+        for number in self._sourced | some:
+            bits = self._options["OPTION_SOURCES"] * (number in some) | self._options["OPTION_ONLY_SOURCES"] * (
+                number in only
+            )
+            entry = self._services[number]
             entry.options = entry.options & ~self._source_bits | bits
+        self._sourced = set(some)
 
     def erase(self, placed: Placed) -> None:
         self._services[placed.number] = self._struct()
+        self._sourced.discard(placed.number)
 
 
 def _options_asked(options: Options) -> dict[str, bool]:

@@ -439,11 +439,12 @@ class Model:
 
     def _by_option(self, service: Service, packet: Packet) -> Member | None:
         """The member that more than the flow's slot decides; None: the slot does."""
-        member = None
-        if service.server_ids and packet.is_udp:
-            found = quic_server_id(packet, service.quic_lengths)
-            member = service.live(service.server_ids.get(found, 0)) if found else None
-        return member or (self._of_client(service, packet) if service.affinity_s else None)
+        return self._named(service, packet) or (self._of_client(service, packet) if service.affinity_s else None)
+
+    def _named(self, service: Service, packet: Packet) -> Member | None:
+        """The member that the connection ID names."""
+        found = quic_server_id(packet, service.quic_lengths) if service.server_ids and packet.is_udp else None
+        return service.live(service.server_ids.get(found, 0)) if found else None
 
     def _of_client(self, service: Service, packet: Packet) -> Member | None:
         """All flows of a client are one: from no port of its address, to the first of the VIP."""
@@ -597,6 +598,8 @@ class Model:
         entry = self.requests.get(packet.flow)
         member = service.recorded(entry.number, entry.uid) if entry and not self._is_over(entry, packet) else None
         back = Hop(ingress_ifindex, bytes(packet.frame[6:12]), bytes(packet.frame[:6]))
+        if member and self._named(service, packet) not in (None, member):
+            member = None
         if entry and member and self._refresh_request(service, member, entry, packet, back):
             return self._send_request(service, packet, member, entry.port, opens=False)
         member = self._member_for_new(service, packet)

@@ -385,6 +385,17 @@ def test_a_packet_without_a_known_server_id_follows_its_clients_affinity(balance
     assert reached_by(balancer, V4, short_header(connection_id(1, b"\3\4"))) == {2}
 
 
+@both_families
+@pytest.mark.parametrize("mode", ["nat", "dr"])
+def test_connection_id_comes_before_what_the_clients_port_was_last_used_for(
+    balancer: Balancer, family: Family, mode: str
+) -> None:
+    balancer.serve(quic(balancer, family, mode=mode))
+    sent = [(1, b"\1\2"), (1, b"\3\4"), (1, b"\3\4"), (1, b"\1\2")]
+    frames = [family.request(from_client("udp", payload=short_header(connection_id(*server)))) for server in sent]
+    assert [member_reached(balancer.send(frame)) for frame in frames] == [1, 2, 2, 1]
+
+
 def test_tcp_is_not_read_as_quic(balancer: Balancer) -> None:
     service = balancer.service(V4, "tcp", size=2, mode="dr", slots=EITHER, server_ids=SERVER_IDS)
     balancer.serve(service)

@@ -40,7 +40,7 @@ def tables(*services: Service) -> dict[str, Entries]:
         each.vip: {member_key(backend): number for number, backend in enumerate(each.backends, start=1)}
         for each in services
     }
-    return entries(services, numbers, members)
+    return entries(services, numbers, members.__getitem__)
 
 
 def longest(table: Entries, address: Address, version: int) -> int | None:

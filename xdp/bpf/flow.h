@@ -153,16 +153,23 @@ SLOW_PATH __u32 affine_member(const struct service *service, struct flow_key *fl
 
 #define OPTIONS_OF_SELECTION (OPTION_AFFINITY | OPTION_QUIC)
 
+/* The member that the packet's connection ID names; NULL: none. */
+static __always_inline struct member *named_member(struct xdp_md *ctx, const struct service *service,
+						   const struct packet *pkt, int family)
+{
+	if (!(service->options & OPTION_QUIC) || pkt->l4_kind != L4_UDP)
+		return NULL;
+	return live_member(service, quic_member(ctx, service, family));
+}
+
 /* The member that more than the slot decides; NULL: the slot does. */
 static __always_inline struct member *optional_member(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
 						      int family)
 {
-	struct member *member = NULL;
+	struct member *member = named_member(ctx, service, pkt, family);
 
 	pkt->word = 0;
 	pkt->hash = flow_hash(pkt->flow, family);
-	if (service->options & OPTION_QUIC && pkt->l4_kind == L4_UDP)
-		member = live_member(service, quic_member(ctx, service, family));
 	if (!member && service->options & OPTION_AFFINITY)
 		member = live_member(service, affine_member(service, pkt->flow, KIND(pkt->l4_kind, pkt->tcp_flags), family));
 	return member;

@@ -95,6 +95,15 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 	return to_member(pkt, member, hop, port, 1, family);
 }
 
+/* A connection may have moved to a port of the client's whose last one has its translation still: the ID decides. */
+static __always_inline int names_another(struct xdp_md *ctx, const struct service *service, const struct packet *pkt,
+					 const struct member *member, int family)
+{
+	struct member *named = named_member(ctx, service, pkt, family);
+
+	return named && named->index != member->index;
+}
+
 static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
 					       int family)
 {
@@ -107,7 +116,8 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 	flow = bpf_map_lookup_elem(MAP(nat_flows, family), pkt->flow);
 	if (flow && !is_over(flow, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);
-	if (!member || refresh(ctx, service, member, pkt, flow, now, family))
+	if (!member || names_another(ctx, service, pkt, member, family) ||
+	    refresh(ctx, service, member, pkt, flow, now, family))
 		return forward_new(ctx, service, pkt, family);
 	hop = hop_to(ctx, member, &found, family);
 	if (!hop)

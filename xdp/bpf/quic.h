@@ -12,7 +12,6 @@
 
 #define QUIC_LONG_HEADER 0x80
 #define QUIC_CONFIG(first) ((first) >> 5)
-#define QUIC_UNROUTABLE 7
 #define QUIC_SERVER_ID_MOST 15
 
 /* Where the ID starts, behind the UDP header: RFC 9000, 17.2 and 17.3; RFC 8999 for both. */
