@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import re
 import shutil
@@ -178,8 +179,8 @@ class Host:
         self._processes.append(process)
         return process
 
-    def pings(self, address: str, timeout_s: float = 2) -> bool:
-        """Whether one ICMP echo request to the address is answered in time."""
+    def pings(self, address: str, timeout_s: float = 2, size: int = 8) -> bool:
+        """Whether one ICMP echo request of `size` bytes, its header included, is answered in time, and whole."""
         family, protocol, echo_request = (
             (socket.AF_INET6, socket.IPPROTO_ICMPV6, 128)
             if ":" in address
@@ -190,10 +191,19 @@ class Host:
         with echo:
             echo.settimeout(timeout_s)
             try:
-                echo.sendto(bytes([echo_request, 0, 0, 0, 0, 0, 0, 1]), (address, 0))
-                return len(echo.recv(1500)) > 0
+                echo.sendto(bytes([echo_request, 0, 0, 0, 0, 0, 0, 1]) + bytes(size - 8), (address, 0))
+                return len(echo.recv(size + 1)) == size
             except OSError:  # unreachable, or no answer in time
                 return False
+
+    def learnt_mtu(self, destination: str) -> int | None:
+        """What ICMP has told the kernel of the way to an address; None: nothing."""
+        (route,) = json.loads(self.run(["ip", "-j", "route", "get", destination]).stdout)
+        return next((metric["mtu"] for metric in route.get("metrics", []) if "mtu" in metric), None)
+
+    def forget_mtus(self) -> None:
+        for family in ("-4", "-6"):
+            self.run(["ip", family, "route", "flush", "cache"])
 
     def _command(self, argv: Sequence[str]) -> list[str]:
         return ["ip", "netns", "exec", self.name, *argv]
@@ -229,6 +239,7 @@ class Bed:
         self.networks = [FRONT] if one_arm and not router else [FRONT, BACK]
         self.backends: list[Host] = []
         self.router: Host | None = None
+        self._balancers = 1
         self._layout = (backends, one_arm, router, forward)
         self._resources = contextlib.ExitStack()
 
@@ -268,6 +279,15 @@ class Bed:
         self._wait_for_links()
         return backend
 
+    def add_balancer(self) -> Host:
+        """One more balancer, on the networks of the first, which stays the one that `lb` names."""
+        self._balancers += 1
+        networks = [interface.network for interface in self.lb.interfaces]
+        balancer = self._host(f"lb{self._balancers}", networks, station=1 + self._balancers)
+        self._route(balancer)
+        self._wait_for_links()
+        return balancer
+
     def own_vip(self, backend: Host) -> None:
         """Put both VIPs on the backend's loopback, as direct return wants, unanswered on the wire.
 
@@ -279,8 +299,8 @@ class Bed:
             ip.addr("add", index=1, address=self.vip4, prefixlen=32)
             ip.addr("add", index=1, address=self.vip6, prefixlen=128)
 
-    def xdp_lb(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run the real command on the balancer, its state and its pins kept in the bed's directory.
+    def xdp_lb(self, *words: str, check: bool = True, on: Host | None = None) -> subprocess.CompletedProcess[str]:
+        """Run the real command on the (or that) balancer, its state and its pins kept in the bed's directory.
 
         CalledProcessError, unless `check` is off, for an exit status other than 0.
         """
@@ -288,7 +308,7 @@ class Bed:
             "XDP_LB_STATE_DIR": str(self.directory / "state"),
             "XDP_LB_RUN_DIR": str(self.directory / "run"),
         }
-        return self.lb.run([str(XDP_LB), *words], check=check, env=os.environ | places)
+        return (on or self.lb).run([str(XDP_LB), *words], check=check, env=os.environ | places)
 
     def close(self) -> None:
         """End the bed's processes, remove its namespaces, pins and files. May be called again."""
@@ -353,7 +373,7 @@ class Bed:
         # The kernel drops what XDP redirects into a veth whose peer has neither a program nor NAPI,
         # and what XDP_TX sends lies there until something else wakes a peer without a program.
         _set_offload(self.switch, port, "generic-receive-offload", on=True)
-        if host.label == "lb":
+        if host.label.startswith("lb"):
             _attach_pass_program(self.switch, port)
         interface = Interface(name, network, network.ipv4(station), network.ipv6(station))
         _configure(host, interface)

@@ -161,7 +161,7 @@ class RunningLoad:
 def loading(bed: Bed, url: str, **options: object) -> Iterator[RunningLoad]:
     """A load from the client, under way when this returns; its pauses leave the CPUs to the rest."""
     reports = bed.directory / f"load-{len(list(bed.directory.glob('load-*')))}"
-    command = [*_load_command(url, options), "--pause=0.02", "--report-every=0.1"]
+    command = [*_load_command(url, {"pause": 0.02} | options), "--report-every=0.1"]
     with reports.open("w") as output:
         process = bed.client.popen(command, cwd=REPOSITORY, stdout=output)
     running = RunningLoad(process, reports)
@@ -181,6 +181,7 @@ class HttpConnection:
         with host.entered():
             self._connection.connect()
         self._connection.auto_open = 0
+        self.port: int = self._connection.sock.getsockname()[1]
 
     def ask(self) -> str:
         """The backend that answers. OSError or HTTPException if the connection has ended."""
@@ -202,6 +203,7 @@ class UdpFlow:
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._socket.settimeout(5)
         self._socket.connect((address, port))
+        self.port: int = self._socket.getsockname()[1]
 
     def ask(self) -> str:
         """The backend that echoes. OSError if none does."""
