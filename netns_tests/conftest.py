@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from netns_tests.lanes import open_lanes
 from netns_tests.servers import start_http, start_udp_echo
 from netns_tests.topology import Bed, own_prefix, remaining_namespaces
 from netns_tests.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
@@ -39,6 +40,17 @@ def balanced(nothing_is_left_behind: None) -> Iterator[Bed]:
                 start_udp_echo(backend, port)
         apply(b, *every_service(b, b.backends))
         b.xdp_lb("attach", "eth0")
+        yield b
+
+
+@pytest.fixture(scope="session")
+def lanes_bed(nothing_is_left_behind: None) -> Iterator[Bed]:
+    """A bed with all lanes open over three backends; the router is on the way back, but for mode nat.
+
+    Tests share it, so each leaves the services as they were.
+    """
+    with Bed(backends=3, router=True) as b:
+        open_lanes(b)
         yield b
 
 

@@ -47,7 +47,9 @@ http {{
   server {{
 {listens}
     location = / {{ return 200 "{label}\\n"; }}
+    location = /client {{ return 200 "$remote_addr\\n"; }}
     location = /big {{ alias {big_file}; }}
+    location /uploaded/ {{ root {directory}; client_max_body_size 0; dav_methods PUT; create_full_put_path on; }}
   }}
 }}
 """
@@ -76,8 +78,11 @@ def big_file() -> BigFile:
 
 
 def start_http(bed: Bed, host: Host, ports: Sequence[int] = (80,)) -> subprocess.Popen[str]:
-    """nginx: `/` answers the host's label, in the body and in X-Backend; `/big` is `big_file()`."""
-    directory = bed.directory / f"nginx-{host.label}"
+    """nginx: `/` answers the host's label, in the body and in X-Backend; `/client` the client's address.
+
+    `/big` is `big_file()`; what is PUT to `/uploaded/NAME` becomes the file `uploaded(bed, label, NAME)`.
+    """
+    directory = _directory(bed, host.label)
     directory.mkdir()
     configuration = directory / "nginx.conf"
     listens = "\n".join(f"    listen {port} backlog=4096; listen [::]:{port} backlog=4096;" for port in ports)
@@ -94,6 +99,14 @@ def start_http(bed: Bed, host: Host, ports: Sequence[int] = (80,)) -> subprocess
     if server.poll() is not None:
         raise RuntimeError(f"{host.label}: nginx ended: {log.read_text()}")
     return server
+
+
+def uploaded(bed: Bed, label: str, name: str) -> Path:
+    return _directory(bed, label) / "uploaded" / name
+
+
+def _directory(bed: Bed, label: str) -> Path:
+    return bed.directory / f"nginx-{label}"
 
 
 def start_udp_echo(host: Host, port: int) -> subprocess.Popen[str]:
