@@ -16,10 +16,10 @@ BIN := .venv/bin
 # linux-libc-dev the kernel's headers.
 PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-venv tcpdump
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz scale wheel clean
+.PHONY: help setup system apt-install build lint test demo bench fuzz scale test-kernels wheel clean
 
 help: ## list the targets
-	@sed -En 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 14
+	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: system .venv/.test ## install what is missing: apt packages, and Python packages into .venv
 
@@ -62,9 +62,10 @@ apt-install:
 	touch $@
 
 # The programs of benchmarks and tests are built by the same rule, but not in xdp/, so the wheel does not have them.
-build: system ## compile the BPF programs and lb/native
+build: system ## compile the BPF programs, lb/native and filters/native
 	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c netns_tests/*.bpf.c))
 	@$(MAKE) --no-print-directory -C lb/native
+	@$(MAKE) --no-print-directory -C filters/native
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check
@@ -89,12 +90,46 @@ fuzz: setup build ## the program against its model and its promise, for FUZZ_PAC
 scale: setup build ## a million connections through fifty changes: none may leave its backend
 	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/test_scale.py
 
+# Debian's own kernels: 6.1 is bookworm's, 6.12 is trixie's. They are emulated, by qemu.
+test-kernels: PACKAGES += busybox-static debian-archive-keyring file kmod \
+	$(if $(filter x86_64,$(shell uname -m)),qemu-system-x86,qemu-system-arm)
+test-kernels: setup build .kernels/bookworm .kernels/trixie .kernels/venv ## the dataplane on Linux 6.1 and 6.12 beside this one
+	$(SUDO) $(BIN)/python -m netns_tests.kernels
+
+# Unpacked, not installed. To apt the folder is another machine, whose only source is the release, on a mirror of Debian
+# that this machine uses.
+.kernels/%: | system
+	@mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' | grep --max-count=1 '/debian/$$') || {
+		echo "no mirror of Debian in the sources of apt, to get the kernel of $* from"
+		exit 1
+	}
+	echo "unpacking the kernel of Debian $* into $@"
+	new=$(CURDIR)/$@.new
+	trap 'rm -rf "$$new"' EXIT
+	mkdir -p "$$new"/apt/{lists,cache/archives}/partial
+	cd "$$new"
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $$mirror $* main" >apt/sources.list
+	options=(-o Dir::Etc::sourcelist="$$new/apt/sources.list" -o Dir::Etc::sourceparts=-)
+	options+=(-o Dir::State::lists="$$new/apt/lists" -o Dir::Cache="$$new/apt/cache" -o APT::Sandbox::User=root)
+	apt-get "$${options[@]}" update -qq
+	image=$$(apt-cache "$${options[@]}" depends linux-image-$$(dpkg --print-architecture) | sed -n 's/.*Depends: //p')
+	apt-get "$${options[@]}" download -qq "$$image"
+	dpkg-deb --extract "$$image"_*.deb .
+	rm -r apt *.deb
+	mv "$$new" $(CURDIR)/$@
+
+.kernels/venv: | system
+	@echo "installing with pip into $@: virtme-ng"
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check virtme-ng || { rm -rf $@; exit 1; }
+
 wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C xdp clean
 	@$(MAKE) --no-print-directory -C lb/native clean
+	@$(MAKE) --no-print-directory -C filters/native clean
 	rm -f bench/*.bpf.o netns_tests/*.bpf.o
-	$(SUDO) rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	$(SUDO) rm -rf .venv .kernels build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,8 +30,8 @@ class _Program(ctypes.Structure):
 
 
 @cache
-def _libpcap() -> ctypes.CDLL:
-    """libpcap, found on first use: whoever filters nothing needs none."""
+def libpcap() -> ctypes.CDLL:
+    """The library and its signatures, found on first use: whoever filters nothing needs none."""
     library = _open_library()
     library.pcap_open_dead.restype = c_void_p
     library.pcap_open_dead.argtypes = (c_int, c_int)
@@ -40,6 +40,17 @@ def _libpcap() -> ctypes.CDLL:
     library.pcap_freecode.argtypes = (POINTER(_Program),)
     library.pcap_geterr.restype = c_char_p
     library.pcap_geterr.argtypes = (c_void_p,)
+    library.pcap_findalldevs.argtypes = (c_void_p, c_char_p)
+    library.pcap_freealldevs.argtypes = (c_void_p,)
+    library.pcap_lookupnet.argtypes = (c_char_p, c_void_p, c_void_p, c_char_p)
+    library.pcap_lib_version.restype = c_char_p
+    library.pcap_open_offline_with_tstamp_precision.restype = c_void_p
+    library.pcap_open_offline_with_tstamp_precision.argtypes = (c_char_p, c_uint, c_char_p)
+    library.pcap_next_ex.argtypes = (c_void_p, c_void_p, c_void_p)
+    library.pcap_datalink.argtypes = library.pcap_snapshot.argtypes = (c_void_p,)
+    library.pcap_datalink_val_to_name.restype = library.pcap_datalink_val_to_description.restype = c_char_p
+    library.bpf_filter.restype = c_uint
+    library.bpf_filter.argtypes = (c_char_p, c_char_p, c_uint, c_uint)
     return library
 
 
@@ -65,16 +76,24 @@ def compile_expression(
     `link_type` is a DLT_ value, `snaplen` what the program returns for a packet it accepts, `netmask` (in network byte
     order) what `ip broadcast` needs to know. Raises ExpressionError, or FilterError where there is no libpcap.
     """
+    with _handle(link_type, snaplen) as handle:
+        return compile_for(handle, text, optimise=optimise, netmask=netmask)
+
+
+def compile_for(
+    handle: int, text: str, *, optimise: bool = True, netmask: int = NETMASK_UNKNOWN
+) -> tuple[Instruction, ...]:
+    """The same for a handle of libpcap's (pcap_t), such as an open file, in which some primitives have no meaning."""
     encoded = os.fsencode(text)
     if b"\0" in encoded:
         raise ExpressionError("can't parse filter expression: syntax error")
-    with _handle(link_type, snaplen) as handle, _compiled(handle, encoded, optimise, netmask) as program:
+    with _compiled(handle, encoded, optimise, netmask) as program:
         return cbpf.decode(ctypes.string_at(program.instructions, program.length * cbpf.INSTRUCTION_SIZE))
 
 
 @contextmanager
 def _handle(link_type: int, snaplen: int) -> Iterator[int]:
-    library = _libpcap()
+    library = libpcap()
     handle = library.pcap_open_dead(link_type, snaplen)
     try:
         yield handle
@@ -84,7 +103,7 @@ def _handle(link_type: int, snaplen: int) -> Iterator[int]:
 
 @contextmanager
 def _compiled(handle: int, text: bytes, optimise: bool, netmask: int) -> Iterator[Any]:
-    library, program = _libpcap(), _Program()
+    library, program = libpcap(), _Program()
     if library.pcap_compile(handle, ctypes.byref(program), text, optimise, netmask) < 0:
         raise ExpressionError(library.pcap_geterr(handle).decode(errors="replace"))
     try:

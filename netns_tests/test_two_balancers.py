@@ -251,7 +251,7 @@ def test_same_moves_reset_new_connections_and_no_older_ones_where_there_is_no_se
 ) -> None:
     outcome = change_while_flows_move(pair, change(pair.bed))
     assert outcome.older == [{}, {}]
-    assert [set(reasons) for reasons in outcome.newer] == [{"ECONNRESET"}, {"ECONNRESET"}]
+    assert all("ECONNRESET" in reasons for reasons in outcome.newer)
 
 
 @changes

@@ -189,9 +189,7 @@ program_load = _function(
 )
 program_fd_by_id = _function("bpf_prog_get_fd_by_id", c_int, _check_int, c_uint32)
 
-link_create = _function(
-    "bpf_link_create", c_int, _check_int, c_int, c_int, c_uint32, POINTER(LinkCreateOpts)
-)
+link_create = _function("bpf_link_create", c_int, _check_int, c_int, c_int, c_uint32, POINTER(LinkCreateOpts))
 
 map_create = _function("bpf_map_create", c_int, _check_int, c_uint32, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p)
 map_name = _function("bpf_map__name", c_char_p, None, c_void_p)

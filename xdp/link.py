@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from errno import EBUSY, EEXIST, EINVAL, ENODEV, EOPNOTSUPP, EPERM
+from errno import EBUSY, EEXIST, EINVAL, ENODEV, EOPNOTSUPP
 from typing import Self
 
 from xdp import libbpf
-from xdp.errors import AttachError, NoSuchInterface, NotPermitted, NotSupported, Occupied, XdpError
+from xdp.errors import AttachError, NoSuchInterface, NotSupported, Occupied, XdpError
 
 # enum bpf_attach_type, <linux/bpf.h>
 _XDP, _TCX_INGRESS, _TCX_EGRESS = 37, 46, 47
@@ -24,14 +24,12 @@ _ERRORS: dict[int, type[XdpError]] = {
     EBUSY: Occupied,
     EEXIST: Occupied,
     ENODEV: NoSuchInterface,
-    EPERM: NotPermitted,
     EINVAL: NotSupported,
     EOPNOTSUPP: NotSupported,
 }
 _WORDS = {
     EBUSY: "another XDP program is attached",
-    EEXIST: "another XDP program is attached",
-    EPERM: "not permitted: run as root, or with CAP_NET_ADMIN and CAP_BPF",
+    EEXIST: "this program is there already",
 }
 
 
@@ -51,7 +49,7 @@ class Link:
 
 
 def hold_at_xdp(ifindex: int, program_fd: int, *, generic: bool = False) -> Link:
-    """Native unless `generic`. Raises NoSuchInterface, Occupied, NotSupported, NotPermitted or AttachError."""
+    """Native unless `generic`. Raises NoSuchInterface, Occupied, NotSupported or AttachError."""
     return _create(ifindex, program_fd, _XDP, _XDP_FLAGS_SKB_MODE if generic else _XDP_FLAGS_DRV_MODE)
 
 

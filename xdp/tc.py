@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from errno import EEXIST, EINVAL, ENODEV, ENOENT
-from typing import Any
+from typing import Any, Self
 
 from xdp.netlink import IPRoute, NetlinkError, route_socket, translate
 
@@ -32,10 +33,41 @@ def detach(ifindex: int) -> None:
 
     No error where there is nothing to take off, be it that the interface is gone.
     """
+    _remove(ifindex, _PLACE)
+
+
+def _remove(ifindex: int, place: dict[str, Any]) -> None:
     with route_socket() as ipr, _refusals(f"interface {ifindex}: cannot detach", but=(ENODEV, EINVAL, ENOENT)):
-        ipr.tc("del-filter", "bpf", ifindex, **_PLACE)
+        ipr.tc("del-filter", "bpf", ifindex, **place)
         if not _filters(ipr, ifindex):
             ipr.tc("del", "clsact", ifindex)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A program beside all others at tc ingress or egress, until close(); other than an xdp.link it outlives a kill."""
+
+    ifindex: int
+    place: dict[str, Any]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        _remove(self.ifindex, self.place)
+
+
+def hold(ifindex: int, program_fd: int, program_id: int, name: str, *, egress: bool) -> Held:
+    """For kernels without tcx. Behind attach()'s program; each by the handle that is its own id. Raises XdpError."""
+    parent = _EGRESS if egress else _INGRESS
+    place = _PLACE | {"parent": parent, "prio": _PLACE["prio"] + 1, "handle": program_id}
+    with route_socket() as ipr, _refusals(f"interface {ifindex}: cannot attach {name}"):
+        _add_clsact(ipr, ifindex)
+        ipr.tc("add-filter", "bpf", ifindex, fd=program_fd, name=name, direct_action=True, **place)
+    return Held(ifindex, place)
 
 
 def is_attached(ifindex: int) -> bool:
