@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lb.errors import InvalidInput
@@ -93,6 +93,7 @@ def vips(draw: st.DrawFn) -> Vip:
     return Vip(network.network_address, first, draw(st.sampled_from(list(Protocol))), last, length)
 
 
+@settings(deadline=None)
 @given(st.lists(vips(), max_size=8, unique=True), st.lists(st.tuples(addresses, few_ports), min_size=1, max_size=30))
 def test_each_packet_finds_the_service_with_the_longest_prefix_and_then_the_narrowest_range(
     asked: list[Vip], packets: list[tuple[IPv4Address, int]]
@@ -109,6 +110,7 @@ def test_each_packet_finds_the_service_with_the_longest_prefix_and_then_the_narr
             assert (None if number is None else asked[number]) == expected(asked, address, port, protocol)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 65535), st.integers(0, 65535))
 def test_blocks_of_ports_make_up_the_range_and_nothing_else(one: int, other: int) -> None:
     ports = range(min(one, other), max(one, other) + 1)
