@@ -8,7 +8,8 @@
 
 /*
  * A function that is rarely called and verified once, by itself, whatever its callers know. Its pointers are unknown to
- * the verifier, so each one is tested for NULL.
+ * the verifier, so each one is tested for NULL. Linux 6.1 takes no map key from such a pointer: a function that looks up
+ * its caller's key is `static`, hence verified with each caller.
  */
 #define SLOW_PATH __attribute__((noinline))
 

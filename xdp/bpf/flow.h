@@ -105,7 +105,7 @@ static __always_inline struct member *tracked_member_in(const struct service *se
 }
 
 /* The number of the flow's member, 0 for none. kind: what KIND() makes of the packet. */
-SLOW_PATH __u32 tracked_member(const struct service *service, struct flow_key *flow, __u32 word, __u32 kind, int family)
+static SLOW_PATH __u32 tracked_member(const struct service *service, struct flow_key *flow, __u32 word, __u32 kind, int family)
 {
 	struct packet pkt = { .flow = flow, .word = word, .tcp_flags = KIND_TCP_FLAGS(kind), .l4_kind = KIND_L4(kind) };
 	struct member *member;

@@ -96,7 +96,7 @@ static __always_inline int find_fragment6(struct xdp_md *ctx, struct flow_key *f
 }
 
 /* Fills in where the fragment goes, and returns GO_ON, or the reason why it goes nowhere. flow: its addresses. */
-SLOW_PATH int find_fragment(struct xdp_md *ctx, struct flow_key *flow, struct fragment *found, int family)
+static SLOW_PATH int find_fragment(struct xdp_md *ctx, struct flow_key *flow, struct fragment *found, int family)
 {
 	if (!flow || !found)
 		return PASS_FRAGMENT;

@@ -98,19 +98,21 @@ static __always_inline int may_replace(struct nat_reply *old, struct flow_key *f
 	return is_for_flow(old, flow, family);
 }
 
-static __always_inline int claim_port(struct flow_key *key, const struct nat_reply *reply, struct flow_key *flow, __u32 try,
-				      int family)
+static __always_inline int claim_port(const struct nat_reply *reply, const struct member *member, struct flow_key *flow,
+				      __be16 port, __u32 try, int family)
 {
+	struct flow_key key = {};
 	struct nat_reply *old;
 
-	if (!bpf_map_update_elem(MAP(nat_replies, family), key, reply, BPF_NOEXIST))
+	reply_key(&key, member, flow, port, family);
+	if (!bpf_map_update_elem(MAP(nat_replies, family), &key, reply, BPF_NOEXIST))
 		return 1;
 	if (try >= NAT_LOOKED_AT)
 		return 0;
-	old = bpf_map_lookup_elem(MAP(nat_replies, family), key);
+	old = bpf_map_lookup_elem(MAP(nat_replies, family), &key);
 	if (!old || !may_replace(old, flow, reply->seen_ns, family))
 		return 0;
-	return !bpf_map_update_elem(MAP(nat_replies, family), key, reply, BPF_ANY);
+	return !bpf_map_update_elem(MAP(nat_replies, family), &key, reply, BPF_ANY);
 }
 
 static __always_inline __u16 candidate_port(__u64 hash, __u32 try)
@@ -124,7 +126,6 @@ static __always_inline __be16 allocate_port(const struct nat_reply *reply, const
 					    struct flow_key *flow, int family)
 {
 	__u64 hash = mix(flow_hash(flow, family) + flow->destination_port);
-	struct flow_key key = {};
 	__u32 try;
 
 	for (try = 0; try < NAT_TRIES; try++) {
@@ -132,8 +133,7 @@ static __always_inline __be16 allocate_port(const struct nat_reply *reply, const
 
 		if (find_service(member->source, port, flow->protocol, family))
 			continue;
-		reply_key(&key, member, flow, port, family);
-		if (claim_port(&key, reply, flow, try, family))
+		if (claim_port(reply, member, flow, port, try, family))
 			return port;
 	}
 	return 0;
@@ -159,13 +159,15 @@ SLOW_PATH __be16 open_reply(struct xdp_md *ctx, const struct member *member, str
 SLOW_PATH int open_request(const struct member *member, __u32 member_base, struct flow_key *flow, __u16 port, int family)
 {
 	struct nat_flow entry = { .seen_ns = now_ns(), .port = port };
+	struct flow_key key;
 
 	if (!member || !flow)
 		return -1;
+	key = *flow; /* Linux 6.1 takes no map key from memory of the caller's */
 	entry.uid = member->uid;
 	entry.member = member->index - member_base;
 	entry.timeout_s = timeout_s(flow, 0, 0);
-	return bpf_map_update_elem(MAP(nat_flows, family), flow, &entry, BPF_ANY);
+	return bpf_map_update_elem(MAP(nat_flows, family), &key, &entry, BPF_ANY);
 }
 
 static __always_inline __u32 state_after_request(__u32 state, const struct packet *pkt)

@@ -26,7 +26,7 @@ SLOW_PATH __u32 quic_member(struct xdp_md *ctx, const struct service *service, i
 	__u32 at = sizeof(struct ethhdr) + ip_header_size(family) + sizeof(struct udphdr);
 	__u8 *quic = (void *)(long)ctx->data + at;
 	struct quic_key key = {};
-	__u32 length, *number;
+	__u32 last, *number;
 	__u8 *id;
 
 	if (!service || (void *)(quic + 7) > frame_end(ctx))
@@ -34,10 +34,11 @@ SLOW_PATH __u32 quic_member(struct xdp_md *ctx, const struct service *service, i
 	id = quic + connection_id_offset(quic[0]);
 	key.service = service->number;
 	key.config = QUIC_CONFIG(id[0]);
-	length = service->quic_lengths[key.config & (QUIC_CONFIGS - 1)];
-	if (!length || length > QUIC_SERVER_ID_MOST || (quic[0] & QUIC_LONG_HEADER && quic[5] < 1 + length))
+	last = service->quic_lengths[key.config & (QUIC_CONFIGS - 1)] - 1;
+	asm volatile("" : "+r"(last)); /* Linux 6.1 learns nothing from a comparison with 0, but from adding 1 */
+	if (last >= QUIC_SERVER_ID_MOST || (quic[0] & QUIC_LONG_HEADER && quic[5] < 2 + last))
 		return 0;
-	if (bpf_xdp_load_bytes(ctx, at + connection_id_offset(quic[0]) + 1, key.server_id, length))
+	if (bpf_xdp_load_bytes(ctx, at + connection_id_offset(quic[0]) + 1, key.server_id, last + 1))
 		return 0;
 	number = bpf_map_lookup_elem(&quic_members, &key);
 	return number ? *number : 0;
