@@ -31,6 +31,8 @@ from lb.model import Interface, Mode, Service
 from lb.paths import Paths
 from lb.report import Attachment, NextHop, Statistics
 from lb.services import ServiceTable
+from lb.stages import MAPS as STAGE_MAPS
+from lb.stages import Stages
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError, XdpError
@@ -40,7 +42,7 @@ from xdp.pins import Pins
 
 __all__ = ["KernelDataplane", "route_socket"]
 
-PROGRAM = "xdp_lb"
+PROGRAM, BEHIND_STAGES = "xdp_lb", "xdp_balance"
 MOST_EPOCHS = 2**32 - 1
 
 _NS = 1_000_000_000
@@ -309,6 +311,10 @@ class KernelDataplane:
         return self._object
 
     @property
+    def stages(self) -> Stages:
+        return Stages(self._obj)
+
+    @property
     def _program(self) -> Program:
         return self._obj.program(PROGRAM)
 
@@ -374,11 +380,14 @@ class KernelDataplane:
 
     @staticmethod
     def _new_object(sizes: Sizes, keep: BpfObject | None = None) -> BpfObject:
-        """A loaded object; tables of flows that have the right size already are taken from `keep`."""
+        """A loaded object; `keep` hands on its stages, and tables of flows that have the right size already."""
         obj = BpfObject.open(LB_OBJECT)
         for name, entries in sizes.by_map().items():
             obj.resize(name, entries)
             if keep and name in FLOW_TABLES and len(keep.map(name)) == entries:
+                obj.reuse(name, keep.map(name).fd)
+        if keep:
+            for name in STAGE_MAPS:
                 obj.reuse(name, keep.map(name).fd)
         obj.load()
         return obj
@@ -389,6 +398,10 @@ class KernelDataplane:
         obj.pin(str(generation))
         self._pins.put_in_force(generation)
         self._use(obj)
+        self._balance_behind_stages()
+
+    def _balance_behind_stages(self) -> None:
+        self.stages.set(self.stages.balance, self._obj.program(BEHIND_STAGES).fd)
 
     def _grow(self, sizes: Sizes) -> None:
         """Larger maps with the same contents, and programs that use them in the place of the old: nothing is dropped.
@@ -404,6 +417,7 @@ class KernelDataplane:
         """Have all our interfaces run the program in force; also ends a growth that was cut short."""
         for name in self.attachments():
             self.attach(Interface(name))
+        self._balance_behind_stages()
         for generation in self._pins.others():
             self._pins.discard(generation)
 

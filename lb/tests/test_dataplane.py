@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -21,6 +21,9 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
+from filters.ebpf import R0, R1, R2, R3, R6, Assembler
+from filters.hook import XDP
+from filters.program import load
 from lb import layout, lookup
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
@@ -29,6 +32,7 @@ from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.options import Options
 from lb.report import Attachment, Counters, NextHop
 from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
+from lb.stages import Stages
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf
@@ -565,7 +569,7 @@ def test_no_table_is_as_small_as_it_was_compiled(kernel: Kernel) -> None:
     kernel.serve(service(WEB, A), service(DNS6, *backends(21, family=6)))
     obj = kernel.dataplane._obj
     sizes = {name: len(obj.map(name)) for name in obj.map_names if not name.startswith(".")}
-    assert {name for name, size in sizes.items() if size == 1} == set()
+    assert {name for name, size in sizes.items() if size == 1} == {"verdicts"}  # one for each CPU
 
 
 @pytest.mark.parametrize("what", ["services", "slots", "members"])
@@ -815,3 +819,85 @@ def test_outer_source_follows_the_option_also_of_a_backend_that_is_known(kernel:
     kernel.serve(varied)
     assert Ether(kernel.send(frame(WEB, 4000)))[IP].src.startswith("10.200.")
     assert kernel.dataplane.unknown(plain) == {A.address}
+
+
+# Stages of others
+
+TAIL_CALL = 12  # enum bpf_func_id
+XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3
+
+
+@contextmanager
+def stage(*, hand_on_to: tuple[Stages, int] | None, otherwise: int) -> Iterator[int]:
+    """A loaded program that hands packets on to that place, or returns the action `otherwise`."""
+    asm = Assembler()
+    asm.mov(R6, R1)
+    if hand_on_to:
+        stages, place = hand_on_to
+        asm.load_map(R2, stages.map.fd)
+        asm.mov(R3, place)
+        asm.call(TAIL_CALL)
+    asm.mov(R0, otherwise)
+    asm.exit()
+    with load("stage", XDP, asm.assemble()) as program:
+        yield program.fd
+
+
+def verdict_on(kernel: Kernel, vip: Vip) -> int:
+    return pinned_program(str(kernel.generation), "xdp_lb").test_run(frame(vip, 4000)).verdict
+
+
+@pytest.fixture
+def stages(kernel: Kernel) -> Stages:
+    kernel.serve(service(WEB, A))
+    return kernel.dataplane.stages
+
+
+def test_a_stage_in_front_drops_packets_before_the_balancer_sees_them(kernel: Kernel, stages: Stages) -> None:
+    with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+        stages.set(stages.filter, program)
+        assert verdict_on(kernel, WEB) == XDP_DROP
+        assert list(stages.occupied()) == [stages.filter]
+    stages.clear(stages.filter)
+    assert (kernel.backend_of(WEB, 4000), stages.occupied()) == (A.address, {})
+
+
+def test_a_stage_in_front_hands_packets_on_to_the_balancer(kernel: Kernel, stages: Stages) -> None:
+    with stage(hand_on_to=(stages, stages.balance), otherwise=XDP_DROP) as program:
+        stages.set(stages.users[1], program)
+        assert kernel.backend_of(WEB, 4000) == A.address
+
+
+def test_a_stage_behind_sees_the_verdict_and_may_drop(kernel: Kernel, stages: Stages) -> None:
+    with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+        stages.set(stages.exits[3], program)
+        assert verdict_on(kernel, TLS) == XDP_DROP
+        [verdict] = [v for v in stages.verdicts.per_cpu(0) if v.bytes]
+        assert (verdict.action, verdict.reason) == (XDP_PASS, reason_number(kernel, "PASS_NOT_A_SERVICE"))
+        stages.clear(stages.exits[3])
+    assert verdict_on(kernel, TLS) == XDP_PASS
+
+
+def reason_number(kernel: Kernel, name: str) -> int:
+    return kernel.dataplane._obj.types.enum("reason")[name]
+
+
+def test_verdicts_are_recorded_only_while_somebody_wants_them(kernel: Kernel, stages: Stages) -> None:
+    verdict_on(kernel, WEB)
+    assert not any(verdict.bytes for verdict in stages.verdicts.per_cpu(0))
+    stages.records_verdicts = True
+    verdict_on(kernel, WEB)
+    [verdict] = [v for v in stages.verdicts.per_cpu(0) if v.bytes]
+    assert (verdict.reason, verdict.egress) == (reason_number(kernel, "FORWARDED"), 1)
+    stages.records_verdicts = False
+    assert not stages.records_verdicts
+
+
+def test_stages_stay_when_the_maps_grow(grown: Kernel) -> None:
+    stages = grown.dataplane.stages
+    with stage(hand_on_to=(stages, stages.balance), otherwise=XDP_DROP) as program:
+        stages.set(stages.filter, program)
+        wanted = [service(WEB, A, B), service(TLS, A, C, mode=Mode.DR), *(service(vip, A) for vip in vips(9))]
+        grown.serve(*wanted)
+        assert list(grown.dataplane.stages.occupied()) == [stages.filter]
+        assert grown.backend_of(vips(9)[8], 4000) == A.address

@@ -149,8 +149,7 @@ static __always_inline enum reason balance_untagged(struct xdp_md *ctx, struct p
 	return eth->h_proto == bpf_htons(ETH_P_IPV6) ? balance(ctx, pkt, AF_INET6) : PASS_NOT_IP;
 }
 
-SEC("xdp")
-int xdp_lb(struct xdp_md *ctx)
+static __always_inline int balance_frame(struct xdp_md *ctx)
 {
 	struct ethhdr *eth = (void *)(long)ctx->data;
 	struct flow_key flow = {};
@@ -163,6 +162,20 @@ int xdp_lb(struct xdp_md *ctx)
 	else if (!is_tag(eth->h_proto) || !set_tags_aside(ctx, &tags))
 		why = balance_untagged(ctx, &pkt);
 	return verdict(ctx, &pkt, &tags, why);
+}
+
+SEC("xdp")
+int xdp_lb(struct xdp_md *ctx)
+{
+	go_through_front(ctx);
+	return balance_frame(ctx);
+}
+
+/* For the stages in front. */
+SEC("xdp")
+int xdp_balance(struct xdp_md *ctx)
+{
+	return balance_frame(ctx);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

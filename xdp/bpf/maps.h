@@ -204,6 +204,20 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, STAGE_COUNT);
+	__type(key, __u32);
+	__type(value, __u32);
+} stages SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct verdict);
+} verdicts SEC(".maps");
+
 /* Whether this CPU may do it once more in this second. */
 static __always_inline int may_do(__u32 what, __u32 per_s, __u64 now)
 {

@@ -55,6 +55,29 @@ enum reason {
 	REASON_COUNT,
 };
 
+/* Places in the map `stages`: programs that a packet goes through in this order, each handing it on to those behind. */
+enum stage {
+	STAGE_FILTER,
+	STAGE_USER,	   /* and the three behind */
+	STAGE_BALANCE = 5, /* the balancer, for those in front of it */
+	STAGE_EXIT,	   /* and the three behind */
+	STAGE_COUNT = 10,
+};
+
+enum stages_in_use {
+	STAGES_IN_FRONT = 1,
+	STAGES_BEHIND = 2,
+	STAGES_RECORD = 4, /* `verdicts` is written, also for nobody behind */
+};
+
+/* What the balancer made of the packet in hand, for the stages behind it and for captures. */
+struct verdict {
+	__u32 action; /* enum xdp_action; of XDP_REDIRECT, bpf_redirect() has been called */
+	__u32 reason;
+	__u32 egress; /* ifindex, where the packet is FORWARDED */
+	__u32 bytes;  /* of the frame as it leaves */
+};
+
 enum mode {
 	MODE_NAT,
 	MODE_DR,
@@ -318,7 +341,7 @@ struct control {
 	__u32 wide_services;	 /* how many services have more than one port or address */
 	__u32 echo_addresses;	 /* how many addresses have their echo requests answered */
 	__u32 epoch;		 /* of services4 and services6: another one after each change; never 0 */
-	__u32 zero;
+	__u32 stages;		 /* enum stages_in_use */
 };
 
 /* What is fixed when the program is loaded; the verifier drops the branches that are off. */
@@ -343,4 +366,6 @@ struct names {
 	enum service_option service_option;
 	enum member_flag member_flag;
 	enum nat_state nat_state;
+	enum stage stage;
+	enum stages_in_use stages_in_use;
 };

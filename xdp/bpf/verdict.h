@@ -4,6 +4,7 @@
 
 #include "maps.h"
 #include "packet.h"
+#include "stage.h"
 #include "vlan.h"
 
 static __always_inline struct counter *counter_of(__u32 index)
@@ -34,14 +35,19 @@ static __always_inline enum reason count_reply(const struct nat_reply *reply, co
 	return FORWARDED;
 }
 
-static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, struct tags *tags, enum reason why)
+static __always_inline int action_of(struct xdp_md *ctx, const struct packet *pkt, enum reason why)
 {
-	if (tags->words[0] && put_tags_back(ctx, tags))
-		why = DROP_NO_HEADROOM;
 	if (why == FORWARDED)
 		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
 	count_reason(why);
 	if (why == ANSWERED_ECHO || why == ANSWERED_TOO_BIG)
 		return XDP_TX;
 	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
+}
+
+static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, struct tags *tags, enum reason why)
+{
+	if (tags->words[0] && put_tags_back(ctx, tags))
+		why = DROP_NO_HEADROOM;
+	return leave_through_stages(ctx, pkt->egress, why, action_of(ctx, pkt, why));
 }
