@@ -1,8 +1,8 @@
 """The program against its model: services, events and frames are drawn, and both must do the same with each.
 
 Verdict, reason and bytes are compared after every frame, the members' counters at the end; at the very end every reason
-must have been seen that a test run can have. `make test` draws the same 20,000 frames every time; with FUZZ_PACKETS set
-the frames are new ones, as many as it says, and FUZZ_SEED repeats those that a failure names.
+must have been seen that a test run can have, if there were frames enough. `make test` draws the same 20,000 frames every
+time; with FUZZ_PACKETS set the frames are new ones, as many as it says, and FUZZ_SEED repeats those that a failure names.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from netns_tests.wire import (
 FUZZ = "FUZZ_PACKETS" in os.environ
 FRAMES = int(os.environ.get("FUZZ_PACKETS", 20_000))
 STEPS = 50
+ENOUGH_FOR_EVERY_REASON = 20_000
 FIRST_SEED = int(os.environ.get("FUZZ_SEED", time.time_ns() if FUZZ else 0))
 SEEDS = range(FIRST_SEED, FIRST_SEED + math.ceil(FRAMES / STEPS))
 # So few ports that flows meet on them, time out and take each other's over.
@@ -645,7 +646,8 @@ def test_program_and_model_do_the_same_with_every_frame(program: LoadedProgram, 
             seen += go_through(program, interfaces, run)
         except AssertionError:
             report(program, interfaces, run, seed)
-    assert set(program.bpf.types.enum("reason")) - set(seen) == NOT_IN_A_TEST_RUN
+    if FRAMES >= ENOUGH_FOR_EVERY_REASON:
+        assert set(program.bpf.types.enum("reason")) - set(seen) == NOT_IN_A_TEST_RUN
 
 
 def report(program: LoadedProgram, interfaces: tuple[int, int], run: Run, seed: int) -> None:

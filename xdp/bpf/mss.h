@@ -64,7 +64,8 @@ static long look_at_option(__u32 index, struct mss_search *search)
 /* The IP header has no options; a SYN without the MSS option stays without it. */
 static __always_inline void clamp_mss(struct xdp_md *ctx, __u16 mss, int family)
 {
-	struct mss_search search = { .ctx = ctx, .mss = mss, .family = family };
+	/* Linux 6.1 verifies the first round only, and leaves out what it takes for dead: it must not know where that starts. */
+	struct mss_search search = { .ctx = ctx, .at = control.nought, .mss = mss, .family = family };
 
 	bpf_loop(TCP_OPTIONS_MOST, look_at_option, &search, 0);
 }

@@ -342,6 +342,7 @@ struct control {
 	__u32 echo_addresses;	 /* how many addresses have their echo requests answered */
 	__u32 epoch;		 /* of services4 and services6: another one after each change; never 0 */
 	__u32 stages;		 /* enum stages_in_use */
+	__u64 nought;		 /* always 0, unknown to the verifier */
 };
 
 /* What is fixed when the program is loaded; the verifier drops the branches that are off. */

@@ -13,6 +13,7 @@ from pyroute2 import netns
 from xdp import ethtool
 from xdp.features import XdpFeatures, xdp_features
 from xdp.netlink import IPRoute, route_socket
+from xdp.tests.kernels import DRIVER_FEATURES
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def test_interface_without_ethtool_gives_the_empty_answer(ipr: IPRoute) -> None:
     assert ethtool.queues("bridge0") is None
 
 
+@DRIVER_FEATURES
 def test_veth_transmits_for_xdp_once_its_peer_takes_it(ipr: IPRoute) -> None:
     assert features_of(ipr, "near") == XdpFeatures.BASIC | XdpFeatures.REDIRECT
     run("ethtool", "-K", "far", "gro", "on")
@@ -94,6 +96,7 @@ def test_veth_transmits_for_xdp_once_its_peer_takes_it(ipr: IPRoute) -> None:
     assert features_of(ipr, "far") == XdpFeatures.BASIC | XdpFeatures.REDIRECT
 
 
+@DRIVER_FEATURES
 def test_driver_without_native_xdp_says_so(ipr: IPRoute) -> None:
     ipr.link("add", ifname="bridge0", kind="bridge")
     assert features_of(ipr, "bridge0") == XdpFeatures(0)

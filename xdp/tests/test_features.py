@@ -9,6 +9,7 @@ import pytest
 
 from xdp.features import map_memory, verified
 from xdp.object import LB_OBJECT, BpfObject
+from xdp.tests.kernels import MAP_MEMORY
 
 ENTRIES = 10_000
 
@@ -40,6 +41,7 @@ def test_the_verifier_has_walked_at_least_the_instructions_there_are(small: BpfO
     assert 1000 < made.instructions < 1_000_000  # the kernel's limit, BPF_COMPLEXITY_LIMIT_INSNS
 
 
+@MAP_MEMORY
 @pytest.mark.parametrize("name", ["services4", "rings", "counters", "flows6"])
 def test_memory_of_a_map_is_what_the_kernel_accounts_for(small: BpfObject, large: BpfObject, name: str) -> None:
     estimate, real = map_memory(small.map(name), ENTRIES), memory_by_the_kernel(large.map(name).fd)

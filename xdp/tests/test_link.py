@@ -15,6 +15,7 @@ from xdp.errors import AttachError, NoSuchInterface, NotSupported, Occupied
 from xdp.link import hold_at_tc, hold_at_xdp
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program
+from xdp.tests.kernels import TCX
 
 LOOPBACK, NOWHERE = 1, 99
 TC_PROGRAM, XDP_PROGRAM = "decap_send", "xdp_decap"
@@ -79,6 +80,7 @@ def test_driver_without_native_xdp_is_told_apart(near: int, at_xdp: Program) -> 
         hold_at_xdp(LOOPBACK, at_xdp.fd)
 
 
+@TCX
 @pytest.mark.parametrize("egress", [False, True])
 def test_programs_at_tc_stand_side_by_side(near: int, at_tc: Program, egress: bool, loaded: BpfObject) -> None:
     with BpfObject.open(loaded.path) as other:
@@ -89,6 +91,7 @@ def test_programs_at_tc_stand_side_by_side(near: int, at_tc: Program, egress: bo
         hold_at_tc(near, at_tc.fd, egress=egress)
 
 
+@TCX
 def test_interface_that_is_not_there_is_refused(near: int, at_tc: Program) -> None:
     with pytest.raises(NoSuchInterface, match=rf"^interface {NOWHERE}: cannot attach: No such device$"):
         hold_at_tc(NOWHERE, at_tc.fd, egress=False)
