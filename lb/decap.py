@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING
 
 from lb.errors import InvalidInput
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from lb.decap_host import DecapHost
 
 Prefix = IPv4Network | IPv6Network
-
-
-def parse_prefix(text: str, what: str) -> Prefix:
-    """ADDR or ADDR/LEN. Raises InvalidInput, naming `what` it is."""
-    try:
-        return ip_network(text)
-    except ValueError as error:
-        why = "has bits behind its length set" if "host bits" in str(error) else "not ADDR or ADDR/LEN"
-        raise InvalidInput(f"{what} {text or '(empty)'}: {why}") from None
 
 
 def prefix_text(prefix: Prefix) -> str:

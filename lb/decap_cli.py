@@ -153,10 +153,10 @@ def status(as_json: bool) -> None:
 
 
 def _prefixes(texts: Sequence[str], what: str) -> tuple[Prefix, ...]:
-    from lb.decap import parse_prefix
+    from lb.options import parse_network
 
     words = [word.strip() for text in texts for word in text.split(",")]
-    return tuple(dict.fromkeys(parse_prefix(word, what) for word in words))
+    return tuple(dict.fromkeys(parse_network(word, what) for word in words))
 
 
 def _show(report: DecapReport, as_json: bool) -> None:

@@ -23,12 +23,12 @@ MOST_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
 NOT_UNICAST = tuple(map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")))
 
 
-def parse_network(text: str) -> Network:
-    """`192.0.2.0/24`, or an address alone. Raises InvalidInput, also for host bits that are set."""
+def parse_network(text: str, what: str = "prefix") -> Network:
+    """`192.0.2.0/24`, or an address alone. Raises InvalidInput, which names `what`, also for host bits that are set."""
     try:
         return ip_network(text)
     except ValueError:
-        raise InvalidInput(f"prefix {text or '(empty)'}: {_fault(text)}") from None
+        raise InvalidInput(f"{what} {text or '(empty)'}: {_fault(text)}") from None
 
 
 def _fault(text: str) -> str:

@@ -15,10 +15,28 @@ from typing import Any
 
 from xdp.errors import NotSupported
 
-try:
-    _library = ctypes.CDLL("libbpf.so.1", use_errno=True)
-except OSError as error:
-    raise NotSupported(f"libbpf.so.1: {error}: install libbpf (Debian, Ubuntu: libbpf1)") from None
+
+class _Missing:
+    """In the place of the library: whatever is called raises NotSupported, which each command tells in its own way."""
+
+    def __init__(self, why: OSError) -> None:
+        self._why = f"{why}: install libbpf 1.x (Debian, Ubuntu: libbpf1)"
+
+    def __getattr__(self, _name: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> Any:
+            raise NotSupported(self._why)
+
+        return refuse
+
+
+def _load(name: str) -> ctypes.CDLL | _Missing:
+    try:
+        return ctypes.CDLL(name, use_errno=True)
+    except OSError as error:
+        return _Missing(error)
+
+
+_library = _load("libbpf.so.1")
 
 
 class TestRunOpts(ctypes.Structure):
@@ -188,9 +206,17 @@ program_load = _function(
     "bpf_prog_load", c_int, _check_int, c_uint32, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(ProgramLoadOpts)
 )
 program_fd_by_id = _function("bpf_prog_get_fd_by_id", c_int, _check_int, c_uint32)
+enable_stats = _function("bpf_enable_stats", c_int, _check_int, c_int)
+
+kernel_btf = _function("btf__load_vmlinux_btf", c_void_p, _check_pointer)
+btf_free = _function("btf__free", None, None, c_void_p)
+btf_find = _function("btf__find_by_name_kind", c_int, _check_int, c_void_p, c_char_p, c_uint32)
+btf_type = _function("btf__type_by_id", c_void_p, _check_pointer, c_void_p, c_uint32)
+btf_name = _function("btf__name_by_offset", c_char_p, None, c_void_p, c_uint32)
 
 link_create = _function("bpf_link_create", c_int, _check_int, c_int, c_int, c_uint32, POINTER(LinkCreateOpts))
 
+map_fd_by_id = _function("bpf_map_get_fd_by_id", c_int, _check_int, c_uint32)
 map_create = _function("bpf_map_create", c_int, _check_int, c_uint32, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p)
 map_name = _function("bpf_map__name", c_char_p, None, c_void_p)
 map_fd = _function("bpf_map__fd", c_int, _check_int, c_void_p)
@@ -213,6 +239,10 @@ lookup_batch = _function(
     POINTER(c_uint32),
     c_void_p,
 )
+update_batch = _function(
+    "bpf_map_update_batch", c_int, _check_int, c_int, c_void_p, c_void_p, POINTER(c_uint32), c_void_p
+)
+delete_batch = _function("bpf_map_delete_batch", c_int, _check_int, c_int, c_void_p, POINTER(c_uint32), c_void_p)
 
 pin = _function("bpf_obj_pin", c_int, _check_int, c_int, c_char_p)
 get_pinned = _function("bpf_obj_get", c_int, _check_int, c_char_p)
@@ -249,4 +279,5 @@ def messages() -> Iterator[list[str]]:
 
 
 _SILENT = _PRINT(lambda _level, _text, _arguments: 0)
-_set_print(_SILENT)
+if isinstance(_library, ctypes.CDLL):
+    _set_print(_SILENT)

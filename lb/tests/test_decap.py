@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from lb.decap import DecapConfig, parse_prefix, prefix_text
+from lb.decap import DecapConfig, prefix_text
 from lb.errors import InvalidInput
+from lb.options import parse_network
 
 
 def config(*destinations: str, gue_port: int = 6080) -> DecapConfig:
-    return DecapConfig(tuple(parse_prefix(text, "vip") for text in destinations), (), gue_port)
+    return DecapConfig(tuple(parse_network(text, "vip") for text in destinations), (), gue_port)
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1", "10.0.0.0/24", "2001:db8::1", "2001:db8::/64"])
 def test_prefix_is_written_as_it_was_given(text: str) -> None:
-    assert prefix_text(parse_prefix(text, "vip")) == text
+    assert prefix_text(parse_network(text, "vip")) == text
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "vip (empty): not ADDR or ADDR/LEN"),
-        ("10.0.0", "vip 10.0.0: not ADDR or ADDR/LEN"),
-        ("10.0.0.1:80", "vip 10.0.0.1:80: not ADDR or ADDR/LEN"),
-        ("10.0.0.1/33", "vip 10.0.0.1/33: not ADDR or ADDR/LEN"),
-        ("10.0.0.1/24", "vip 10.0.0.1/24: has bits behind its length set"),
-        ("2001:db8::1/64", "vip 2001:db8::1/64: has bits behind its length set"),
+        ("", "vip (empty): not an IPv4 or IPv6 prefix"),
+        ("10.0.0", "vip 10.0.0: not an IPv4 or IPv6 prefix"),
+        ("10.0.0.1:80", "vip 10.0.0.1:80: not an IPv4 or IPv6 prefix"),
+        ("10.0.0.1/33", "vip 10.0.0.1/33: not an IPv4 or IPv6 prefix"),
+        ("10.0.0.1/24", "vip 10.0.0.1/24: has host bits set: write 10.0.0.0/24"),
+        ("2001:db8::1/64", "vip 2001:db8::1/64: has host bits set: write 2001:db8::/64"),
         ("127.0.0.1", "vip 127.0.0.1: cannot be a VIP: give addresses that clients connect to"),
         ("224.0.0.0/8", "vip 224.0.0.0/8: cannot be a VIP: give addresses that clients connect to"),
         ("0.0.0.0/0", "vip 0.0.0.0/0: cannot be a VIP: give addresses that clients connect to"),

@@ -298,7 +298,7 @@ static __always_inline enum reason parse_l4(struct packet *pkt, int family)
 	return why;
 }
 
-/* What is wrong with a packet of a service drops it; whether it is one of a service, unservable() finds out. */
+/* What is wrong with a packet of a service drops it; whether it is one of a service, refuse() finds out. */
 static __always_inline enum reason parse(struct xdp_md *ctx, struct packet *pkt, int family)
 {
 	void *frame = (void *)(long)ctx->data;
