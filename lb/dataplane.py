@@ -31,14 +31,14 @@ from lb.model import Interface, Mode, Service
 from lb.paths import Paths
 from lb.report import Attachment, NextHop, Statistics
 from lb.services import ServiceTable
-from lb.stages import MAPS as STAGE_MAPS
-from lb.stages import Stages
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError, XdpError
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
 from xdp.pins import Pins
+from xdp.stages import MAPS as STAGE_MAPS
+from xdp.stages import Stages
 
 __all__ = ["KernelDataplane", "route_socket"]
 

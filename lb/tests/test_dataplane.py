@@ -32,7 +32,6 @@ from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.options import Options
 from lb.report import Attachment, Counters, NextHop
 from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
-from lb.stages import Stages
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf
@@ -40,6 +39,7 @@ from xdp.attach import GENERIC, NATIVE, Attached
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, pinned_program
 from xdp.pins import Pins
+from xdp.stages import Stages
 
 SMALL = 251
 WEB = Vip.parse("10.0.0.1:80/tcp")

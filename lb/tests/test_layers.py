@@ -17,7 +17,6 @@ MAY_IMPORT = {
     "filters": ("xdp",),
     "lb": ("filters",),
     "lb.dataplane": ("filters", "xdp"),
-    "lb.stages": ("filters", "xdp"),  # programs of others beside the balancer's
     "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
     "lb.tests.test_dataplane": ("filters", "xdp"),
