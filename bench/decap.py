@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from scapy.packet import Packet, Raw
 from bench.report import Result
 from bench.scenarios import ADDRESSES, BACKEND_MAC, BALANCER_MAC, CLIENT_MAC, FRAME_SIZES, SERVICE_PORT
 from bench.timing import timed
-from bench.traffic import CLIENTS, ETHERNET_HEADER_SIZE, SHUFFLED, Target, aim, words
+from bench.traffic import CLIENTS, ETHERNET_HEADER_SIZE, SHUFFLED, Target, aim
+from lb.decap import DecapConfig
+from lb.decap_dataplane import load
 from xdp.object import BpfObject, TestRun
 
 OBJECT = Path(__file__).with_name("decap.bpf.o")
 
 PROTOCOLS = {4: socket.IPPROTO_IPIP, 6: socket.IPPROTO_IPV6}  # of inner packets
 GUE_PORT, SOURCE_PORT = 6080, 0xC000
-ADDRESS_BITS = {4: 32, 6: 128}
 PROGRAM = "encapsulated"
 
 
@@ -63,6 +64,13 @@ class DecapScenario:
     def kind(self) -> str:
         """As enum tunnel_kind has it."""
         return f"{self.tunnel.upper()}_{self.family}_IN_{self.outer_family}"
+
+    def config(self) -> DecapConfig:
+        """Destinations of the inner family, single addresses; and, of the outer one, who may send."""
+        vip = ip_address(ADDRESSES[self.family].vip)
+        destinations = tuple(ip_network(vip - number) for number in range(self.destinations))
+        tunnels = ip_network(ADDRESSES[self.outer_family].tunnels)
+        return DecapConfig(destinations, (tunnels,) if self.checks_source else (), GUE_PORT)
 
     def inner_frame(self) -> bytes:
         """The first client's packet, in an Ethernet frame without a tunnel."""
@@ -132,14 +140,9 @@ class DecapRig:
 @contextmanager
 def loaded(scenario: DecapScenario) -> Iterator[DecapRig]:
     with BpfObject.open(OBJECT) as obj:
-        several, checked = scenario.destinations > 1, scenario.checks_source
-        obj.configure("config", several_destinations=int(several), check_outer_source=int(checked))
         encapsulation: dict[str, Any] = encapsulation_of(scenario)
         obj.configure("encapsulation", **encapsulation)
-        for name in ("destinations4", "destinations6"):
-            obj.resize(name, scenario.destinations)
-        obj.load()
-        fill_tries(obj, scenario)
+        load(obj, scenario.config(), own={}, mark=bytes(6))
         yield DecapRig(obj, scenario)
 
 
@@ -152,25 +155,6 @@ def encapsulation_of(scenario: DecapScenario) -> dict[str, object]:
         "ethernet": struct.unpack("=7H", frame[:ETHERNET_HEADER_SIZE]),
         "outer": struct.unpack(f"={len(outer) // 4}I", outer),
     }
-
-
-def fill_tries(obj: BpfObject, scenario: DecapScenario) -> None:
-    """Destinations of the inner family, single addresses; and, of the outer one, who may send."""
-    vip = ip_address(ADDRESSES[scenario.family].vip)
-    for number in range(scenario.destinations):
-        add_address(obj, f"destinations{scenario.family}", str(vip - number))
-    if scenario.checks_source:
-        add_address(obj, f"sources{scenario.outer_family}", ADDRESSES[scenario.outer_family].tunnels)
-
-
-def add_address(obj: BpfObject, name: str, address: str) -> None:
-    prefixes, family = obj.map(name), ip_address(address).version
-    key = prefixes.key_type(length=ADDRESS_BITS[family])
-    if family == 4:
-        key.address = words(address)[0]
-    else:
-        key.address[:] = words(address)
-    prefixes[key] = 1
 
 
 def measure_all(flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:

@@ -219,8 +219,8 @@ def _new_mark() -> bytes:
 
 def load(obj: BpfObject, config: DecapConfig, own: Mapping[int, Address], mark: bytes) -> None:
     """Load the programs, ready to be attached. `mark`: the MAC address that both know. Raises XdpError."""
-    obj.configure("config", **_constants(config, own, mark))
     tries = _tries(config)
+    obj.configure("config", **_constants(config, own, mark), **_only_prefixes(obj, tries))
     for name, prefixes in tries.items():
         obj.resize(name, max(1, len(prefixes)))
     obj.load()
@@ -242,6 +242,22 @@ def _constants(config: DecapConfig, own: Mapping[int, Address], mark: bytes) -> 
         "check_outer_source": bool(config.sources),
         "several_destinations": config.has_several_destinations,
     }
+
+
+def _only_prefixes(obj: BpfObject, tries: Mapping[str, list[Prefix]]) -> dict[str, Any]:
+    """The fields for tries that hold one prefix: the programs compare with it, and look nothing up."""
+    return {
+        f"{name[:-2]}{name[-1]}": _only(obj, prefixes[0]) for name, prefixes in tries.items() if len(prefixes) == 1
+    }
+
+
+def _only(obj: BpfObject, prefix: Prefix) -> Any:
+    only = obj.types.struct(f"only{prefix.version}")()
+    if prefix.version == 4:
+        only.network, only.mask = int(prefix.network_address), int(prefix.netmask)
+    else:
+        only.network[:], only.mask[:] = address_words(prefix.network_address), address_words(prefix.netmask)
+    return only
 
 
 def _tries(config: DecapConfig) -> dict[str, list[Prefix]]:

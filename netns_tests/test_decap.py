@@ -59,10 +59,14 @@ def decap() -> Iterator[Loaded]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Loaded]:
-    """Only the balancer may send; one VIP of each family."""
-    with loaded(VIP4, VIP6, sources=(f"{LB4}/32", "2001:db8:1::/64")) as made:
+BALANCERS = (f"{LB4}/32", "2001:db8:1::/64")
+ANOTHER = ("10.77.0.0/16", "2001:db8:77::1/128")
+
+
+@pytest.fixture(scope="module", params=[BALANCERS, BALANCERS + ANOTHER], ids=["one source", "several sources"])
+def guarded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    """Only the balancer may send, or others too; one VIP of each family."""
+    with loaded(VIP4, VIP6, sources=request.param) as made:
         yield made
 
 

@@ -16,8 +16,9 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from lb.decap import DecapConfig, parse_prefix
+from lb.decap import DecapConfig
 from lb.decap_dataplane import OBJECT, PROGRAM, load
+from lb.options import parse_network
 from netns_tests.packets import (
     BACKEND4,
     BACKEND6,
@@ -73,8 +74,8 @@ def loaded(
 ) -> Iterator[Loaded]:
     """`own`: the program knows this host's addresses, the first backend's."""
     config = DecapConfig(
-        tuple(parse_prefix(text, "vip") for text in destinations),
-        tuple(parse_prefix(text, "source") for text in sources),
+        tuple(parse_network(text, "vip") for text in destinations),
+        tuple(parse_network(text, "source") for text in sources),
         gue_port,
     )
     with BpfObject.open(OBJECT) as bpf:

@@ -196,10 +196,10 @@ static __always_inline int may_send(const struct tunnel *tunnel)
 	if ((void *)((struct iphdr *)outer + 1) > tunnel->end)
 		return 0;
 	if (((struct iphdr *)outer)->version == 4)
-		return holds4(&sources4, ((struct iphdr *)outer)->saddr);
+		return holds4(&config.source4, &sources4, ((struct iphdr *)outer)->saddr);
 	if ((void *)((struct ipv6hdr *)outer + 1) > tunnel->end)
 		return 0;
-	return holds6(&sources6, &((struct ipv6hdr *)outer)->saddr);
+	return holds6(&config.source6, &sources6, &((struct ipv6hdr *)outer)->saddr);
 }
 
 /* The inner packet */
@@ -248,7 +248,7 @@ static __always_inline enum decap_reason check_source4(__be32 source, __be32 des
 		return DROP_SOURCE_MULTICAST;
 	if (source == destination)
 		return DROP_SOURCE_IS_DESTINATION;
-	if (config.several_destinations && holds4(&destinations4, source))
+	if (config.several_destinations && holds4(&config.destination4, &destinations4, source))
 		return DROP_SOURCE_IS_CONFIGURED;
 	return GO_ON;
 }
@@ -269,7 +269,7 @@ static __always_inline enum decap_reason check_source6(const struct in6_addr *so
 		return DROP_SOURCE_LINK_LOCAL;
 	if (words[0] == others[0] && words[1] == others[1] && words[2] == others[2] && words[3] == others[3])
 		return DROP_SOURCE_IS_DESTINATION;
-	if (config.several_destinations && holds6(&destinations6, source))
+	if (config.several_destinations && holds6(&config.destination6, &destinations6, source))
 		return DROP_SOURCE_IS_CONFIGURED;
 	return GO_ON;
 }
@@ -281,7 +281,7 @@ static __always_inline enum decap_reason check_inner4(struct tunnel *tunnel)
 
 	if ((void *)(ip + 1) > tunnel->end || tunnel->inner_room < sizeof(*ip) || ip->version != 4)
 		return PASS_MALFORMED;
-	if (!holds4(&destinations4, ip->daddr))
+	if (!holds4(&config.destination4, &destinations4, ip->daddr))
 		return PASS_NOT_CONFIGURED;
 	if (!may_send(tunnel))
 		return DROP_OUTER_SOURCE;
@@ -301,7 +301,7 @@ static __always_inline enum decap_reason check_inner6(struct tunnel *tunnel)
 
 	if ((void *)(ip + 1) > tunnel->end || tunnel->inner_room < sizeof(*ip) || ip->version != 6)
 		return PASS_MALFORMED;
-	if (!holds6(&destinations6, &ip->daddr))
+	if (!holds6(&config.destination6, &destinations6, &ip->daddr))
 		return PASS_NOT_CONFIGURED;
 	if (!may_send(tunnel))
 		return DROP_OUTER_SOURCE;

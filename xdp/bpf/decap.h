@@ -79,17 +79,28 @@ static __always_inline void count_reason(__u32 why)
 		*packets += 1;
 }
 
-static __always_inline int holds4(void *prefixes, __be32 address)
+/* The verifier knows what is in `only`, and drops one of the two ways. */
+static __always_inline int holds4(const volatile struct only4 *only, void *prefixes, __be32 address)
 {
 	struct prefix4 key = { .length = 32, .address = address };
 
+	if (only->mask)
+		return (address & only->mask) == only->network;
 	return bpf_map_lookup_elem(prefixes, &key) != NULL;
 }
 
-static __always_inline int holds6(void *prefixes, const struct in6_addr *address)
+static __always_inline int is_within6(const volatile struct only6 *only, const __be32 *words)
+{
+	return (words[0] & only->mask[0]) == only->network[0] && (words[1] & only->mask[1]) == only->network[1] &&
+	       (words[2] & only->mask[2]) == only->network[2] && (words[3] & only->mask[3]) == only->network[3];
+}
+
+static __always_inline int holds6(const volatile struct only6 *only, void *prefixes, const struct in6_addr *address)
 {
 	struct prefix6 key = { .length = 128 };
 
+	if (only->mask[0])
+		return is_within6(only, address->in6_u.u6_addr32);
 	__builtin_memcpy(key.address, address, 16);
 	return bpf_map_lookup_elem(prefixes, &key) != NULL;
 }

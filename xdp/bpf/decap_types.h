@@ -68,8 +68,23 @@ struct decapsulated {
 	__u64 bytes; /* of the inner packets */
 };
 
+/* The only prefix of its kind and family, which needs no trie; a mask of zero: there is none, or several. */
+struct only4 {
+	__be32 network;
+	__be32 mask;
+};
+
+struct only6 {
+	__be32 network[4];
+	__be32 mask[4];
+};
+
 /* What is fixed when the programs are loaded. */
 struct decap_config {
+	struct only4 destination4;
+	struct only6 destination6;
+	struct only4 source4;
+	struct only6 source6;
 	__be32 own_address4; /* outer source of what is sent to another member whose family is not the outer's; 0: none */
 	__be32 own_address6[4];
 	__be16 gue_port;
