@@ -9,12 +9,15 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 FUZZ_PACKETS ?= 2000000
+FUZZ_FILTERS ?= 20000
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
 # libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
-# linux-libc-dev the kernel's headers.
-PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-venv tcpdump
+# linux-libc-dev the kernel's headers for user space. BCC, python3-bpfcc, wants those of a kernel, of any version.
+KERNEL_HEADERS := linux-headers-$(if $(shell grep -x ID=ubuntu /etc/os-release),generic,$(shell dpkg --print-architecture))
+PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-bpfcc \
+	python3-venv tcpdump $(KERNEL_HEADERS)
 
 .PHONY: help setup system apt-install build lint test demo bench fuzz scale test-kernels wheel clean
 
@@ -79,13 +82,14 @@ demo: setup build ## a test bed, real traffic through the balancer, a backend ad
 	$(SUDO) $(BIN)/python -m netns_tests.demo
 
 bench: setup build ## every benchmark; a single one: .venv/bin/python -m bench NAME
-	@for name in dataplane live ring control; do
+	@for name in dataplane live ring control filter capture; do
 		echo "python -m bench $$name"
 		$(SUDO) $(BIN)/python -m bench $$name
 	done
 
-fuzz: setup build ## the program against its model and its promise, for FUZZ_PACKETS packets (2000000)
+fuzz: setup build ## the program against its model and its promise (FUZZ_PACKETS packets), filters against classic BPF
 	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/test_differential.py netns_tests/test_promise.py
+	$(SUDO) env FUZZ_FILTERS=$(FUZZ_FILTERS) $(BIN)/python -m pytest filters/tests
 
 scale: setup build ## a million connections through fifty changes: none may leave its backend
 	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/test_scale.py

@@ -10,7 +10,7 @@ from bench.report import BenchError
 from lb.errors import LbError
 from xdp.errors import XdpError
 
-NAMES = ("dataplane", "live", "ring", "control", "trex", "generator")
+NAMES = ("dataplane", "live", "filter", "capture", "ring", "control", "trex", "generator")
 
 
 class Benches(click.Group):

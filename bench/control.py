@@ -1,15 +1,18 @@
 """The control plane on real kernel maps: how long changes take, and what the state takes up.
 
 In come numbers of services and of backends in each; out go, for each pair, the seconds that applying a whole lb.toml
-takes, the latencies of single changes and how many of them a second makes, and the memory of maps and process. All
-calls go to the library's Balancer, with its store on disk and its maps in a network namespace made for it. The same
-machines stand behind all services; the network answers for them at once, being permanent neighbours.
+takes, the latencies of single changes and how many of them a second makes, and the memory of maps and process; and
+how many health checks a second one core does. Calls go to the library's Balancer, and to a daemon's socket, with its
+store on disk and its maps in a network namespace made for it. The same machines stand behind all services; the network
+answers for them at once, being permanent neighbours.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,18 +30,39 @@ from bench.line import known
 from bench.report import BenchError, Result
 from lb import config
 from lb.balancer import Balancer, open_balancer
+from lb.checker import Checker
+from lb.client import Client
+from lb.conditions import Conditions
+from lb.health_check import HealthCheck
 from lb.model import Backend, Interface, Service, XdpMode
+from lb.options import Options
 from lb.paths import Paths
+from lb.remote import daemon_listens
 from lb.vip import Vip
-from netns_tests.topology import PREFIX, Host
+from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
 from xdp import libbpf
 from xdp.pins import Pins
 
 SCALES = ((10, 20), (100, 100), (1000, 100))
 MOST_BACKENDS = 250
+CHECK_SECONDS = 10.0
 MACHINES = [str(ip_address("10.98.0.2") + number) for number in range(MOST_BACKENDS + 1)]  # the last is the one added
 LB_ADDRESS = "10.98.0.1/16"
 FIRST_VIP = ip_address("10.96.0.1")
+
+CHECKED_PREFIX = "10.97.0.0/16"
+FIRST_CHECKED = ip_address("10.97.0.1")
+NGINX = """\
+user root;
+daemon off;
+worker_processes 1;
+pid {directory}/nginx.pid;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off;
+  server {{ listen 80 backlog=8192; location / {{ return 200; }} }}
+}}
+"""
 
 _numbers = count()
 
@@ -110,7 +134,40 @@ def measure(scale: Scale, changes: int) -> Iterator[Result]:
             yield Result("control", f"path=library {scale} metric=rss", resident(), "bytes")
 
 
-def apply(balancer: Balancer, scale: Scale, directory: Path) -> float:
+@contextmanager
+def served(host: Host, directory: Path) -> Iterator[tuple[Client, int]]:
+    """A client of a daemon that serves on the host, one service so far, and the daemon's process."""
+    paths = Paths(directory / "state", directory / "run", host.name)
+    places = {"XDP_LB_STATE_DIR": str(paths.state_dir), "XDP_LB_RUN_DIR": str(paths.run_dir)}
+    with (directory / "serve.log").open("w") as log:
+        daemon = host.popen([str(XDP_LB), "serve"], env=os.environ | places, stderr=log)
+    try:
+        wait_until(lambda: daemon.poll() is not None or daemon_listens(paths.socket), "the daemon", timeout_s=30)
+        with Client.unix(paths.socket) as client:
+            first = Service(Vip(FIRST_VIP - 1, 80), backends=(Backend.parse(MACHINES[0]),))
+            client.attach([Interface("eth0", XdpMode.NATIVE)], [first], own_addresses=False)
+            try:
+                yield client, daemon.pid
+            finally:
+                client.detach()
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def measure_api(scale: Scale, changes: int) -> Iterator[Result]:
+    """The same changes through the daemon's socket, by one client after the other's answer."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{PREFIX}-{os.getpid()}-control-") as name,
+        namespace() as host,
+        served(host, Path(name)) as (client, pid),
+    ):
+        yield Result("control", f"path=api {scale} metric=apply", apply(client, scale, Path(name)), "s")
+        yield from measure_changes(client, scale, changes, path="api")
+        yield Result("control", f"path=api {scale} metric=rss", resident(pid), "bytes")
+
+
+def apply(balancer: Balancer | Client, scale: Scale, directory: Path) -> float:
     """Seconds from the file to the kernel holding all of it."""
     file = directory / "lb.toml"
     file.write_text(scale.toml)
@@ -121,7 +178,7 @@ def apply(balancer: Balancer, scale: Scale, directory: Path) -> float:
     return seconds
 
 
-def check(balancer: Balancer, services: int, backends: int) -> None:
+def check(balancer: Balancer | Client, services: int, backends: int) -> None:
     """What the kernel holds, each backend resolved."""
     status = balancer.status()
     resolved = sum(backend.resolved for service in status.services for backend in service.backends)
@@ -131,12 +188,12 @@ def check(balancer: Balancer, services: int, backends: int) -> None:
         )
 
 
-def measure_changes(balancer: Balancer, scale: Scale, changes: int) -> Iterator[Result]:
+def measure_changes(balancer: Balancer | Client, scale: Scale, changes: int, path: str = "library") -> Iterator[Result]:
     """Each change on `changes` services by turns: a backend added, re-weighted, drained and removed."""
     vips = [scale.vips[number * scale.services // changes % scale.services] for number in range(changes)]
     new, old = Backend.parse(MACHINES[-1]), Backend.parse(MACHINES[0])
     steps: dict[str, Callable[[int], object]] = {
-        "add": lambda turn: balancer.add_backend(vips[turn], new),
+        "add": lambda turn: balancer.add_backends(vips[turn], [new]),
         "weight": lambda turn: balancer.set_weight(vips[turn], old, 2 + turn),
         "drain": lambda turn: balancer.drain_backend(vips[turn], new),
         "remove": lambda turn: balancer.remove_backend(vips[turn], new),
@@ -150,14 +207,81 @@ def measure_changes(balancer: Balancer, scale: Scale, changes: int) -> Iterator[
     check(balancer, scale.services, scale.services * scale.backends)
     for name, taken in seconds.items():
         for quantile, value in (("p50", median(taken)), ("p99", p99(taken))):
-            yield Result("control", f"path=library {scale} change={name} quantile={quantile}", 1000 * value, "ms")
+            yield Result("control", f"path={path} {scale} change={name} quantile={quantile}", 1000 * value, "ms")
+    together = [value for taken in seconds.values() for value in taken]
+    yield Result("control", f"path={path} {scale} quantile=p99", 1000 * p99(together), "ms")
     total = sum(map(sum, seconds.values()))
-    yield Result("control", f"path=library {scale} metric=rate", len(steps) * changes / total, "changes/s")
+    yield Result("control", f"path={path} {scale} metric=rate", len(steps) * changes / total, "changes/s")
 
 
 def p99(values: list[float]) -> float:
     """Never more than the largest."""
     return quantiles(values, n=100, method="inclusive")[-1] if len(values) > 1 else values[0]
+
+
+def measure_checks(kind: str, checks: int, seconds: float) -> Iterator[Result]:
+    """So many backends, each checked once a second by one process, nginx answering beside it on addresses of the same
+    host. `core` is what the process took of a core, its half of the loopback's work included."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}-{os.getpid()}-checks-") as name, namespace() as host:
+        host.run(["ip", "route", "add", "local", CHECKED_PREFIX, "dev", "lo"])
+        with host.entered(), answering(host, Path(name)):
+            done, took_s = asyncio.run(check_all(checked_services(kind, checks), seconds))
+    case = f"path=checks kind={kind} checks={checks}"
+    yield Result("control", f"{case} metric=rate", done / seconds, "checks/s")
+    yield Result("control", f"{case} metric=core", 100 * took_s / seconds, "%")
+
+
+def checked_services(kind: str, checks: int) -> list[Service]:
+    options = Options(health=HealthCheck.parse(f"{kind} interval=1s"))
+    addresses = [Backend(FIRST_CHECKED + number, 80) for number in range(checks)]
+    return [
+        Service(Vip(FIRST_VIP + number, 80), backends=tuple(some), options=options)
+        for number, some in enumerate(batched(addresses, 100))
+    ]
+
+
+def batched(backends: list[Backend], size: int) -> list[list[Backend]]:
+    return [backends[start : start + size] for start in range(0, len(backends), size)]
+
+
+@contextmanager
+def answering(host: Host, directory: Path) -> Iterator[None]:
+    configuration = directory / "nginx.conf"
+    configuration.write_text(NGINX.format(directory=directory))
+    server = host.popen(["nginx", "-p", str(directory), "-c", str(configuration), "-e", str(directory / "error.log")])
+    try:
+        wait_until(lambda: accepts(host), "nginx accepting")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def accepts(host: Host) -> bool:
+    with host.entered(), socket.socket() as client:
+        return client.connect_ex((str(FIRST_CHECKED), 80)) == 0
+
+
+async def check_all(services: list[Service], seconds: float) -> tuple[int, float]:
+    """Checks done and CPU seconds, once every backend has been checked. Raises BenchError if one was found down."""
+    found: list[Conditions] = []
+
+    async def note(conditions: Conditions) -> None:
+        found.append(conditions)
+
+    checker = Checker(note)
+    checker.watch(services)
+    running = asyncio.create_task(checker.run())
+    while checker.checks_done < sum(len(service.backends) for service in services):
+        await asyncio.sleep(0.1)
+    done, took_s = checker.checks_done, time.process_time()
+    await asyncio.sleep(seconds)
+    result = checker.checks_done - done, time.process_time() - took_s
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    if down := [c.why for each in found for some in each.values() for c in some.values() if c.down]:
+        raise BenchError(f"control: {len(down)} checks failed: {down[0]}")
+    return result
 
 
 def memory_of_maps(paths: Paths) -> int:
@@ -176,9 +300,9 @@ def memory_of_map(pin: Path) -> int:
         os.close(fd)
 
 
-def resident() -> int:
-    """Of this process, in bytes: the library's imports, the state, and the maps' pages it has touched."""
-    return 1024 * number_in(Path("/proc/self/status"), "VmRSS")
+def resident(process: int | None = None) -> int:
+    """Of this process or another, in bytes: imports, the state, and the maps' pages it has touched."""
+    return 1024 * number_in(Path(f"/proc/{process or 'self'}/status"), "VmRSS")
 
 
 def number_in(file: Path, key: str) -> int:
@@ -204,7 +328,13 @@ def scales(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> li
     help="May be repeated; a process only grows, so the smallest first.",
 )
 @click.option("--changes", type=click.IntRange(1, 10000), default=50, show_default=True, help="Of each kind.")
-def command(wanted: list[Scale], changes: int) -> Iterator[Result]:
-    """Changes a second, latencies and memory of the control plane, by the size of the state."""
+@click.option(
+    "--checks", type=click.IntRange(1, 20000), default=5000, show_default=True, help="Backends that are checked."
+)
+def command(wanted: list[Scale], changes: int, checks: int) -> Iterator[Result]:
+    """Changes a second, latencies and memory of the control plane, by the size of the state; health checks a second."""
     for scale in wanted:
         yield from measure(scale, changes)
+        yield from measure_api(scale, changes)
+    for kind in ("tcp", "http"):
+        yield from measure_checks(kind, checks, CHECK_SECONDS)

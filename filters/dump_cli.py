@@ -11,26 +11,28 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
 from filters import cbpf
 from filters.cbpf import Instruction
 from filters.dump_options import DIRECTIONS, USAGE, Options, UsageError, parse
 from filters.errors import DumpError, FilterError, NotWritten
 from filters.expr import ETHERNET, compile_expression, libpcap
-from filters.pcap import File, FilesFull, Rotation, Sink, Span, file_header, record
+from filters.outputs import Origin, Outputs
+from filters.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError
 
 if TYPE_CHECKING:  # of these a command needs one or the other
-    from filters.decoder import Decoder
     from filters.dump import Session
     from filters.interfaces import Interface
+    from filters.pcapng import Statistics
     from filters.ring import Counts
     from filters.savefile import Packet, SaveFile
 
 _POLL_S = 0.01
+_PROGRESS_S = 1.0
 _PRINTING_BUFFER = 1 << 21
 _BATCH = 1 << 20  # bytes of records that are written at once
 # Of the rings of all CPUs together, and of one.
@@ -111,55 +113,6 @@ def _show_code(instructions: Sequence[Instruction], times: int) -> None:
     print(shown(instructions))
 
 
-# Where packets go
-
-
-class Outputs:
-    """The file, the decoder, or both, as a Sink."""
-
-    def __init__(self, file: File | None, decoder: Decoder | None) -> None:
-        self._decoder = decoder
-        self._sinks: list[Sink] = [sink for sink in (file, decoder) if sink]
-
-    def write(self, spans: Sequence[Span]) -> None:
-        for sink in self._sinks:
-            sink.write(spans)
-
-    def check(self) -> None:
-        for sink in self._sinks:
-            sink.check()
-
-    @property
-    def status(self) -> int:
-        """The decoder's exit status, once it is closed."""
-        return self._decoder.status if self._decoder else 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._decoder and kind is KeyboardInterrupt:
-            self._decoder.give_up()
-        self.close()
-
-    def close(self) -> None:
-        """May be called again."""
-        while self._sinks:
-            self._sinks.pop().close()
-
-
-def _outputs(options: Options, header: bytes) -> Outputs:
-    file = decoder = None
-    if options.write is not None:
-        file = File(options.write, header, Rotation(options.size, options.seconds, options.files))
-    if options.prints:
-        from filters.decoder import Decoder
-
-        nano = ("--nano",) if options.nano else ()
-        decoder = Decoder(header, (*nano, *options.decode))
-    return Outputs(file, decoder)
-
-
 # From interfaces
 
 
@@ -202,16 +155,22 @@ def _capture(options: Options) -> int:
         return 0
     with (
         _permission_explained(interfaces),
+        _measured(options),
         _session(options, instructions, interfaces) as session,
         signals.caught(),
     ):
-        with _outputs(options, file_header(ETHERNET, options.snaplen, nano=options.nano)) as outputs:
+        with Outputs(options, _origin(options, interfaces, session)) as outputs:
             session.start()
+            outputs.name_reasons(session.reasons)
             _say(_listening(options, interfaces))
             failure = _deliver(options, session, outputs, signals)
-        if signals.ended and options.write is None:
+        if signals.ended and options.write is None and not options.json:
             print(flush=True)
         _say(_summary(session.settled(), "\n"))
+        if options.hook_stats:
+            from filters.hook_stats import table
+
+            _say(table(session))
     if failure:
         _say(f"xdp-dump: {failure}")
         return 1
@@ -231,11 +190,34 @@ def _session(options: Options, instructions: Sequence[Instruction], interfaces: 
             options.at,
             options.buffer or _buffer(options),
             options.count,
-            options.nano,
+            options.in_nanoseconds,
             options.promiscuous,
             options.selftest,
+            options.notes,
         )
     )
+
+
+def _origin(options: Options, interfaces: Sequence[Interface], session: Session) -> Origin:
+    named = [(interface.index, interface.name) for interface in interfaces]
+    return Origin(ETHERNET, options.snaplen, named, lambda: _statistics(interfaces, session))
+
+
+def _statistics(interfaces: Sequence[Interface], session: Session) -> list[Statistics]:
+    """So far, at the end of a file."""
+    from filters.pcapng import Statistics
+
+    now_ns, counts = time.time_ns(), session.counts_by_interface()
+    numbers = {interface.name: number for number, interface in enumerate(interfaces)}
+    return [Statistics(numbers[name], session.begun_ns, now_ns, counts[name]) for name in counts]
+
+
+def _measured(options: Options) -> AbstractContextManager[None]:
+    if not options.hook_stats:
+        return nullcontext()
+    from filters.hook_stats import measured
+
+    return measured()
 
 
 def _buffer(options: Options) -> int:
@@ -260,13 +242,14 @@ def _listening(options: Options, interfaces: Sequence[Interface]) -> str:
 
     names = "any" if "any" in options.interfaces else ", ".join(interface.name for interface in interfaces)
     line = f"listening on {names}, link-type {link_type_words(ETHERNET)}, snapshot length {options.snaplen} bytes"
-    if options.write is not None or options.verbose:
+    if options.write is not None or options.verbose or options.json:
         return f"xdp-dump: {line}"
     return f"xdp-dump: verbose output suppressed, use -v[v]... for full protocol decode\n{line}"
 
 
 def _deliver(options: Options, session: Session, outputs: Outputs, signals: Signals) -> DumpError | None:
     """Until the end, whose reason it returns if it is a bad one."""
+    progress = Progress() if options.verbose and not options.prints else None
     try:
         while not signals.ended and not session.is_complete:
             time.sleep(_POLL_S)
@@ -275,6 +258,8 @@ def _deliver(options: Options, session: Session, outputs: Outputs, signals: Sign
             if signals.asked:
                 signals.asked = False
                 _say(f"xdp-dump: {_summary(session.counts(), ', ')}")
+            if progress:
+                progress.tell(session)
         session.finish(outputs)
     except FilesFull:
         _say(f"Maximum file limit reached: {options.files}")
@@ -285,6 +270,22 @@ def _deliver(options: Options, session: Session, outputs: Outputs, signals: Sign
     finally:
         session.stop()
     return None
+
+
+class Progress:
+    """How many packets there are by now, said on the same line after each second that has brought some."""
+
+    def __init__(self) -> None:
+        self._due, self._told = time.monotonic() + _PROGRESS_S, -1
+
+    def tell(self, session: Session) -> None:
+        if time.monotonic() < self._due:
+            return
+        self._due += _PROGRESS_S
+        captured = session.counts().captured
+        if captured != self._told:
+            self._told = captured
+            print(f"Got {captured}", end="\r", file=sys.stderr, flush=True)
 
 
 def _summary(counts: Counts, separator: str) -> str:
@@ -307,7 +308,7 @@ def _packets(number: int) -> str:
 def _read(options: Options, path: str) -> int:
     from filters.savefile import SaveFile, file_filter
 
-    with SaveFile(path, nano=options.nano) as file:
+    with SaveFile(path, nano=options.in_nanoseconds) as file:
         words = f"link-type {file.link_type_words}, snapshot length {file.snaplen}"
         _say(f"reading from file {path}, {words}")
         instructions = file.compiled(options.expression, optimise=options.optimise)
@@ -323,10 +324,10 @@ def _read(options: Options, path: str) -> int:
 
 
 def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> int:
-    header = file_header(file.link_type_in_files, file.snaplen, nano=options.nano)
-    with _outputs(options, header) as outputs:
+    note = _note_of_a_file() if options.notes else b""
+    with Outputs(options, Origin(file.link_type_in_files, file.snaplen)) as outputs:
         try:
-            for batch in _batches(packets):
+            for batch in _batches(packets, note):
                 outputs.write([batch])
         except FilesFull:
             _say(f"Maximum file limit reached: {options.files}")
@@ -335,10 +336,17 @@ def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> i
     return outputs.status
 
 
-def _batches(packets: Iterator[Packet]) -> Iterator[bytes]:
+def _note_of_a_file() -> bytes:
+    from filters.notes import OF_A_FILE
+
+    return OF_A_FILE
+
+
+def _batches(packets: Iterator[Packet], note: bytes) -> Iterator[bytes]:
+    """Records, with the same note in front of each packet."""
     batch = bytearray()
     for packet in packets:
-        batch += record(packet.seconds, packet.fraction, packet.data, packet.length)
+        batch += record(packet.seconds, packet.fraction, note + packet.data, len(note) + packet.length)
         if len(batch) > _BATCH:
             yield bytes(batch)
             batch.clear()

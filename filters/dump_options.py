@@ -20,10 +20,11 @@ Usage: xdp-dump [-AbdDefhHKlnNOpqStuUvxX#] [ -B size ] [ -c count ] [--count]
                 [ --immediate-mode ] [ -M secret ] [ --number ] [ --print ]
                 [ -Q in|out|inout ] [ -r file ] [ -s snaplen ] [ -T type ]
                 [ --version ] [ -w file ] [ -W filecount ] [ --micro ] [ --nano ]
-                [ --at xdp|tc-in|tc-out ] [ --no-selftest ] [ expression ]"""
+                [ --at xdp|xdp-exit|tc-in|tc-out ] [ --hook-stats ] [ --json ]
+                [ --no-selftest ] [ --pcapng ] [ expression ]"""
 
 DIRECTIONS = {"in": (True, False), "out": (False, True), "inout": (True, True)}
-PLACES = ("xdp", "tc-in", "tc-out")
+PLACES = ("xdp", "xdp-exit", "tc-in", "tc-out")
 
 _FLAGS = "AbdDefhHKlnNOpqStuUvxX#"
 _WITH_VALUE = "BcCFGiMQrsTwW"
@@ -38,8 +39,10 @@ _LONG = {
     "direction=": "Q",
     "dont-verify-checksums": "K",
     "help": "h",
+    "hook-stats": "",
     "immediate-mode": "",
     "interface=": "i",
+    "json": "",
     "list-interfaces": "D",
     "micro": "",
     "nano": "",
@@ -48,6 +51,7 @@ _LONG = {
     "no-selftest": "",
     "number": "#",
     "packet-buffered": "U",
+    "pcapng": "",
     "print": "",
     "snapshot-length=": "s",
     "version": "",
@@ -84,6 +88,9 @@ class Options:
     selftest: bool = True
     print_too: bool = False
     count_only: bool = False
+    json: bool = False
+    pcapng: bool = False
+    hook_stats: bool = False
     list_interfaces: bool = False
     show_version: bool = False
     show_help: bool = False
@@ -93,6 +100,20 @@ class Options:
     def prints(self) -> bool:
         """Whether packets are decoded to standard output."""
         return self.write is None or self.print_too
+
+    @property
+    def writes_blocks(self) -> bool:
+        """Whether the file is of the pcapng format: by its name, or because that was asked for."""
+        return self.write is not None and (self.pcapng or self.write.endswith(".pcapng"))
+
+    @property
+    def notes(self) -> bool:
+        """Whether somebody asks where a packet was seen."""
+        return self.writes_blocks or (self.prints and self.json)
+
+    @property
+    def in_nanoseconds(self) -> bool:
+        return self.nano or self.notes
 
 
 def parse(words: Sequence[str]) -> Options:
@@ -198,6 +219,9 @@ _SETTERS: dict[str, Callable[[Options, str], dict[str, Any]]] = {
     "no-selftest": lambda *_: {"selftest": False},
     "print": lambda *_: {"print_too": True},
     "count": lambda *_: {"count_only": True},
+    "json": lambda *_: {"json": True},
+    "pcapng": lambda *_: {"pcapng": True},
+    "hook-stats": lambda *_: {"hook_stats": True},
     "D": lambda *_: {"list_interfaces": True},
     "version": lambda *_: {"show_version": True},
     "h": lambda *_: {"show_help": True},

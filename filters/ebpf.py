@@ -21,18 +21,25 @@ END = 0xD0
 JA, JEQ, JGT, JGE, JSET, JNE, CALL, EXIT, JLT, JLE = 0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x80, 0x90, 0xA0, 0xB0
 REGISTER, TO_BIG_ENDIAN = 0x08, 0x08
 FETCH = 0x01  # of an atomic operation: the register gets the old value
+COMPARE_EXCHANGE = 0xF0 | FETCH
 
 # Helpers, by the numbers of <linux/bpf.h>.
-MAP_LOOKUP_ELEM, GET_PRANDOM_U32, GET_SMP_PROCESSOR_ID, SKB_LOAD_BYTES = 1, 7, 8, 26
-XDP_GET_BUFF_LEN, XDP_LOAD_BYTES, KTIME_GET_TAI_NS = 188, 189, 208
+MAP_LOOKUP_ELEM, KTIME_GET_NS, GET_PRANDOM_U32, GET_SMP_PROCESSOR_ID, SKB_LOAD_BYTES = 1, 5, 7, 8, 26
+TAIL_CALL, PROBE_READ_KERNEL = 12, 113
+KTIME_GET_BOOT_NS, KTIME_GET_COARSE_NS = 125, 160
+XDP_GET_BUFF_LEN, XDP_LOAD_BYTES = 188, 189
 HELPERS = {
     MAP_LOOKUP_ELEM: "bpf_map_lookup_elem",
+    KTIME_GET_NS: "bpf_ktime_get_ns",
     GET_PRANDOM_U32: "bpf_get_prandom_u32",
     GET_SMP_PROCESSOR_ID: "bpf_get_smp_processor_id",
+    TAIL_CALL: "bpf_tail_call",
     SKB_LOAD_BYTES: "bpf_skb_load_bytes",
+    KTIME_GET_BOOT_NS: "bpf_ktime_get_boot_ns",
+    KTIME_GET_COARSE_NS: "bpf_ktime_get_coarse_ns",
+    PROBE_READ_KERNEL: "bpf_probe_read_kernel",
     XDP_GET_BUFF_LEN: "bpf_xdp_get_buff_len",
     XDP_LOAD_BYTES: "bpf_xdp_load_bytes",
-    KTIME_GET_TAI_NS: "bpf_ktime_get_tai_ns",
 }
 
 PSEUDO_MAP_FD = 1  # the source register of a 64-bit immediate that is a map's file descriptor
@@ -133,6 +140,15 @@ class Assembler:
         """Adds src to a 64-bit word, which src gets as it was before, in one atomic step."""
         self.emit(Instruction(STX | ATOMIC | DW, base, src, offset, ADD | FETCH))
 
+    def compare_exchange(self, base: Reg, offset: int, src: Reg) -> None:
+        """Where a 64-bit word is r0, it becomes src, in one atomic step; r0 gets it as it was before."""
+        self.emit(Instruction(STX | ATOMIC | DW, base, src, offset, COMPARE_EXCHANGE))
+
+    def load_word(self, dst: Reg, value: int) -> None:
+        """An unsigned 64-bit value, two slots."""
+        self.emit(Instruction(LD | DW | IMM, dst, imm=_signed(value & 0xFFFFFFFF)))
+        self.emit(Instruction(0, imm=_signed(value >> 32)))
+
     def load_map(self, dst: Reg, fd: int) -> None:
         """The address of a map, two slots."""
         self.emit(Instruction(LD | DW | IMM, dst, PSEUDO_MAP_FD, imm=fd))
@@ -211,8 +227,10 @@ def disassemble(instructions: Sequence[Instruction]) -> str:
 def _text(i: Instruction, instructions: Sequence[Instruction], number: int) -> str:
     if i.is_wide:
         high = instructions[number + 1].imm
-        value = f"map[fd:{i.imm}]" if i.src == PSEUDO_MAP_FD else hex(high << 32 | i.imm & 0xFFFFFFFF)
+        value = f"map[fd:{i.imm}]" if i.src == PSEUDO_MAP_FD else hex((high & 0xFFFFFFFF) << 32 | i.imm & 0xFFFFFFFF)
         return f"r{i.dst} = {value}"
+    if i.code == STX | ATOMIC | DW and i.imm == COMPARE_EXCHANGE:
+        return f"r0 = atomic64_cmpxchg((u64 *)(r{i.dst} {i.off:+d}), r0, r{i.src})"
     if i.code == STX | ATOMIC | DW:
         return f"r{i.src} = atomic64_fetch_add((u64 *)(r{i.dst} {i.off:+d}), r{i.src})"
     if i.cls == LDX:

@@ -247,11 +247,23 @@ class DirectEmitter(Emitter):
         return writes(operation) == X or calls_helper(operation, hook)
 
     def start(self) -> None:
-        self.asm.load(R7, CONTEXT, self.hook.data, 4)
-        self.asm.load(R8, CONTEXT, self.hook.data_end, 4)
+        if self.hook.window is None:
+            self.asm.load(R7, CONTEXT, self.hook.data, 4)
+            self.asm.load(R8, CONTEXT, self.hook.data_end, 4)
+        else:
+            self.start_in_window(self.hook.window)
         super().start()
         if self.guards.pointer_at_start:
             self.asm.mov(R5, R7)
+
+    def start_in_window(self, window: int) -> None:
+        """The verifier asks for no check there, but bounds what is added to a pointer."""
+        assert self.hook.readable is not None
+        self.asm.mov(R7, CONTEXT)
+        self.asm.alu(ebpf.ADD, R7, window)
+        self.asm.load(R8, CONTEXT, self.hook.readable, 4)
+        self.asm.alu(ebpf.AND, R8, BEYOND - 1)
+        self.asm.alu(ebpf.ADD, R8, R7)
 
     def block(self, number: int) -> None:
         self.guard(R7, self.guards.packet[number])

@@ -5,6 +5,7 @@ FilterError
 ├── InvalidFilter         a classic program that the kernel would refuse
 ├── UnsupportedPrimitive  the filter asks for something that the hook cannot answer
 ├── TooLong               the filter does not fit into one eBPF program
+├── InvalidSet            a file of prefixes that cannot be read or has a line that is none
 ├── SelftestFailed        the translated program answers otherwise than the kernel's own classic BPF
 └── DumpError             a capture cannot begin or go on: an interface, a file; the message is what tcpdump would print
     └── NotWritten        the disk is full, or the like; what was written before it is intact
@@ -28,6 +29,10 @@ class UnsupportedPrimitive(FilterError):
 
 
 class TooLong(FilterError):
+    pass
+
+
+class InvalidSet(FilterError):
     pass
 
 

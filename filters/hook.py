@@ -13,7 +13,7 @@ from filters import cbpf, ebpf
 NETWORK_HEADER = 14  # of an Ethernet frame
 
 # enum bpf_prog_type, enum bpf_attach_type
-_PROG_TYPE_SCHED_CLS, _PROG_TYPE_XDP = 3, 6
+_PROG_TYPE_SCHED_CLS, _PROG_TYPE_XDP, PROG_TYPE_TRACING = 3, 6, 26
 _ATTACH_TYPE_XDP = 37
 _F_XDP_HAS_FRAGS = 1 << 5
 
@@ -55,6 +55,10 @@ class Hook:
 
     `load_bytes` is the helper that reads beyond the linear area; None where all of a packet is linear. `ancillary`:
     what answers each SKF_AD_ question. `pass_verdict` leaves the packet to whatever comes next.
+
+    Where programs have no packet pointers, the context is a value of a map that the entry of the program fills:
+    `window` in it is a copy of as much as the filter may read, `readable` says how much of the packet can be read at
+    all, `packet` is the kernel's pointer to it, and `returned` what the program that is looked at has returned.
     """
 
     name: str
@@ -68,6 +72,10 @@ class Hook:
     length: int | None = None
     expected_attach_type: int = 0
     program_flags: int = 0
+    window: int | None = None
+    readable: int | None = None
+    packet: int | None = None
+    returned: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -77,13 +85,13 @@ class Hook:
         return self.program_type == _PROG_TYPE_SCHED_CLS
 
 
-_ANYWHERE: dict[int, Source] = {
+ANYWHERE: dict[int, Source] = {
     cbpf.RANDOM: Helper(ebpf.GET_PRANDOM_U32),
     cbpf.CPU: Helper(ebpf.GET_SMP_PROCESSOR_ID),
 }
 
 # At XDP the VLAN tag is in the frame still, never beside it.
-_AT_XDP: dict[int, Source] = _ANYWHERE | {
+_AT_XDP: dict[int, Source] = ANYWHERE | {
     cbpf.PROTOCOL: FrameField(12),
     cbpf.IFINDEX: Field(12),
     cbpf.QUEUE: Field(16),
@@ -92,7 +100,7 @@ _AT_XDP: dict[int, Source] = _ANYWHERE | {
     cbpf.VLAN_TPID: 0,
 }
 
-_AT_TC: dict[int, Source] = _ANYWHERE | {
+_AT_TC: dict[int, Source] = ANYWHERE | {
     cbpf.PROTOCOL: Field(16, big_endian=True),
     cbpf.PKTTYPE: Field(4),
     cbpf.IFINDEX: Field(40),

@@ -10,6 +10,7 @@ import ctypes
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from errno import ENOMEM
 from typing import Self
 
 from filters import cbpf
@@ -87,7 +88,12 @@ def oracle(instructions: Sequence[Instruction]) -> KernelFilter | InterpretedFil
     loops = any(i.code == cbpf.JMP | cbpf.JA and i.k >> 31 for i in instructions)
     if loops or len(instructions) > cbpf.MAX_INSTRUCTIONS:
         return InterpretedFilter(instructions)
-    return KernelFilter(instructions)
+    try:
+        return KernelFilter(instructions)
+    except InvalidFilter as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == ENOMEM:  # net.core.optmem_max
+            return InterpretedFilter(instructions)
+        raise
 
 
 def on_any_socket(instructions: Sequence[Instruction], hook: Hook) -> tuple[Instruction, ...]:

@@ -1,7 +1,7 @@
 """Capture files in the pcap format: the header, the records of a block, and files written in blocks.
 
 Enters: spans of memory, each of whole records in the host's byte order, as the capture program makes them. Leaves: a
-file, or, with a Rotation, several. The format: draft-ietf-opsawg-pcap.
+file, or, with a Rotation, several. The format: draft-ietf-opsawg-pcap. A File takes other formats as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -23,6 +23,7 @@ _RECORD = struct.Struct("=IIII")  # seconds, fraction, captured length, length
 _MOST_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
 
 Span = memoryview | bytes | bytearray
+Offsets = Callable[[Span], Iterator[tuple[int, int, int]]]
 
 
 def file_header(link_type: int, snaplen: int, *, nano: bool) -> bytes:
@@ -40,6 +41,12 @@ def offsets(span: Span) -> Iterator[tuple[int, int, int]]:
         seconds, fraction, caplen, _ = _RECORD.unpack_from(span, at)
         yield at, seconds, fraction
         at += _RECORD.size + caplen
+
+
+def unpacked(view: memoryview, at: int) -> tuple[memoryview, int]:
+    """The captured bytes of the record that begins there, and the length of the packet."""
+    _, _, caplen, length = _RECORD.unpack_from(view, at)
+    return view[at + _RECORD.size : at + _RECORD.size + caplen], length
 
 
 def count_records(span: Span) -> int:
@@ -80,10 +87,22 @@ class FilesFull(Exception):
 
 
 class File:
-    """A file of records, `-` for standard output. Raises DumpError for what cannot be opened or written."""
+    """A file of records, `-` for standard output. Raises DumpError for what cannot be opened or written.
 
-    def __init__(self, path: str, header: bytes, rotation: Rotation | None = None) -> None:
+    Of other formats `find` finds the records, as offsets() does, and `trailer` makes what each file ends with.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        header: bytes,
+        rotation: Rotation | None = None,
+        *,
+        find: Offsets = offsets,
+        trailer: Callable[[], bytes] = bytes,
+    ) -> None:
         self._path, self._header, self._rotation = path, header, rotation or Rotation()
+        self._offsets, self._trailer, self._is_cut = find, trailer, False
         self._number = self._periods = self._delivered = 0
         self._begun = time.time()
         self._open()
@@ -107,8 +126,19 @@ class File:
         """A file is always there."""
 
     def close(self) -> None:
-        if self._path != "-":
-            os.close(self._fd)
+        """Raises DumpError where the trailer finds no room; the file is closed then."""
+        whole = self._size
+        try:
+            if not self._is_cut:
+                self._put([memoryview(self._trailer())])
+        except BrokenPipeError:
+            pass  # nobody reads any more
+        except DumpError:
+            self._cut(whole)
+            raise
+        finally:
+            if self._path != "-":
+                os.close(self._fd)
 
     def _open(self) -> None:
         self._size = 0
@@ -131,7 +161,7 @@ class File:
 
     def _write_rotating(self, span: Span) -> None:
         view, written, records = memoryview(span), 0, 0
-        for at, seconds, _ in offsets(view):
+        for at, seconds, _ in self._offsets(view):
             if self._is_over(seconds, at - written):
                 self._append([view[written:at]])
                 self._delivered += records
@@ -164,13 +194,14 @@ class File:
     def _append(self, spans: Sequence[Span]) -> None:
         before = self._size
         try:
-            self._put([memoryview(span) for span in spans if len(span)])
+            self._put([memoryview(span) for span in spans])
         except DumpError as error:
-            whole, records = _whole_records(spans, self._size - before)
+            whole, records = self._whole_records(spans, self._size - before)
             self._cut(before + whole)
             raise NotWritten(str(error), self._delivered + records) from error
 
     def _put(self, waiting: Sequence[memoryview]) -> None:
+        waiting = [span for span in waiting if len(span)]
         while waiting:
             try:
                 written = os.writev(self._fd, waiting[:_MOST_SPANS])
@@ -183,8 +214,18 @@ class File:
 
     def _cut(self, size: int) -> None:
         """So that a full disk leaves a file that ends with a record."""
+        self._is_cut = True
         if stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.ftruncate(self._fd, size)
+
+    def _whole_records(self, spans: Sequence[Span], size: int) -> tuple[int, int]:
+        """How many bytes and records of the first `size` bytes are complete records."""
+        whole = records = base = 0
+        for span in spans:
+            ends = [*(at for at, _, _ in self._offsets(span) if at), len(span)]
+            complete = [base + end for end in ends if base + end <= size]
+            whole, records, base = max([whole, *complete]), records + len(complete), base + len(span)
+        return whole, records
 
 
 def _rest(spans: Sequence[memoryview], written: int) -> list[memoryview]:
@@ -194,13 +235,3 @@ def _rest(spans: Sequence[memoryview], written: int) -> list[memoryview]:
             rest.append(span[written:])
         written = max(0, written - len(span))
     return rest
-
-
-def _whole_records(spans: Sequence[Span], size: int) -> tuple[int, int]:
-    """How many bytes and records of the first `size` bytes are complete records."""
-    whole = records = base = 0
-    for span in spans:
-        ends = [*(at for at, _, _ in offsets(span) if at), len(span)]
-        complete = [base + end for end in ends if base + end <= size]
-        whole, records, base = max([whole, *complete]), records + len(complete), base + len(span)
-    return whole, records

@@ -25,10 +25,20 @@ from xdp import libbpf
 from xdp.errors import LoadError, NotPermitted
 from xdp.maps import Map
 from xdp.object import Program, program_info, useful_tail
+from xdp.tracing import Target
 
 _LICENSE = b"GPL"
 _LOG_SIZE = 1 << 24
 _MAP_TYPE_PERCPU_ARRAY = 6
+
+
+class Condition(Protocol):
+    """What else is asked of a packet that a filter accepts, in eBPF: it goes to `otherwise` where it does not hold.
+
+    The same registers are its own as a tail's.
+    """
+
+    def emit(self, asm: Assembler, hook: Hook, otherwise: Label) -> None: ...
 
 
 class Tail(Protocol):
@@ -135,17 +145,33 @@ def load_length(asm: Assembler, hook: Hook, to: Reg) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A filter and what is done with what it accepts, in this order."""
+    """A filter, what else a packet must be, and what is done with it then, in this order."""
 
     translation: Translation
     tails: Sequence[Tail]
+    conditions: Sequence[Condition] = ()
 
 
-def assemble(hook: Hook, rules: Sequence[Rule], otherwise: Tail | None = None) -> tuple[Instruction, ...]:
+class Entry(Protocol):
+    """What a program begins with: from the context that the kernel gives in r1 it makes that of the hook, in r6."""
+
+    def emit(self, asm: Assembler, hook: Hook) -> None: ...
+
+
+class KernelContext:
+    """The hook's context is the kernel's."""
+
+    def emit(self, asm: Assembler, _hook: Hook) -> None:
+        asm.mov(CONTEXT, R1)
+
+
+def assemble(
+    hook: Hook, rules: Sequence[Rule], otherwise: Tail | None = None, entry: Entry | None = None
+) -> tuple[Instruction, ...]:
     """One program. `otherwise`: for packets that no rule ended; they pass if it does not end them. Raises TooLong."""
     asm = Assembler()
-    asm.mov(CONTEXT, R1)
-    exits = [_emit_rule(asm, hook, rule) for rule in rules]
+    (entry or KernelContext()).emit(asm, hook)
+    exits = [emit_rule(asm, hook, rule) for rule in rules]
     for tail in (otherwise, Pass()):
         if tail:
             tail.emit(asm, hook)
@@ -154,10 +180,13 @@ def assemble(hook: Hook, rules: Sequence[Rule], otherwise: Tail | None = None) -
     return asm.assemble()
 
 
-def _emit_rule(asm: Assembler, hook: Hook, rule: Rule) -> Exits:
+def emit_rule(asm: Assembler, hook: Hook, rule: Rule) -> Exits:
+    """Falls through its end with what goes on. Its translation's emit_rest() is to be called with the result."""
     accept, onward = Label(), Label()
     exits = rule.translation.emit(asm, accept, onward)
     asm.place(accept)
+    for condition in rule.conditions:
+        condition.emit(asm, hook, onward)
     for tail in rule.tails:
         tail.emit(asm, hook)
     asm.place(onward)
@@ -186,27 +215,37 @@ class LoadedProgram(Program):
         return int(program_info(self.fd).verified_insns)
 
 
-def load(name: str, hook: Hook, instructions: Sequence[Instruction]) -> LoadedProgram:
-    """`name`: at most 15 of [a-zA-Z0-9_.]. Raises NotPermitted, TooLong, or LoadError with the end of the log."""
+def load(name: str, hook: Hook, instructions: Sequence[Instruction], target: Target | None = None) -> LoadedProgram:
+    """`name`: at most 15 of [a-zA-Z0-9_.]. `target`: what a tracing program looks at.
+
+    Raises NotPermitted, TooLong, or LoadError with the end of the log.
+    """
     log = ctypes.create_string_buffer(1)
     try:
-        return LoadedProgram(name, _load(name, hook, instructions, log, level=0), hook, instructions)
+        return LoadedProgram(name, _load(name, hook, instructions, target, log, level=0), hook, instructions)
     except OSError as error:
         refusal = error
     log = ctypes.create_string_buffer(_LOG_SIZE)
     try:
-        return LoadedProgram(name, _load(name, hook, instructions, log, level=1), hook, instructions)
+        return LoadedProgram(name, _load(name, hook, instructions, target, log, level=1), hook, instructions)
     except OSError:
         raise refused(name, refusal, log.value.decode(errors="replace").splitlines()) from refusal
 
 
 def _load(
-    name: str, hook: Hook, instructions: Sequence[Instruction], log: ctypes.Array[ctypes.c_char], level: int
+    name: str,
+    hook: Hook,
+    instructions: Sequence[Instruction],
+    target: Target | None,
+    log: ctypes.Array[ctypes.c_char],
+    level: int,
 ) -> int:
     opts = libbpf.ProgramLoadOpts(
         sz=ctypes.sizeof(libbpf.ProgramLoadOpts),
         expected_attach_type=hook.expected_attach_type,
         prog_flags=hook.program_flags,
+        attach_prog_fd=target.fd if target else 0,
+        attach_btf_id=target.function if target else 0,
         log_level=level,
         log_size=len(log) if level else 0,
         log_buf=ctypes.addressof(log) if level else None,
@@ -224,4 +263,6 @@ def refused(name: str, error: OSError, log: list[str]) -> Exception:
         return NotPermitted("not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)")
     if error.errno == errno.E2BIG:
         return TooLong(f"{name}: more than the 1,000,000 instructions that the verifier goes through: split the filter")
+    if error.errno == errno.EFAULT:  # of the verifier's push_stack()
+        return TooLong(f"{name}: more branches than the 8,192 that the verifier keeps in mind: split the filter")
     return LoadError(f"{name}: the kernel refuses it: {error.strerror}{useful_tail(log)}")

@@ -4,7 +4,7 @@ Enters: records of the pcap format, one behind the other, written in the kernel.
 be written to a file. A ring has one writer, the program on its CPU, and one reader, and neither waits for the other:
 the writer alone moves `head`, the reader alone `tail`. All of it is one array map, a large value for each CPU:
 
-    value   writer's line | reader's line | shared line (of CPU 0) | records | room for one more record
+    value   writers' line | reader's line | shared line (of CPU 0) | accounts | records | room for one more record
 
 A record that begins before the end of the records runs into the room behind them; the next one begins at the start, and
 `wrap` says where the records before it end. Stores become visible in order, as they do on x86.
@@ -23,42 +23,57 @@ from typing import Self
 
 from filters.errors import FilterError
 from filters.expr import SNAPLEN
+from filters.notes import NOTE_SIZE
 from filters.program import refused
 from xdp import libbpf
 from xdp.errors import MapError
 from xdp.maps import Map
 
-LARGEST_RECORD = 16 + SNAPLEN
+LARGEST_RECORD = 16 + NOTE_SIZE + SNAPLEN
 LEAST_SIZE, MOST_SIZE = 1 << 16, 1 << 28  # the verifier takes offsets up to 1 << 29
+
+MOST_ACCOUNTS = 64
 
 _MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
 _SETTLED_WITHIN_S = 1.0
+_READINGS, _UNNOTICED_NS = 8, 10_000
 _CACHE_LINE = 64
+
+
+class Account(ctypes.Structure):
+    """Of one program: `matched` packets were accepted by its filter; of them `captured` are records, `lost` found no
+    room, and `over` came after as many as were asked for."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("matched", "captured", "lost", "over"))
 
 
 class Line(ctypes.Structure):
     """The head of a ring. Offsets count bytes from the first record's place.
 
-    `matched` packets were accepted by the filter; of them `captured` are records, `lost` found no room, and `over` came
-    after as many as were asked for. `second` and its start in nanoseconds are the writer's memory. The reader sets
-    `tail` and `tai_offset_ns`, which is CLOCK_TAI - CLOCK_REALTIME. `taken` counts for all CPUs.
+    `second` and its start in nanoseconds are the writers' memory. The reader sets `tail` and `clock_offset_ns`, which
+    is CLOCK_REALTIME - CLOCK_MONOTONIC. `taken` counts for all CPUs.
     """
 
     _fields_ = (
         ("head", ctypes.c_uint64),
         ("wrap", ctypes.c_uint64),
-        ("matched", ctypes.c_uint64),
-        ("captured", ctypes.c_uint64),
-        ("lost", ctypes.c_uint64),
-        ("over", ctypes.c_uint64),
         ("second", ctypes.c_uint64),
         ("second_ns", ctypes.c_uint64),
+        ("first_account", Account),
         ("tail", ctypes.c_uint64),
-        ("tai_offset_ns", ctypes.c_int64),
+        ("clock_offset_ns", ctypes.c_int64),
         ("_reader", ctypes.c_uint8 * (_CACHE_LINE - 16)),
         ("taken", ctypes.c_uint64),
         ("_shared", ctypes.c_uint8 * (_CACHE_LINE - 8)),
+        ("more_accounts", Account * (MOST_ACCOUNTS - 1)),
     )
+
+
+def account_at(number: int) -> int:
+    """Where the account of that number lies in a Line: the first one is on the line that every packet touches."""
+    if number == 0:
+        return Line.first_account.offset
+    return Line.more_accounts.offset + (number - 1) * ctypes.sizeof(Account)
 
 
 RECORDS = ctypes.sizeof(Line)
@@ -109,10 +124,14 @@ class Rings:
         os.close(self.map.fd)
 
     def set_clock(self) -> None:
-        """Tells the writers what to take off CLOCK_TAI, which alone they can read, to get the time of day."""
-        offset = _tai_offset_ns()
+        """Tells the writers what to add to CLOCK_MONOTONIC, the clock that costs least, to get the time of day.
+
+        Their difference stays the same until somebody sets the clock: then, and only then, it is told anew.
+        """
+        least, most = _clock_offset_ns()
         for line in self._lines:
-            line.tai_offset_ns = offset
+            if not least - _UNNOTICED_NS <= line.clock_offset_ns <= most + _UNNOTICED_NS:
+                line.clock_offset_ns = (least + most) // 2
 
     def filled(self) -> bool:
         return any(line.head != line.tail for line in self._lines)
@@ -132,7 +151,18 @@ class Rings:
             line.tail = head
 
     def counts(self) -> Counts:
-        return sum((_counts(line) for line in self._lines), Counts())
+        return sum(self.accounts(), Counts())
+
+    def accounts(self) -> list[Counts]:
+        """By the number of the account, of all CPUs together."""
+        return [self.account(number) for number in range(MOST_ACCOUNTS)]
+
+    def by_cpu(self) -> list[Counts]:
+        return [sum((_counts(account) for account in _accounts(line)), Counts()) for line in self._lines]
+
+    def account(self, number: int) -> Counts:
+        at = account_at(number)
+        return sum((_counts(Account.from_buffer(line, at)) for line in self._lines), Counts())
 
     def settled(self) -> Counts:
         """The counts once no writer is at work any more; to be asked for when the programs have been detached."""
@@ -146,8 +176,13 @@ class Rings:
         return now
 
 
-def _counts(line: Line) -> Counts:
-    return Counts(line.matched, line.captured, line.lost, line.over)
+def _accounts(line: Line) -> Iterator[Account]:
+    yield line.first_account
+    yield from line.more_accounts
+
+
+def _counts(account: Account) -> Counts:
+    return Counts(account.matched, account.captured, account.lost, account.over)
 
 
 def _between(line: Line, head: int, records: memoryview) -> Iterator[memoryview]:
@@ -159,10 +194,16 @@ def _between(line: Line, head: int, records: memoryview) -> Iterator[memoryview]
         yield records[:head]
 
 
-def _tai_offset_ns() -> int:
-    """Whole seconds, as the kernel keeps them: what lies between the two readings is rounded off."""
-    between = time.clock_gettime_ns(time.CLOCK_TAI) - time.clock_gettime_ns(time.CLOCK_REALTIME)
-    return round(between / 1e9) * 10**9
+def _clock_offset_ns() -> tuple[int, int]:
+    """CLOCK_REALTIME - CLOCK_MONOTONIC lies between these: the closest of some readings, of which any may be slow."""
+    readings = [_clock_reading() for _ in range(_READINGS)]
+    return min(readings, key=lambda bounds: bounds[1] - bounds[0])
+
+
+def _clock_reading() -> tuple[int, int]:
+    before = time.monotonic_ns()
+    now = time.time_ns()
+    return now - time.monotonic_ns(), now - before
 
 
 def _create_map(value_size: int, entries: int) -> Map:

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from lb.capabilities import check_may_change
+from lb.conditions import Condition, Conditions, differing, in_force
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, LbError, NoRoute, NotFound
+from lb.filter_guard import FilterGuard
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
 from lb.options import Options
 from lb.paths import DEFAULT_NETNS, Paths
@@ -43,6 +45,7 @@ from lb.vip import Address, Vip
 T = TypeVar("T")
 
 REPAIRED = "the kernel did not hold what is stored: everything is written anew"
+UNCHECKED = "health checks run only while xdp-lb serve does"
 ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach {0} forgets it"
 
 
@@ -94,6 +97,26 @@ class Dataplane(Protocol):
     def statistics(self) -> Statistics: ...
 
 
+class Guard(Protocol):
+    """Filter rules in front, which stay in force wherever the balancer comes or goes. Both may be repeated."""
+
+    def make_way(self, name: str) -> None:
+        """To be called before the balancer is attached to an interface."""
+
+    def take_over(self, name: str) -> None:
+        """To be called before it is detached."""
+
+
+class NoGuard:
+    """Where there are no filter rules."""
+
+    def make_way(self, name: str) -> None:
+        pass
+
+    def take_over(self, name: str) -> None:
+        pass
+
+
 class Network(Protocol):
     """The host's routes, neighbours and addresses."""
 
@@ -143,16 +166,36 @@ class Outcome:
     attached: tuple[Attachment, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """A service, what has been found of its backends, and what it is in force by that."""
+
+    service: Service
+    found: Mapping[str, Condition] | None
+    met: Service
+
+
 class Balancer:
     """`on_progress(done, total)` is called with the services that are written, of all to write."""
 
-    def __init__(self, store: Store, dataplane: Dataplane, network: Network, netns: str = DEFAULT_NETNS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        dataplane: Dataplane,
+        network: Network,
+        netns: str = DEFAULT_NETNS,
+        guard: Guard | None = None,
+    ) -> None:
         self.network = network
         self.on_progress: Callable[[int, int], None] | None = None
+        self.checks_run = False  # this process has a lb.checker.Checker
         self._store = store
         self._dataplane = dataplane
+        self._guard = guard or NoGuard()
         self._netns = netns
         self._served = _Served()
+        self._conditions: Conditions = {}
+        self._met: dict[Vip, _Met] = {}
         store.load()
 
     @property
@@ -201,6 +244,17 @@ class Balancer:
     def add_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
         goal = self.state.with_service(service)
         goal = self._with_own_addresses(goal, [service], own_address)
+        return self._change(goal, dry_run=dry_run)
+
+    def put_service(self, service: Service, *, own_address: bool | None = None, dry_run: bool = False) -> Report:
+        """Have `service` served as it is given, also in the place of another at its VIP. `own_address` None: the VIP's
+        address stays on an interface if it is on one."""
+        others = tuple(s for s in self.state.services if s.vip != service.vip)
+        goal = replace(self.state, services=(*others, service))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        if own_address is not None:
+            goal = self._with_own_addresses(goal, [service], own_address)
         return self._change(goal, dry_run=dry_run)
 
     def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
@@ -253,6 +307,32 @@ class Balancer:
         goal = self._with_own_addresses(goal, goal.services, own_addresses)
         return self._change(goal, dry_run=dry_run)
 
+    def set_conditions(self, conditions: Conditions) -> dict[Vip, Plan]:
+        """Lay what health checks have found over the desired state, in the place of what they had found before. What
+        differs is in force at once, without a change of what is stored. Raises DataplaneError; to be repeated then."""
+        before = self._conditions
+        self._conditions = {vip: before[vip] if before.get(vip) == each else each for vip, each in conditions.items()}
+        try:
+            return self._put_conditions(before)
+        except BaseException:
+            self._conditions = before
+            raise
+
+    def _put_conditions(self, before: Conditions) -> dict[Vip, Plan]:
+        changed = differing(before, self._conditions)
+        services = [service for service in self.state.services if service.vip in changed]
+        met = [(in_force(service, before.get(service.vip)), self._in_force(service)) for service in services]
+        wanted = [now for then, now in met if then != now]
+        if not (wanted and self.state.interfaces):
+            return {}
+        if not self._in_step(self.state):
+            return dict(self._execute(self._prepare(self.state, self.state, everything=True)).plans)
+        self._dataplane.generation = 0
+        plans = {service.vip: self._dataplane.put(service, {}) for service in wanted}
+        self._dataplane.publish(self._all_in_force(self.state.services))
+        self._dataplane.generation = self._store.generation
+        return plans
+
     def status(self) -> Status:
         loaded = self._dataplane.loaded
         attachments = self._dataplane.attachments()
@@ -261,7 +341,9 @@ class Balancer:
             netns=self._netns,
             loaded=loaded,
             interfaces=tuple(InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces),
-            services=tuple(_service_status(s, statistics) for s in self.state.services),
+            services=tuple(
+                _service_status(s, statistics, self._conditions.get(s.vip, {})) for s in self.state.services
+            ),
             drops=_reasons(statistics, "drop_"),
             passes=_reasons(statistics, "pass_"),
             answered=_reasons(statistics, "answered_"),
@@ -292,12 +374,29 @@ class Balancer:
                 f"{names}: attached, but not in the store: xdp-lb attach {names} goes on, xdp-lb detach ends it"
             )
 
+    def _in_force(self, service: Service) -> Service:
+        """The very same as the last time, if nothing has changed: publish() takes that for a hint."""
+        found = self._conditions.get(service.vip)
+        known = self._met.get(service.vip)
+        if known and known.service is service and known.found is found:
+            return known.met
+        met = in_force(service, found)
+        self._met[service.vip] = _Met(service, found, met)
+        return met
+
+    def _all_in_force(self, services: Sequence[Service]) -> tuple[Service, ...]:
+        return tuple(self._in_force(service) if service.vip in self._conditions else service for service in services)
+
     def _prepare(self, before: State, goal: State, everything: bool) -> Step:
         if not goal.interfaces:
             return Step(
                 before,
                 goal,
-                notes=(*_notes_of_storing(before, goal), *_notes_of_addresses(before, goal)),
+                notes=(
+                    *_notes_of_storing(before, goal),
+                    *_notes_of_addresses(before, goal),
+                    *self._notes_of_checks(before, goal),
+                ),
             )
         notes: list[str] = []
         if not everything and not self._in_step(before):
@@ -316,7 +415,7 @@ class Balancer:
             hops,
             tuple(i for i in interfaces if i not in absent),
             _differing(_addresses_in_force(known), _addresses_in_force(goal)),
-            (*notes, *taken_along, *_notes_of_addresses(before, goal)),
+            (*notes, *taken_along, *_notes_of_addresses(before, goal), *self._notes_of_checks(before, goal)),
             tuple(ABSENT.format(i.name) for i in absent),
         )
 
@@ -356,9 +455,13 @@ class Balancer:
         """What a dry run can say. Before the first attach there is no ring to move slots of."""
         asked = {i.name: i.xdp_mode.value for i in step.interfaces}
         return Outcome(
-            {s.vip: self._dataplane.plan(s) for s in step.services if self._dataplane.loaded},
+            {s.vip: self._dataplane.plan(self._in_force(s)) for s in step.services if self._dataplane.loaded},
             tuple(Attachment(name, mode, program_id=0) for name, mode in asked.items()),
         )
+
+    def _notes_of_checks(self, before: State, goal: State) -> Iterator[str]:
+        if not self.checks_run and any(s.options.health for s in _changed(before.services, goal.services)):
+            yield UNCHECKED
 
     def _with_own_addresses(self, goal: State, services: Sequence[Service], own: bool) -> State:
         """Have the addresses of `services` put on an interface where nobody owns them, or not."""
@@ -430,8 +533,8 @@ class Balancer:
             self._dataplane.generation = 0
         self._dataplane.load(step.services)
         plans = self._put(step)
-        self._dataplane.publish(step.goal.services)
-        attached = tuple(self._dataplane.attach(interface) for interface in step.interfaces)
+        self._dataplane.publish(self._all_in_force(step.goal.services))
+        attached = tuple(self._attach(interface) for interface in step.interfaces)
         if step.interfaces or step.before.interfaces != step.goal.interfaces:
             self._detach_others(step.goal)
         for vip in self._dataplane.vips() - {service.vip for service in step.goal.services}:
@@ -441,12 +544,20 @@ class Balancer:
     def _detach_others(self, goal: State) -> None:
         for name in sorted(self._dataplane.attachments()):
             if goal.interface(name) is None:
-                self._dataplane.detach(name)
+                self._detach(name)
+
+    def _attach(self, interface: Interface) -> Attachment:
+        self._guard.make_way(interface.name)
+        return self._dataplane.attach(interface)
+
+    def _detach(self, name: str) -> None:
+        self._guard.take_over(name)
+        self._dataplane.detach(name)
 
     def _put(self, step: Step) -> dict[Vip, Plan]:
         plans = {}
         for done, service in enumerate(step.services, start=1):
-            plans[service.vip] = self._dataplane.put(service, step.hops)
+            plans[service.vip] = self._dataplane.put(self._in_force(service), step.hops)
             if self.on_progress:
                 self.on_progress(done, len(step.services))
         return plans
@@ -455,7 +566,7 @@ class Balancer:
         if self._dataplane.loaded:
             self._dataplane.generation = 0
         for name in sorted(self._dataplane.attachments()):
-            self._dataplane.detach(name)
+            self._detach(name)
         if self._dataplane.loaded:
             self._dataplane.unload()
         return Outcome({})
@@ -614,7 +725,7 @@ def _changes(step: Step, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
         yield Change(vip, old.get(vip), new.get(vip), plans.get(vip))
 
 
-def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:
+def _service_status(service: Service, statistics: Statistics, conditions: Mapping[str, Condition]) -> ServiceStatus:
     # The kernel knows a backend by address and port, not by its weight.
     held = {str(b): c for b, c in statistics.backends.get(service.vip, {}).items()}
     return ServiceStatus(
@@ -625,6 +736,7 @@ def _service_status(service: Service, statistics: Statistics) -> ServiceStatus:
                 b,
                 resolved=str(b) in held and b.address not in statistics.unresolved,
                 counters=held.get(str(b), Counters()),
+                condition=conditions.get(str(b)),
             )
             for b in service.backends
         ),
@@ -651,4 +763,5 @@ def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        yield Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns)
+        guard = FilterGuard(paths, store, dataplane)
+        yield Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns, guard)

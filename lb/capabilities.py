@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lb.errors import DataplaneError
 
-# include/uapi/linux/capability.h. CAP_SYS_ADMIN, which contains CAP_BPF, for the bpffs is mounted too.
-NEEDED = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
+# include/uapi/linux/capability.h. Where the bpffs is not mounted yet, it takes CAP_SYS_ADMIN to mount it.
+NEEDED = {12: "CAP_NET_ADMIN", 38: "CAP_PERFMON", 39: "CAP_BPF"}
+SYS_ADMIN = 21  # contains the last two
 
 
 def effective(status: str) -> int:
@@ -16,9 +17,15 @@ def effective(status: str) -> int:
     return int(line.split()[1], 16)
 
 
+def missing(status: str) -> tuple[str, ...]:
+    """The capabilities that a change needs and the process of that status does not have."""
+    held = effective(status)
+    if held >> SYS_ADMIN & 1:
+        held |= 1 << 38 | 1 << 39
+    return tuple(name for bit, name in NEEDED.items() if not held >> bit & 1)
+
+
 def check_may_change() -> None:
     """Raises DataplaneError, naming what is missing."""
-    held = effective(Path("/proc/self/status").read_text())
-    missing = [name for bit, name in NEEDED.items() if not held >> bit & 1]
-    if missing:
-        raise DataplaneError(f"not permitted: run as root ({' and '.join(missing)} missing)")
+    if names := missing(Path("/proc/self/status").read_text()):
+        raise DataplaneError(f"not permitted: run as root ({', '.join(names)} missing)")

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import click
 from click.exceptions import Abort, Exit
@@ -38,9 +38,15 @@ from lb.cli_options import (
 from lb.decap_cli import decap
 from lb.doctor_cli import doctor_command
 from lb.errors import InvalidInput, LbError
+from lb.explain_cli import explain_command
+from lb.filter_cli import filter_group
+from lb.metrics_cli import metrics_command
 from lb.model import DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
 from lb.progress import progress
 from lb.report import Report
+from lb.serve_cli import audit, serve, token
+from lb.stage_cli import stage
+from lb.top_cli import top_command
 from lb.vip import Address, Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
@@ -58,10 +64,16 @@ class Opener(Protocol):
 
 
 def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
-    from lb.balancer import open_balancer
+    """Where the daemon runs, it is asked: it has the lock."""
     from lb.paths import Paths
+    from lb.remote import daemon_listens, open_remote
 
-    return open_balancer(Paths.here(), write=write)
+    paths = Paths.here()
+    if daemon_listens(paths.socket):
+        return cast("AbstractContextManager[Balancer]", open_remote(paths.socket))
+    from lb.balancer import open_balancer
+
+    return open_balancer(paths, write=write)
 
 
 def open_balancer(*, write: bool) -> AbstractContextManager[Balancer]:
@@ -344,7 +356,7 @@ def status(as_json: bool) -> None:
                     slots_in_transition, COUNTERS, backends}]
       options     as in vip list
       backends    [{backend, address, port, weight, draining, server_ids,
-                    resolved, COUNTERS}]
+                    resolved, state, share, why, since, COUNTERS}]
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections
       answered    {reason: packets}, by the balancer itself
       drops       {reason: packets}, dropped
@@ -426,12 +438,14 @@ def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
     """Change options of the service at VIP. What is not named stays as it is.
 
     0 switches a limit or the MSS off, --no-echo and the like a switch, --allow any the list of
-    clients, --tunnel-source own the prefix. While the service is in force, the affinity can be made
+    clients, --tunnel-source own the prefix, --health off the check. While the service is in force, the affinity can be made
     longer or shorter, but not begin or end.
 
     \b
     Examples:
       xdp-lb vip set 10.0.0.100:80 --echo --mss 1400
+      # Check the backends while xdp-lb serve runs
+      xdp-lb vip set 10.0.0.100:80 --health 'http /healthz interval=1s fall=2'
       # No limit any more
       xdp-lb vip set 10.0.0.100:80 --syn-limit 0
       # Who may connect; then everybody again
@@ -473,7 +487,7 @@ def vip_list(as_json: bool) -> None:
             ring_size, flow_timeout_s, options, backends}]
       options   {affinity_s, sources, syn_limit, syn_limit_of_source, mss,
                  echo, tunnel_sources, gue_port, outer_checksum,
-                 second_chance}
+                 second_chance, health, slow_start_s, fail_closed}
       backends  [{backend, address, port, weight, draining, server_ids}]
 
     \b
@@ -656,6 +670,9 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       gue_port = 6080
       outer_checksum = true
       second_chance = true
+      health = "http /healthz interval=1s"
+      slow_start = 30
+      fail_closed = true
     and in the table of a backend
       server_ids = ["0:0a1b"]
 
@@ -702,7 +719,15 @@ def print_completion(shell: str) -> None:
 
 
 cli.add_command(doctor_command)
+cli.add_command(explain_command)
+cli.add_command(metrics_command)
+cli.add_command(top_command)
 cli.add_command(decap)
+cli.add_command(filter_group)
+cli.add_command(stage)
+cli.add_command(serve)
+cli.add_command(token)
+cli.add_command(audit)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lb import completion
+from lb.health_check import HealthCheck
 from lb.model import DEFAULT_RING_SIZE, Mode
 from lb.options import DEFAULTS, FIELDS, GUE_PORT, Network, Options, parse_network
 from lb.vip import Vip
@@ -23,6 +24,7 @@ Decorator = Callable[[Command], Command]
 
 ANY_SOURCE = ("any",)
 OWN_SOURCE = ("own",)
+NO_HEALTH_CHECK = "off"
 
 
 def json_option(text: str) -> Decorator:
@@ -88,19 +90,22 @@ class OptionWords:
     allow: Sequence[str] = ()
     source: Sequence[str] = ()
     tunnel_source: Sequence[str] = ()
+    health: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.plain or self.allow or self.source or self.tunnel_source)
+        return bool(self.plain or self.allow or self.source or self.tunnel_source or self.health is not None)
 
     def change(self, vip: Vip, options: Options = DEFAULTS) -> Options:
         """`options` of the service at `vip` with what is named here. Raises InvalidInput, click.UsageError."""
         self._check_sources(vip)
-        prefixes: dict[str, Any] = {}
+        parsed: dict[str, Any] = {}
         if sources := [*self.allow, *self.source]:
-            prefixes["sources"] = _prefixes(sources, ANY_SOURCE)
+            parsed["sources"] = _prefixes(sources, ANY_SOURCE)
         if self.tunnel_source:
-            prefixes["tunnel_sources"] = _prefixes(self.tunnel_source, OWN_SOURCE)
-        return replace(options, **self.plain, **prefixes)
+            parsed["tunnel_sources"] = _prefixes(self.tunnel_source, OWN_SOURCE)
+        if self.health is not None:
+            parsed["health"] = None if self.health == NO_HEALTH_CHECK else HealthCheck.parse(self.health)
+        return replace(options, **self.plain, **parsed)
 
     def _check_sources(self, vip: Vip) -> None:
         if vip.set and self.allow:
@@ -156,6 +161,23 @@ OPTIONS = (
         default=None,
         help="gue: tell xdp-lb decap which other backend may know a connection.",
     ),
+    click.option(
+        "--health",
+        metavar="CHECK",
+        help="How xdp-lb serve checks the backends: tcp, 'http /healthz interval=1s', https, udp, script; or off.",
+    ),
+    click.option(
+        "--slow-start",
+        "slow_start_s",
+        type=int,
+        metavar="SECONDS",
+        help="So long a backend that is up again takes to get its whole share.",
+    ),
+    click.option(
+        "--fail-closed/--no-fail-closed",
+        default=None,
+        help="With all backends down drop packets, instead of serving as if all were up.",
+    ),
 )
 
 
@@ -164,10 +186,10 @@ def option_words(command: Command) -> Command:
 
     @wraps(command)
     def with_options(
-        *, allow: Sequence[str], source: Sequence[str], tunnel_source: Sequence[str], **words: Any
+        *, allow: Sequence[str], source: Sequence[str], tunnel_source: Sequence[str], health: str | None, **words: Any
     ) -> None:
         plain = {name: words.pop(name) for name in FIELDS if name in words}
         named = {name: value for name, value in plain.items() if value is not None}
-        command(option_words=OptionWords(named, allow, source, tunnel_source), **words)
+        command(option_words=OptionWords(named, allow, source, tunnel_source, health), **words)
 
     return reduce(lambda found, option: option(found), reversed(OPTIONS), with_options)

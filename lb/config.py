@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lb.errors import InvalidInput, LbError
+from lb.health_check import HealthCheck
 from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service
 from lb.options import DEFAULTS, FIELDS, PREFIX_FIELDS, Options, parse_network
 from lb.vip import Vip
@@ -44,7 +45,7 @@ KINDS = {
 }
 FILE_KEYS = ("service",)
 # Key -> field of Options: the unit is not in the key, and one prefix is one source.
-SHORTER = {"affinity_s": "affinity", "tunnel_sources": "tunnel_source"}
+SHORTER = {"affinity_s": "affinity", "tunnel_sources": "tunnel_source", "slow_start_s": "slow_start"}
 OPTION_KEYS = {SHORTER.get(field, field): field for field in FIELDS}
 SERVICE_KEYS = ("vip", "mode", "ring_size", "flow_timeout", *OPTION_KEYS, "backends")
 BACKEND_KEYS = ("address", "weight", "drain", "server_ids")
@@ -167,6 +168,10 @@ def _options(table: _Table) -> Options:
 
 
 def _option(table: _Table, key: str, field: str) -> Any:
+    if field == "health":
+        text = table.get(key, "")
+        with _speaking_of(table.name):
+            return HealthCheck.parse(text) if text else None
     if field not in PREFIX_FIELDS:
         return table.get(key, getattr(DEFAULTS, field))
     texts = table.texts(key)

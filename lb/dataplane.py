@@ -121,6 +121,7 @@ class KernelDataplane:
         placed = self._place(service)
         self._members.write(placed, service, change.numbers, hops)
         self._put_in_force(placed, service, change)
+        self._members.disown_flows(placed, {member_key(b) for b in service.backends if b.down})
         self._members.erase(placed, keep=change.numbers)
         return change.plan
 
@@ -203,7 +204,8 @@ class KernelDataplane:
         numbers = numbered(self._held(placed), [member_key(b) for b in service.backends])
         old = self._words_of(placed) if placed else array("I", bytes(4 * service.ring_size))
         start = self._expired(placed, old) if placed else old
-        return RingChange(numbers, old, ring.transition(start, _table(service, numbers), frozenset(numbers.values())))
+        alive = frozenset(numbers[member_key(b)] for b in service.backends if not b.down)
+        return RingChange(numbers, old, ring.transition(start, _table(service, numbers), alive))
 
     def _words_of(self, placed: Placed) -> array[int]:
         return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size].tobytes())

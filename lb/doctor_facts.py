@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from lb.capabilities import NEEDED, effective
+from lb.capabilities import missing
 from lb.dataplane import PROGRAM, KernelDataplane
 from lb.doctor import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
@@ -89,8 +89,7 @@ def read_host(paths: Paths, roots: Roots = Roots()) -> Host:
 
 
 def _missing_capabilities(roots: Roots) -> tuple[str, ...]:
-    held = effective((roots.proc / "self/status").read_text())
-    return tuple(name for bit, name in NEEDED.items() if not held >> bit & 1)
+    return missing((roots.proc / "self/status").read_text())
 
 
 def _stored_services(paths: Paths) -> Sequence[Service] | Refusal:

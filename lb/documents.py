@@ -1,18 +1,22 @@
-"""Reports, services and status -> JSON documents for programs.
+"""Reports, services and status -> JSON documents for programs, and the way back.
 
 In come the frozen values of lb.report and lb.model; out go dicts and lists that `json` can write.
-The keys are stable, in snake_case, and each docstring names those of its document.
+The keys are stable, in snake_case, and each docstring names those of its document. What `read_...` returns prints as
+the value that the document was made of; it raises KeyError, TypeError, ValueError or LbError for what is no such
+document.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import astuple
+from dataclasses import astuple, fields
+from ipaddress import ip_address
 from typing import Any
 
-from lb.model import Backend, Service
-from lb.options import values
+from lb.conditions import UP, Condition
+from lb.model import Backend, Interface, Mode, Service, XdpMode
+from lb.options import from_values, values
 from lb.report import (
     Attachment,
     BackendStatus,
@@ -24,6 +28,7 @@ from lb.report import (
     Status,
 )
 from lb.ring import Plan
+from lb.vip import Vip
 
 Document = dict[str, Any]
 
@@ -103,11 +108,11 @@ def _change_document(change: Change) -> Document:
         "change": str(change.kind),
         "before": service_document(change.before) if change.before else None,
         "after": service_document(change.after) if change.after else None,
-        "plan": _plan_document(change.plan) if change.plan else None,
+        "plan": plan_document(change.plan) if change.plan else None,
     }
 
 
-def _plan_document(plan: Plan) -> Document:
+def plan_document(plan: Plan) -> Document:
     return {
         "slots": plan.slots,
         "moved": plan.moved,
@@ -128,8 +133,11 @@ def _attachment_document(attachment: Attachment) -> Document:
 def status_document(status: Status) -> Document:
     """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
     keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
-    `backends` the keys of `backend_document`, `resolved` and the counters; `answered`, `drops`,
-    `passes` and `noted`: reason -> packets.
+    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters; `answered`,
+    `drops`, `passes` and `noted`: reason -> packets.
+
+    `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
+    else 100; `why` what was wrong with it, `since` the Unix time since when it is as it is, null if nobody checks it.
 
     Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
     nat), `connections`. An interface that is not attached has the `xdp_mode` asked for and
@@ -138,7 +146,7 @@ def status_document(status: Status) -> Document:
     return {
         "netns": status.netns,
         "loaded": status.loaded,
-        "interfaces": [_interface_document(i) for i in status.interfaces],
+        "interfaces": [interface_document(i) for i in status.interfaces],
         "services": [_service_status_document(s) for s in status.services],
         "answered": dict(status.answered),
         "drops": dict(status.drops),
@@ -147,7 +155,7 @@ def status_document(status: Status) -> Document:
     }
 
 
-def _interface_document(status: InterfaceStatus) -> Document:
+def interface_document(status: InterfaceStatus) -> Document:
     attached = status.attached
     return {
         "name": status.interface.name,
@@ -161,7 +169,7 @@ def _service_status_document(status: ServiceStatus) -> Document:
     return {
         **_service_head(status.service),
         "slots_in_transition": status.slots_in_transition,
-        **_counters_document(total(status)),
+        **counters_document(total(status)),
         "backends": [_backend_status_document(b) for b in status.backends],
     }
 
@@ -170,11 +178,22 @@ def _backend_status_document(status: BackendStatus) -> Document:
     return {
         **backend_document(status.backend),
         "resolved": status.resolved,
-        **_counters_document(status.counters),
+        **_condition_document(status),
+        **counters_document(status.counters),
     }
 
 
-def _counters_document(counters: Counters) -> Document:
+def _condition_document(status: BackendStatus) -> Document:
+    condition = status.condition or UP
+    return {
+        "state": status.state,
+        "share": condition.share,
+        "why": condition.why,
+        "since": condition.since if status.condition else None,
+    }
+
+
+def counters_document(counters: Counters) -> Document:
     return {
         "packets": counters.packets,
         "bytes": counters.bytes,
@@ -194,3 +213,94 @@ def total(status: ServiceStatus) -> Counters:
     """The counters of all backends of a service together."""
     each = [astuple(b.counters) for b in status.backends]
     return Counters(*(sum(column) for column in zip(*each, strict=True)))
+
+
+# The way back
+
+
+def read_backend(document: Document) -> Backend:
+    """From a `backend_document`."""
+    return Backend(
+        ip_address(document["address"]),
+        document["port"],
+        document["weight"],
+        document["draining"],
+        tuple(document["server_ids"]),
+    )
+
+
+def read_service(document: Document) -> Service:
+    """From a `service_document`."""
+    return Service(
+        Vip.parse(document["vip"]),
+        Mode(document["mode"]),
+        tuple(map(read_backend, document["backends"])),
+        document["ring_size"],
+        document["flow_timeout_s"],
+        from_values(document["options"]),
+    )
+
+
+def read_report(document: Document) -> Report:
+    """From a `report_document`; the warnings of interfaces have become the report's own."""
+    return Report(
+        changes=tuple(map(_read_change, document["changes"])),
+        attached=tuple(map(_read_attachment, document["attached"])),
+        detached=tuple(document["detached"]),
+        notes=tuple(document["notes"]),
+        warnings=tuple(document["warnings"]),
+        dry_run=document["dry_run"],
+    )
+
+
+def _read_change(document: Document) -> Change:
+    before, after, plan = document["before"], document["after"], document["plan"]
+    return Change(
+        Vip.parse(document["vip"]),
+        read_service(before) if before else None,
+        read_service(after) if after else None,
+        Plan(**plan) if plan else None,
+    )
+
+
+def _read_attachment(document: Document) -> Attachment:
+    return Attachment(document["name"], document["xdp_mode"], document["program_id"])
+
+
+def read_status(document: Document) -> Status:
+    """From a `status_document`; of an attached interface, the mode asked for is not known."""
+    return Status(
+        document["netns"],
+        document["loaded"],
+        tuple(map(_read_interface_status, document["interfaces"])),
+        tuple(map(_read_service_status, document["services"])),
+        drops=document["drops"],
+        passes=document["passes"],
+        answered=document["answered"],
+        noted=document["noted"],
+    )
+
+
+def _read_interface_status(document: Document) -> InterfaceStatus:
+    if document["attached"]:
+        return InterfaceStatus(Interface(document["name"]), _read_attachment(document))
+    return InterfaceStatus(Interface(document["name"], XdpMode(document["xdp_mode"])), None)
+
+
+def _read_service_status(document: Document) -> ServiceStatus:
+    return ServiceStatus(
+        read_service(document),
+        document["slots_in_transition"],
+        tuple(map(_read_backend_status, document["backends"])),
+    )
+
+
+def _read_backend_status(document: Document) -> BackendStatus:
+    counters = Counters(**{counter.name: document[counter.name] for counter in fields(Counters)})
+    return BackendStatus(read_backend(document), document["resolved"], counters, _read_condition(document))
+
+
+def _read_condition(document: Document) -> Condition | None:
+    if document["since"] is None:
+        return None
+    return Condition(document["state"] == "down", document["share"], document["why"], document["since"])

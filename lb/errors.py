@@ -7,7 +7,9 @@ LbError
 ├── StoreError         the desired state cannot be read or written
 ├── Busy               another xdp-lb is changing this network namespace
 ├── NoRoute            the host has no way to a backend that the mode can use
-└── DataplaneError     the kernel refused; the old state is in force
+├── DataplaneError     the kernel refused; the old state is in force
+├── Conflict           the thing is no longer as it was when it was read
+└── DaemonError        the daemon does not answer, or refuses to
 """
 
 
@@ -40,4 +42,12 @@ class NoRoute(LbError):
 
 
 class DataplaneError(LbError):
+    pass
+
+
+class Conflict(LbError):
+    pass
+
+
+class DaemonError(LbError):
     pass

@@ -48,6 +48,10 @@ def _free_bits(prefix: Network | None) -> int:
     return min(prefix.max_prefixlen - prefix.prefixlen, MOST_VARIED_BITS) or ONE_SOURCE
 
 
+def _new_uid() -> int:
+    return 1 + secrets.randbelow(2**32 - 1)
+
+
 def address_words(address: Address) -> list[int]:
     """An address as the maps have it: four words, IPv4 in the first."""
     return list(struct.unpack("!4I", address.packed.ljust(16, b"\0")))
@@ -125,10 +129,16 @@ class MemberTable:
         if old.flags & self._alive:
             member.uid = old.uid
         else:
-            member.uid = 1 + secrets.randbelow(2**32 - 1)
+            member.uid = _new_uid()
             self._counters.set_total(index, self._counters.value_type())
         if bytes(member) != bytes(old):
             self._members[index] = member
+
+    def disown_flows(self, placed: Placed, keys: Container[MemberKey]) -> None:
+        """What is recorded as theirs, in whatever table, is a miss from now on; they keep what they have counted."""
+        for key, index in self.places(placed).items():
+            if key in keys:
+                self._members[index].uid = _new_uid()
 
     def move(self, old: Placed, new: Placed) -> None:
         """Copies members to another block, each under its number and with what it has counted."""

@@ -82,7 +82,8 @@ def _words(held: MemoryRing, service: Service) -> array[int]:
     members = [held.ids[_key(b)] for b in service.backends]
     weights = {str(b): b.ring_weight for b in service.backends}
     wanted = maglev.table(weights, service.ring_size, members) or array("H", bytes(2 * service.ring_size))
-    return ring.transition(held.words, wanted, frozenset(members))
+    alive = frozenset(held.ids[_key(b)] for b in service.backends if not b.down)
+    return ring.transition(held.words, wanted, alive)
 
 
 @dataclass

@@ -8,12 +8,13 @@ here touches a file, the network or the kernel.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations, pairwise
 
 from lb.errors import AlreadyExists, InvalidInput, NotFound
+from lb.health_check import Kind
 from lb.maglev import RING_SIZES, is_prime, nearest_primes
 from lb.options import DEFAULTS, Network, Options
 from lb.vip import Address, Protocol, Vip, join_port, split_port
@@ -50,13 +51,15 @@ class XdpMode(StrEnum):
 class Backend:
     """A server behind a service: `ADDR[:PORT][@WEIGHT]`. Port 0 stands for the port the client
     asked for: in a service with a port, that port. server_ids: what names it in QUIC connection IDs, each
-    `CONFIG:HEX`, the config rotation codepoint (0 to 6) and the ID of 1 to 15 bytes."""
+    `CONFIG:HEX`, the config rotation codepoint (0 to 6) and the ID of 1 to 15 bytes. down: health checks have found it
+    dead; only lb.conditions says so, of what is in force: never desired, never stored."""
 
     address: Address
     port: int = 0
     weight: int = 1
     draining: bool = False
     server_ids: tuple[str, ...] = ()
+    down: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "server_ids", tuple(sorted(set(map(_server_id, self.server_ids)))))
@@ -78,8 +81,8 @@ class Backend:
 
     @property
     def ring_weight(self) -> int:
-        """Its share of new connections: none while it drains."""
-        return 0 if self.draining else self.weight
+        """Its share of new connections: none while it drains or is down."""
+        return 0 if self.draining or self.down else self.weight
 
     @property
     def sort_key(self) -> tuple[int, int, int]:
@@ -159,9 +162,25 @@ class Service:
                 f"not all of them IPv{self.vip.address.version}",
             ),
             ("echo", options.echo and not self.vip.is_one_address, "needs a VIP of one address"),
+            ("slow start", options.slow_start_s and not options.health, "needs a health check"),
+            ("fail closed", options.fail_closed and not options.health, "needs a health check"),
+            *self._faults_of_health_check(),
         ):
             if wrong:
                 raise InvalidInput(f"{self.vip}: {name}: {why}")
+
+    def _faults_of_health_check(self) -> Iterator[tuple[str, object, str]]:
+        check = self.options.health
+        if check is None or check.kind is Kind.SCRIPT:
+            return
+        in_full = all(self._in_full(backend).port for backend in self.backends)
+        yield "health", not (check.port or in_full), "which port is to be checked: say port=N"
+        through_vip = self.mode is not Mode.NAT
+        yield (
+            "health",
+            through_vip and not self.vip.is_one_address,
+            "needs a VIP of one address, or mode nat: say script",
+        )
 
     def _check_backends(self) -> None:
         self._check_server_ids()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lb.health_check import HealthCheck
 from lb.options import DEFAULTS, FIELDS, Network, Options
 
 
@@ -27,6 +28,10 @@ def _switch(value: bool) -> str:
     return "on" if value else "off"
 
 
+def _check(value: HealthCheck | None) -> str:
+    return str(value or "off")
+
+
 def _prefixes(none: str) -> Callable[[tuple[Network, ...]], str]:
     return lambda value: " ".join(map(str, value)) or none
 
@@ -43,6 +48,9 @@ WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gue_port": ("gue port", _number),
     "outer_checksum": ("outer checksum", _switch),
     "second_chance": ("second chance", _switch),
+    "health": ("health", _check),
+    "slow_start_s": ("slow start", _seconds),
+    "fail_closed": ("fail closed", _switch),
 }
 
 

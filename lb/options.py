@@ -12,12 +12,14 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from lb.errors import InvalidInput
+from lb.health_check import HealthCheck
 
 Network = IPv4Network | IPv6Network
 
 GUE_PORT = 6080  # IANA
 MSS_RANGE = range(88, 65496)  # RFC 9293's least IPv4 packet, less its headers, to what the field can sensibly say
 LONGEST_AFFINITY_S = 7 * 86400
+LONGEST_SLOW_START_S = 3600
 MOST_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
 # "This network", loopback, multicast, and what is reserved above it, in IPv4 and in IPv6.
 NOT_UNICAST = tuple(map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")))
@@ -61,7 +63,10 @@ class Options:
     echo: echo requests to the VIP's address are answered by the balancer.
     tunnel_sources: outer source addresses of mode ipip and gue vary within them, by flow; one a family at most.
     outer_checksum: a UDP checksum in mode gue.
-    second_chance: mode gue names the slot's other backend during transitions, for xdp-lb decap to ask."""
+    second_chance: mode gue names the slot's other backend during transitions, for xdp-lb decap to ask.
+    health: how backends are checked while the daemon runs; None: not at all.
+    slow_start_s: so long a backend that has come back takes to get its whole share; 0: at once.
+    fail_closed: with all backends down packets are dropped, else served as if all were up."""
 
     affinity_s: int = 0
     sources: tuple[Network, ...] = ()
@@ -73,6 +78,9 @@ class Options:
     gue_port: int = GUE_PORT
     outer_checksum: bool = False
     second_chance: bool = False
+    health: HealthCheck | None = None
+    slow_start_s: int = 0
+    fail_closed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", _ordered(self.sources))
@@ -81,6 +89,7 @@ class Options:
         _check("syn limit", self.syn_limit, range(1, MOST_SYNS_PER_S + 1))
         _check("syn limit of a source", self.syn_limit_of_source, range(1, MOST_SYNS_PER_S + 1))
         _check("mss", self.mss, MSS_RANGE)
+        _check("slow start", self.slow_start_s, range(1, LONGEST_SLOW_START_S + 1))
         _check("gue port", self.gue_port, range(1, 65536), off=None)
         if len({prefix.version for prefix in self.tunnel_sources}) < len(self.tunnel_sources):
             raise InvalidInput("tunnel source: two prefixes of one family: give one each")
@@ -102,9 +111,10 @@ PREFIX_FIELDS = ("sources", "tunnel_sources")
 
 
 def values(options: Options) -> dict[str, Any]:
-    """Field -> its value, with prefixes as text: what JSON can hold."""
+    """Field -> its value, with prefixes and the health check as text (none: empty): what JSON can hold."""
     found = {name: getattr(options, name) for name in FIELDS}
-    return found | {name: [str(prefix) for prefix in found[name]] for name in PREFIX_FIELDS}
+    prefixes = {name: [str(prefix) for prefix in found[name]] for name in PREFIX_FIELDS}
+    return found | prefixes | {"health": str(options.health or "")}
 
 
 def changed_values(options: Options) -> dict[str, Any]:
@@ -118,4 +128,5 @@ def from_values(found: Mapping[str, Any]) -> Options:
     for name in found.keys() - set(FIELDS):
         raise InvalidInput(f"option {name}: not known")
     prefixes = {name: tuple(map(parse_network, found[name])) for name in PREFIX_FIELDS if name in found}
-    return Options(**{**found, **prefixes})
+    health = {"health": HealthCheck.parse(found["health"])} if found.get("health") else {"health": None}
+    return Options(**{**found, **prefixes, **health})

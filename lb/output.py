@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lb import option_words
+from lb.conditions import WHOLE
 from lb.documents import total
 from lb.model import Backend, Service
 from lb.report import (
@@ -32,6 +34,7 @@ from lb.ring import Plan
 SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}
 STYLES = {
     "draining": "yellow",
+    "down": "red",
     "unresolved": "red",
     "detached": "red",
     "generic": "yellow",
@@ -322,7 +325,19 @@ def _service_paragraphs(status: Status, *, colour: bool) -> Iterator[list[str]]:
     width = max(map(len, names), default=0)
     for service in status.services:
         lines = _backend_status_table(service, status.loaded, width, colour=colour)
-        yield [_service_headline(service), *(f"  {line}" for line in lines)]
+        faults = [f"{b.backend}: {_fault(b)}" for b in service.backends if _fault(b)]
+        yield [_service_headline(service), *(f"  {line}" for line in [*lines, *faults])]
+
+
+def _fault(status: BackendStatus) -> str:
+    """What health checks have to say of it, if it does not get its whole share."""
+    condition = status.condition
+    if condition is None or not (condition.down or condition.share < WHOLE):
+        return ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(condition.since))
+    return (
+        f"down since {since}: {condition.why}" if condition.down else f"up since {since}: starts at {condition.share} %"
+    )
 
 
 def _service_headline(status: ServiceStatus) -> str:
@@ -348,7 +363,7 @@ def _backend_status_table(status: ServiceStatus, loaded: bool, width: int, *, co
 
 def _backend_status_row(status: BackendStatus, loaded: bool) -> tuple[str, ...]:
     backend = status.backend
-    state = _state(backend, resolved=status.resolved or not loaded)
+    state = "down" if status.state == "down" else _state(backend, resolved=status.resolved or not loaded)
     return str(backend), str(backend.weight), state, *_counter_cells(status.counters)
 
 

@@ -66,3 +66,13 @@ class Paths:
     @property
     def lock(self) -> Path:
         return self.state_dir / self.netns / "lock"
+
+    @property
+    def access(self) -> Path:
+        """Tokens of the daemon, and who changed what."""
+        return self.state_dir / self.netns / "access.db"
+
+    @property
+    def socket(self) -> Path:
+        """Where the daemon listens, while there is one."""
+        return self.run_dir / self.netns / "api.sock"

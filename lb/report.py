@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from lb.conditions import Condition
 from lb.model import Backend, Interface, Service
 from lb.ring import Plan
 from lb.vip import Address, Vip
@@ -87,6 +88,14 @@ class BackendStatus:
     backend: Backend
     resolved: bool
     counters: Counters
+    condition: Condition | None = None  # None: nobody checks it, or not yet
+
+    @property
+    def state(self) -> str:
+        """active, draining or down."""
+        if self.condition and self.condition.down:
+            return "down"
+        return "draining" if self.backend.draining else "active"
 
 
 @dataclass(frozen=True, slots=True)

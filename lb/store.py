@@ -14,7 +14,7 @@ import sqlite3
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EEXIST, EISDIR, ENOTDIR
 from pathlib import Path
@@ -24,9 +24,13 @@ from typing import Self
 from lb.errors import Busy, LbError, StoreError
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.options import changed_values, from_values
+from lb.rule_store import SCHEMA as RULE_SCHEMA
+from lb.rule_store import PackedSet, read_rules, read_set, write_rules
+from lb.rules import Rules
 from lb.vip import Vip, parse_address
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+FIRST_WITH_RULES = 3
 LOCK_WAIT_S = 5.0
 LOCK_POLL_S = 0.02
 
@@ -61,7 +65,8 @@ MIGRATIONS = {
     1: """
 ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
-"""
+""",
+    2: RULE_SCHEMA,
 }
 
 UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
@@ -151,19 +156,46 @@ class Store:
         if state == self._state:
             yield
             return
+        with self._transaction(lambda: self._write(state)):
+            yield
+        self._state = state
+        self._generation += 1
+
+    def rules(self) -> Rules:
+        """The filter rules that were saved last. Raises StoreError."""
+        with _translated(self._path):
+            if self._version() < FIRST_WITH_RULES:
+                return Rules()
+            try:
+                return read_rules(self._connection)
+            except (LbError, ValueError, TypeError) as error:
+                raise sqlite3.DatabaseError(f"holds an invalid value ({error})") from error
+
+    def rule_set(self, slot: int) -> PackedSet:
+        """The prefixes of a rule with a set."""
+        with _translated(self._path):
+            return read_set(self._connection, slot)
+
+    @contextmanager
+    def saving_rules(self, rules: Rules, sets: Mapping[int, PackedSet]) -> Iterator[None]:
+        """As saving(). `sets`: slot -> prefixes, of the rules whose set is new. Services and interfaces stay as they
+        are, and so does the generation: the balancer's maps hold no rules."""
+        with self._transaction(lambda: write_rules(self._connection, rules, sets)):
+            yield
+
+    @contextmanager
+    def _transaction(self, write: Callable[[], None]) -> Iterator[None]:
         with _translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
         try:
             with _translated(self._path):
-                self._write(state)
+                write()
             yield
             with _translated(self._path):
                 self._connection.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
-        self._state = state
-        self._generation += 1
 
     def _roll_back(self) -> None:
         # SQLite itself may have rolled back already, on a full disk for one.
@@ -243,7 +275,7 @@ class Store:
 
 
 def _create() -> str:
-    return f"{SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
+    return f"{SCHEMA} {RULE_SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
 
 
 @contextmanager

@@ -244,9 +244,10 @@ def test_removing_the_last_backend_leaves_a_service_that_drops_by_name(attached:
 # Permission
 
 CAPABILITIES = {
-    "-all": "not permitted: run as root (CAP_NET_ADMIN and CAP_SYS_ADMIN missing)",
+    "-all": "not permitted: run as root (CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF missing)",
     "-net_admin": "not permitted: run as root (CAP_NET_ADMIN missing)",
-    "-sys_admin": "not permitted: run as root (CAP_SYS_ADMIN missing)",
+    "-sys_admin,-bpf": "not permitted: run as root (CAP_BPF missing)",
+    "-sys_admin,-perfmon": "not permitted: run as root (CAP_PERFMON missing)",
 }
 CHANGES = ["attach eth0", "detach", f"backend drain {VIP} 10.99.2.11"]
 

@@ -1,8 +1,9 @@
 """The program against its model: services, events and frames are drawn, and both must do the same with each.
 
-Verdict, reason and bytes are compared after every frame, the members' counters at the end; at the very end every reason
-must have been seen that a test run can have, if there were frames enough. `make test` draws the same 20,000 frames every
-time; with FUZZ_PACKETS set the frames are new ones, as many as it says, and FUZZ_SEED repeats those that a failure names.
+Verdict, reason and bytes are compared after every frame, the members' counters at the end; at the very end every
+reason must have been seen that a test run can have, if there were frames enough. `make test` draws the same 20,000
+frames every time; with FUZZ_PACKETS set the frames are new ones, as many as it says, and FUZZ_SEED repeats those that a
+failure names.
 """
 
 from __future__ import annotations

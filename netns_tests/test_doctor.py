@@ -175,9 +175,9 @@ def test_without_names_the_ethernet_interfaces_that_are_up_are_looked_at(patient
 
 
 def test_missing_capabilities_are_named(patient: Patient) -> None:
-    answer = patient.doctor(NEAR, "--json", prefix=("setpriv", "--bounding-set", "-net_admin,-sys_admin"))
+    answer = patient.doctor(NEAR, "--json", prefix=("setpriv", "--bounding-set", "-net_admin,-sys_admin,-bpf"))
     assert answer.returncode == 1
-    assert finding(answer.stdout, "capabilities")["value"] == "CAP_NET_ADMIN and CAP_SYS_ADMIN missing"
+    assert finding(answer.stdout, "capabilities")["value"] == "CAP_NET_ADMIN and CAP_BPF missing"
     assert finding(answer.stdout, "program")["status"] == "warn"
 
 

@@ -55,14 +55,18 @@ class Program:
     def id(self) -> int:
         return int(program_info(self.fd).id)
 
-    def test_run(self, frame: bytes, *, ingress_ifindex: int = 0, repeat: int = 1) -> TestRun:
-        """Runs the program on `frame` (14 to 3,520 bytes), as if it had come in on that interface (0: the loopback)."""
-        out = ctypes.create_string_buffer(len(frame) + _OUTPUT_ROOM)
-        context = XdpMd(data_end=len(frame), ingress_ifindex=ingress_ifindex)
+    def test_run(self, frame: bytes, *, ingress_ifindex: int = 0, repeat: int = 1, metadata: bytes = b"") -> TestRun:
+        """Runs the program on `frame` (14 to 3,520 bytes), as if it had come in on that interface (0: the loopback).
+
+        metadata: what data_meta shows to the programs, 4 to 32 bytes in words of 4; wants an interface. Raises OSError.
+        """
+        given = metadata + frame
+        out = ctypes.create_string_buffer(len(given) + _OUTPUT_ROOM)
+        context = XdpMd(data=len(metadata), data_end=len(given), ingress_ifindex=ingress_ifindex)
         opts = libbpf.TestRunOpts(
             sz=ctypes.sizeof(libbpf.TestRunOpts),
-            data_in=ctypes.cast(ctypes.c_char_p(frame), ctypes.c_void_p),
-            data_size_in=len(frame),
+            data_in=ctypes.cast(ctypes.c_char_p(given), ctypes.c_void_p),
+            data_size_in=len(given),
             data_out=ctypes.addressof(out),
             data_size_out=len(out),
             repeat=repeat,
@@ -70,7 +74,7 @@ class Program:
         if ingress_ifindex:
             opts.ctx_in, opts.ctx_size_in = ctypes.addressof(context), ctypes.sizeof(context)
         libbpf.program_test_run(self.fd, ctypes.byref(opts))
-        return TestRun(opts.retval, out.raw[: opts.data_size_out], opts.duration)
+        return TestRun(opts.retval, out.raw[len(metadata) : opts.data_size_out], opts.duration)
 
     def run_syscall(self, context: ctypes.Structure) -> int:
         """Runs a SEC("syscall") program; `context` is changed in place. Returns the program's value."""

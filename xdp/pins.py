@@ -18,9 +18,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from xdp.errors import NotPermitted, XdpError
+from xdp.errors import LoadError, NotPermitted, XdpError
+from xdp.object import pinned_program
 
 _CURRENT = "current"
+
+
+def run_dir() -> Path:
+    """The run directory, by the environment."""
+    return Path(os.environ.get("XDP_LB_RUN_DIR") or "/run/xdp-lb")
 
 
 def _ancestors() -> Iterator[int]:
@@ -133,4 +139,24 @@ class Pins:
         with suppress(FileNotFoundError):
             shutil.rmtree(root / self._folder)
         if all("." in path.name for path in root.iterdir()):  # the kernel's own: maps.debug, progs.debug
-            _in_home(_home(), "umount", str(self.mount_point))
+            with suppress(NotPermitted):  # an empty one may stay: it takes more to unmount it than to use it
+                _in_home(_home(), "umount", str(self.mount_point))
+
+
+def generation_of(program_id: int, name: str, run_dir: Path) -> Path | None:
+    """The folder of the generation in force, of whichever network namespace, that pins this program under this name."""
+    root = Pins(run_dir, "")._root()
+    for link in root.glob(f"*/{_CURRENT}") if root else ():
+        generation = link.parent / os.readlink(link)
+        with suppress(LoadError):
+            if _pinned_id(generation, name) == program_id:
+                return generation
+    return None
+
+
+def _pinned_id(generation: Path, name: str) -> int:
+    program = pinned_program(str(generation), name)
+    try:
+        return program.id
+    finally:
+        os.close(program.fd)

@@ -1,4 +1,4 @@
-"""Programs at an interface's tc ingress: put on, replaced without a gap, taken off.
+"""Programs at an interface's tc ingress and egress: put on, replaced without a gap, taken off.
 
 Enters: an interface index and a loaded program's file descriptor. Leaves: a direct-action filter on
 clsact, under a priority and a handle of our own, so that filters of others stay beside it. It
@@ -18,22 +18,39 @@ from xdp.netlink import IPRoute, NetlinkError, route_socket, translate
 # include/uapi/linux/pkt_sched.h, if_ether.h
 _INGRESS, _EGRESS = 0xFFFF_FFF2, 0xFFFF_FFF3
 _ETH_P_ALL = 0x0003
-_PLACE: dict[str, Any] = {"parent": _INGRESS, "prio": 0x4C, "handle": 0x4C, "protocol": _ETH_P_ALL}
 
 
-def attach(ifindex: int, program_fd: int, name: str) -> None:
-    """Put the program at ingress, or in the place of an earlier one of ours. Raises XdpError."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a program of ours stays: programs run by priority, the lowest first."""
+
+    egress: bool
+    priority: int
+
+    @property
+    def words(self) -> dict[str, Any]:
+        parent = _EGRESS if self.egress else _INGRESS
+        return {"parent": parent, "prio": self.priority, "handle": self.priority, "protocol": _ETH_P_ALL}
+
+
+# Between them stay the programs of hold().
+FIRST_IN = Place(egress=False, priority=0x4C)
+LAST_IN, LAST_OUT = Place(egress=False, priority=0x4E), Place(egress=True, priority=0x4E)
+
+
+def attach(ifindex: int, program_fd: int, name: str, place: Place = FIRST_IN) -> None:
+    """Put the program there, or in the place of an earlier one of ours. Raises XdpError."""
     with route_socket() as ipr, _refusals(f"interface {ifindex}: cannot attach {name}"):
         _add_clsact(ipr, ifindex)
-        ipr.tc("replace-filter", "bpf", ifindex, fd=program_fd, name=name, direct_action=True, **_PLACE)
+        ipr.tc("replace-filter", "bpf", ifindex, fd=program_fd, name=name, direct_action=True, **place.words)
 
 
-def detach(ifindex: int) -> None:
+def detach(ifindex: int, place: Place = FIRST_IN) -> None:
     """Take our program off, and clsact too where nobody else uses it.
 
     No error where there is nothing to take off, be it that the interface is gone.
     """
-    _remove(ifindex, _PLACE)
+    _remove(ifindex, place.words)
 
 
 def _remove(ifindex: int, place: dict[str, Any]) -> None:
@@ -62,17 +79,21 @@ class Held:
 
 def hold(ifindex: int, program_fd: int, program_id: int, name: str, *, egress: bool) -> Held:
     """For kernels without tcx. Behind attach()'s program; each by the handle that is its own id. Raises XdpError."""
-    parent = _EGRESS if egress else _INGRESS
-    place = _PLACE | {"parent": parent, "prio": _PLACE["prio"] + 1, "handle": program_id}
+    place = Place(egress, FIRST_IN.priority + 1).words | {"handle": program_id}
     with route_socket() as ipr, _refusals(f"interface {ifindex}: cannot attach {name}"):
         _add_clsact(ipr, ifindex)
         ipr.tc("add-filter", "bpf", ifindex, fd=program_fd, name=name, direct_action=True, **place)
     return Held(ifindex, place)
 
 
-def is_attached(ifindex: int) -> bool:
-    with route_socket() as ipr:
-        return any(message["handle"] == _PLACE["handle"] for message in _filters(ipr, ifindex))
+def is_attached(ifindex: int, place: Place = FIRST_IN) -> bool:
+    """Also False where the interface is gone."""
+    words = place.words
+    with route_socket() as ipr, _refusals(f"interface {ifindex}", but=(ENODEV, EINVAL)):
+        return any(
+            message["handle"] == words["handle"] for message in ipr.get_filters(index=ifindex, parent=words["parent"])
+        )
+    return False
 
 
 @contextmanager

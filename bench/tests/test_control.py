@@ -58,22 +58,27 @@ def test_a_ring_size_that_is_no_prime_is_one_line() -> None:
 
 
 def test_control_measures_time_latencies_and_memory() -> None:
-    figures = bench("control", "--scale", "2x3", "--changes", "2")
-    always = "path=library services=2 backends=3"
+    figures = bench("control", "--scale", "2x3", "--changes", "2", "--checks", "2")
+    cases = [(str(figure["case"]), figure["unit"]) for figure in figures]
+    assert [case for case in cases if "path=checks" not in case[0]] == [
+        *cases_of("path=library services=2 backends=3"),
+        ("path=library services=2 backends=3 metric=maps", "bytes"),
+        ("path=library services=2 backends=3 metric=rss", "bytes"),
+        *cases_of("path=api services=2 backends=3"),
+        ("path=api services=2 backends=3 metric=rss", "bytes"),
+    ]
+    assert all(isinstance(figure["value"], int | float) and figure["value"] > 0 for figure in figures)
+    assert not [name for name in remaining_namespaces() if "control" in name]
+
+
+def cases_of(always: str) -> list[tuple[str, str]]:
     changes = [
         (f"{always} change={change} quantile={quantile}", "ms")
         for change in ("add", "weight", "drain", "remove")
         for quantile in ("p50", "p99")
     ]
-    assert [(figure["case"], figure["unit"]) for figure in figures] == [
-        (f"{always} metric=apply", "s"),
-        *changes,
-        (f"{always} metric=rate", "changes/s"),
-        (f"{always} metric=maps", "bytes"),
-        (f"{always} metric=rss", "bytes"),
-    ]
-    assert all(isinstance(figure["value"], int | float) and figure["value"] > 0 for figure in figures)
-    assert not [name for name in remaining_namespaces() if "control" in name]
+    together = [(f"{always} quantile=p99", "ms"), (f"{always} metric=rate", "changes/s")]
+    return [(f"{always} metric=apply", "s"), *changes, *together]
 
 
 def test_what_is_applied_is_what_the_scale_says() -> None:

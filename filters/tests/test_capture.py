@@ -77,6 +77,24 @@ def test_captured_packet_is_the_packet(rings: Rings, hook: Hook) -> None:
     assert rings.settled() == Counts(matched=2, captured=2)
 
 
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=str)
+def test_packets_of_all_lengths_are_captured_byte_for_byte(rings: Rings, hook: Hook) -> None:
+    frame = UDP[:34] + bytes(range(34, 200))
+    with capturing(rings, hook) as program:
+        for size in range(34, len(frame) + 1):
+            program.test_run(frame[:size])
+    assert packets(rings) == [(frame[:size], size) for size in range(34, len(frame) + 1)]
+
+
+@pytest.mark.parametrize("snaplen", [31, 32, 33, 64, 127, 128, 129])
+def test_snapshot_length_cuts_between_pieces_and_within_them(rings: Rings, snaplen: int) -> None:
+    frame = bytes(range(200))
+    with capturing(rings, XDP_FRAGS, snaplen=snaplen) as program:
+        program.test_run(frame)
+        program.test_run(frame)
+    assert packets(rings) == [(frame[:snaplen], len(frame))] * 2
+
+
 def test_packet_in_fragments_is_captured_whole(rings: Rings) -> None:
     frame = UDP + bytes(n * 7 & 0xFF for n in range(20000))
     with capturing(rings, XDP_FRAGS) as program:
@@ -91,6 +109,17 @@ def test_snapshot_length_cuts_the_packet_but_not_its_length(rings: Rings, hook: 
         program.test_run(UDP)
         program.test_run(UDP)
     assert packets(rings) == [(UDP[:snaplen], len(UDP))] * 2
+
+
+def test_clock_is_told_anew_only_when_it_was_set(rings: Rings) -> None:
+    told = [line.clock_offset_ns for line in rings._lines]
+    for _ in range(10):
+        rings.set_clock()
+    assert [line.clock_offset_ns for line in rings._lines] == told
+    for line in rings._lines:
+        line.clock_offset_ns -= 10**9
+    rings.set_clock()
+    assert [line.clock_offset_ns for line in rings._lines] == pytest.approx(told, abs=10**6)
 
 
 @pytest.mark.parametrize("nano", [False, True])
@@ -115,7 +144,7 @@ def test_second_that_was_kept_is_given_up_when_the_clock_is_set_back(rings: Ring
         with harvested(rings) as span:
             ((_, first, _),) = offsets(span)
         for line in rings._lines:
-            line.tai_offset_ns += 3600 * 10**9
+            line.clock_offset_ns -= 3600 * 10**9
         program.test_run(UDP)
     with harvested(rings) as span:
         ((_, second, fraction),) = offsets(span)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyroute2 import netns
 
-from filters import dump, selftest
+from filters import selftest, taps
 from filters.dump import Request, Session
 from filters.errors import DumpError, NotWritten, SelftestFailed
 from filters.expr import compile_expression
@@ -98,7 +98,7 @@ def test_without_tcx_programs_hang_on_clsact(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object, **__: object) -> None:
         raise NotSupported("interface: cannot attach: Invalid argument")
 
-    monkeypatch.setattr(dump, "hold_at_tc", refuse)
+    monkeypatch.setattr(taps, "hold_at_tc", refuse)
     sink = Memory()
     with Session(request(at=None, ingress=False)) as out, Session(request(at="tc-in")) as into:
         out.start()

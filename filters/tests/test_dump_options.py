@@ -67,7 +67,7 @@ def test_wrong_words_are_told_as_getopt_tells_them(words: list[str], message: st
         (["-c", "²"], "invalid packet count ²"),
         (["-s", "-1"], "invalid snaplen -1 (must be >= 0 and <= 262144)"),
         (["-G", "-1"], "invalid number of seconds -1"),
-        (["--at", "nowhere"], "unknown place `nowhere': one of xdp, tc-in, tc-out"),
+        (["--at", "nowhere"], "unknown place `nowhere': one of xdp, xdp-exit, tc-in, tc-out"),
     ],
 )
 def test_bad_values_are_named(words: list[str], message: str) -> None:
@@ -87,3 +87,20 @@ def test_expression_of_a_file_takes_the_place_of_the_words(tmp_path: Path) -> No
 )
 def test_packets_are_printed_unless_they_are_written(words: list[str], prints: bool) -> None:
     assert parse(words).prints is prints
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks", "notes"),
+    [
+        (["-w", "a.pcapng"], True, True),
+        (["-w", "a.pcap", "--pcapng"], True, True),
+        (["-w", "a.pcap"], False, False),
+        (["--pcapng"], False, False),
+        (["--json"], False, True),
+        (["--json", "-w", "a.pcap"], False, False),
+        (["--json", "-w", "a.pcap", "--print"], False, True),
+    ],
+)
+def test_format_is_chosen_by_name_or_by_option(words: list[str], blocks: bool, notes: bool) -> None:
+    options = parse(words)
+    assert (options.writes_blocks, options.notes, options.in_nanoseconds) == (blocks, notes, notes)

@@ -133,6 +133,14 @@ def test_filter_that_is_too_long_names_the_limit() -> None:
         load_bare([*[load_x, load_a] * 3000, Instruction(cbpf.RET | cbpf.A)], TC_IN)
 
 
+def test_filter_with_too_many_branches_names_the_limit() -> None:
+    hosts = " or ".join(f"host 10.0.{n // 250}.{n % 250}" for n in range(300))
+    with pytest.raises(
+        TooLong, match=r"^filter: more branches than the 8,192 that the verifier keeps in mind: split the"
+    ):
+        load_bare(compile_expression(hosts, optimise=False), XDP_FRAGS)
+
+
 def test_program_that_the_verifier_refuses_is_shown_with_the_end_of_its_log() -> None:
     asm = Assembler()
     asm.load(R0, R1, 4000, 4)

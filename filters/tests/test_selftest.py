@@ -89,6 +89,16 @@ def test_program_that_the_kernel_does_not_take_is_interpreted() -> None:
         KernelFilter(long)
 
 
+def test_program_that_a_socket_has_no_memory_for_is_interpreted() -> None:
+    """net.core.optmem_max, 128 KB as a rule, is less than the longest program takes once the kernel has it."""
+    load = Instruction(cbpf.LD | cbpf.W | cbpf.ABS, k=14)
+    long = (*[load] * (cbpf.MAX_INSTRUCTIONS - 1), Instruction(cbpf.RET | cbpf.K, k=cbpf.WORD))
+    with pytest.raises(InvalidFilter, match=r"^4096 instructions: the kernel refuses them: Cannot allocate memory$"):
+        KernelFilter(long)
+    with oracle(long) as classic:
+        assert classic.accepted(FRAMES["udp"]) == len(FRAMES["udp"])
+
+
 def test_what_only_a_hook_knows_becomes_a_constant() -> None:
     from_header = Instruction(cbpf.LD | cbpf.B | cbpf.ABS, k=cbpf.NET_OFF + 9)
     interface = Instruction(cbpf.LD | cbpf.ABS, k=cbpf.AD_OFF + cbpf.IFINDEX)

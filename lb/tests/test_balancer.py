@@ -8,7 +8,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -763,3 +763,46 @@ def test_a_dry_run_of_the_first_attach_says_where_it_would_attach(bed: Bed) -> N
     assert [a.interface for a in report.attached] == ["eth0", "eth1"]
     assert report.changes[0].plan is None
     bed.assert_in_force(State())
+
+
+# Filter rules in front
+
+
+@dataclass
+class Calls:
+    """A guard that notes when it is called, and what the balancer runs on then."""
+
+    dataplane: MemoryDataplane
+    made: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def make_way(self, name: str) -> None:
+        self.made.append(("make_way", name, name in self.dataplane.attachments()))
+
+    def take_over(self, name: str) -> None:
+        self.made.append(("take_over", name, name in self.dataplane.attachments()))
+
+
+def test_guard_is_called_before_the_balancer_comes_and_before_it_goes(bed: Bed) -> None:
+    calls = Calls(bed.dataplane)
+    with Store.open(bed.path, write=True) as store:
+        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
+        balancer.detach(["eth1"])
+        balancer.detach()
+    assert calls.made == [
+        ("make_way", "eth0", False),
+        ("make_way", "eth1", False),
+        ("take_over", "eth1", True),
+        ("take_over", "eth0", True),
+    ]
+
+
+def test_guard_takes_over_where_an_attach_fails(bed: Bed) -> None:
+    calls = Calls(bed.dataplane)
+    bed.dataplane.foreign.add("eth1")
+    with Store.open(bed.path, write=True) as store:
+        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        with pytest.raises(DataplaneError):
+            balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
+    assert calls.made[-1] == ("take_over", "eth0", True)
+    assert not bed.dataplane.attachments()

@@ -222,6 +222,9 @@ EVERY_OPTION = (
     ("--gue-port", "6081", "gue_port", 6081),
     ("--outer-checksum", None, "outer_checksum", True),
     ("--second-chance", None, "second_chance", True),
+    ("--health", "http /healthz interval=1s", "health", "http /healthz interval=1s"),
+    ("--slow-start", "30", "slow_start_s", 30),
+    ("--fail-closed", None, "fail_closed", True),
 )
 OPTION_WORDS = tuple(word for name, value, *_ in EVERY_OPTION for word in (name, value) if word is not None)
 OPTION_VALUES = {key: value for *_, key, value in EVERY_OPTION}
@@ -267,8 +270,9 @@ def test_every_option_is_switched_off_again(host: Host) -> None:
     plain = options_of(host, TUNNEL)
     host.lines("vip", "set", TUNNEL, *OPTION_WORDS)
     assert options_of(host, TUNNEL) == OPTION_VALUES
-    off = [word for option in ("--affinity", "--syn-limit", "--syn-limit-of-source", "--mss") for word in (option, "0")]
-    switches = ("--no-echo", "--no-outer-checksum", "--no-second-chance")
+    numbers = ("--affinity", "--syn-limit", "--syn-limit-of-source", "--mss", "--slow-start")
+    off = [*(word for option in numbers for word in (option, "0")), "--health", "off"]
+    switches = ("--no-echo", "--no-outer-checksum", "--no-second-chance", "--no-fail-closed")
     host.lines("vip", "set", TUNNEL, *off, *switches, "--allow", "any", "--tunnel-source", "own", "--gue-port", "6080")
     assert options_of(host, TUNNEL) == plain
 

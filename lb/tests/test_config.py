@@ -9,6 +9,7 @@ import pytest
 
 from lb import config
 from lb.errors import InvalidInput
+from lb.health_check import HealthCheck
 from lb.model import Backend, Mode, Service
 from lb.options import Options, parse_network
 from lb.vip import Vip
@@ -73,6 +74,9 @@ tunnel_source = ["198.18.0.0/16", "2001:db8:1::/64"]
 gue_port = 6081
 outer_checksum = true
 second_chance = true
+health = "http /healthz interval=1s"
+slow_start = 30
+fail_closed = true
 """)
     assert service.mode is Mode.GUE
     assert service.options == Options(
@@ -86,6 +90,9 @@ second_chance = true
         gue_port=6081,
         outer_checksum=True,
         second_chance=True,
+        health=HealthCheck.parse("http /healthz interval=1s"),
+        slow_start_s=30,
+        fail_closed=True,
     )
 
 
@@ -133,7 +140,8 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (
             SERVICE + "ring = 251",
             f"{HERE}: ring: no such key: there are vip, mode, ring_size, flow_timeout, affinity, sources, syn_limit,"
-            " syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance, backends",
+            " syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance,"
+            " health, slow_start, fail_closed, backends",
         ),
         (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: not known: use nat, dr, ipip or gue"),
         (SERVICE + "mode = true", f"{HERE}: mode: true or false where a string is expected"),
@@ -213,6 +221,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (SERVICE + "gue_port = 0", f"{HERE}: gue port 0: out of range 1 to 65535"),
         (SERVICE + 'mode = "ipip"\ngue_port = 6081', f"{HERE}: 10.0.0.1:80/tcp: gue port: needs mode gue"),
         (SERVICE + "outer_checksum = true", f"{HERE}: 10.0.0.1:80/tcp: outer checksum: needs mode gue"),
+        (SERVICE + 'health = "ping"', f"{HERE}: health check ping: not known: use tcp, http, https, udp or script"),
         (SERVICE + "second_chance = true", f"{HERE}: 10.0.0.1:80/tcp: second chance: needs mode gue"),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", server_ids = "0:aa"}]',

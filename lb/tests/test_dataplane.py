@@ -31,7 +31,7 @@ from lb.memory import MemoryDataplane
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.options import Options
 from lb.report import Attachment, Counters, NextHop
-from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
+from lb.ring import MEMBER_MASK, TRACK, Plan, current_member, previous_member
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf
@@ -901,3 +901,24 @@ def test_stages_stay_when_the_maps_grow(grown: Kernel) -> None:
         grown.serve(*wanted)
         assert list(grown.dataplane.stages.occupied()) == [stages.filter]
         assert grown.backend_of(vips(9)[8], 4000) == A.address
+
+
+def test_a_backend_that_is_down_loses_its_connections_but_not_what_it_has_counted(kernel: Kernel) -> None:
+    kernel.serve(service(WEB, A, B))
+    port = next(port for port in range(4000, 4100) if kernel.backend_of(WEB, port) == A.address)
+    assert kernel.backend_of(WEB, port, "A") == A.address
+    counted = kernel.dataplane.statistics().backends[WEB]
+    kernel.serve(service(WEB, replace(A, down=True), B))
+    assert kernel.backend_of(WEB, port, "A") == B.address
+    after = kernel.dataplane.statistics().backends[WEB]
+    (down,) = (b for b in after if b.address == A.address)
+    assert (after[down], kernel.dataplane.unknown(service(WEB, A, B))) == (counted[down], set())
+
+
+def test_a_backend_that_is_down_is_nobodys_in_transition(kernel: Kernel) -> None:
+    kernel.serve(service(WEB, A, B, mode=Mode.DR))
+    kernel.serve(service(WEB, A, B, C, mode=Mode.DR))
+    number = kernel.dataplane._members.held(kernel.dataplane._placed[WEB])[A.address.packed, 80]
+    assert any(previous_member(word) == number for word in kernel.words(WEB))
+    kernel.serve(service(WEB, replace(A, down=True), B, C, mode=Mode.DR))
+    assert not any(number in (current_member(word), previous_member(word)) for word in kernel.words(WEB))

@@ -17,7 +17,13 @@ MAY_IMPORT = {
     "filters": ("xdp",),
     "lb": ("filters",),
     "lb.dataplane": ("filters", "xdp"),
+    "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
     "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
+    "lb.stage_kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
+    "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
+    "lb.explain_probe": ("filters", "xdp"),
+    "lb.explain_tables": ("filters", "xdp"),
+    "lb.check_path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
     "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
     "lb.tests.test_dataplane": ("filters", "xdp"),
     "lb.tests.test_doctor_facts": ("filters", "xdp"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lb import option_words
 from lb.errors import InvalidInput
+from lb.health_check import HealthCheck
 from lb.options import DEFAULTS, FIELDS, Options, changed_values, from_values, parse_network, values
 
 RATES = st.integers(0, 1_000_000_000)
@@ -23,6 +24,9 @@ PREFIXES = st.one_of(
         lambda n, bits: ip_network((n >> bits << bits, 128 - bits)), st.integers(2**96, 2**128 - 1), st.integers(0, 64)
     ),
 )
+CHECKS = st.sampled_from(
+    ["tcp", "http /healthz interval=1s", "udp send=0x00ff expect=pong", "script timeout=5s /bin/true a=b"]
+).map(HealthCheck.parse)
 EACH = st.builds(
     Options,
     affinity_s=st.integers(0, 7 * 86400),
@@ -37,6 +41,9 @@ EACH = st.builds(
     gue_port=st.integers(1, 65535),
     outer_checksum=st.booleans(),
     second_chance=st.booleans(),
+    health=st.none() | CHECKS,
+    slow_start_s=st.integers(0, 3600),
+    fail_closed=st.booleans(),
 )
 
 
@@ -65,6 +72,9 @@ def test_the_keys_in_json_are_these() -> None:
         "gue_port": 6080,
         "outer_checksum": False,
         "second_chance": False,
+        "health": "",
+        "slow_start_s": 0,
+        "fail_closed": False,
     }
     assert changed_values(DEFAULTS) == {}
 

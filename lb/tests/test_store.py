@@ -19,6 +19,7 @@ from lb.errors import Busy, StoreError
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.options import Options, parse_network
 from lb.paths import Paths
+from lb.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
 from lb.store import Store, writer_lock
 from lb.vip import Vip
 
@@ -108,6 +109,33 @@ INSERT INTO interface VALUES (0, 'eth1', 'generic'), (1, 'eth0', 'auto');
 INSERT INTO own_address VALUES ('10.0.0.1', 'eth1');
 PRAGMA user_version = 1;
 """
+
+# As the release before filter rules wrote it.
+STORE_2 = f"""{STORE_1}
+ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{{}}';
+ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = 2;
+"""
+
+# Every column of a rule, set and empty.
+RULES = Rules(
+    (
+        Rule(
+            slot=7,
+            interface="eth0",
+            at=At.TC_IN,
+            action=Action.LIMIT,
+            expression="udp port 53",
+            instructions=bytes(range(16)),
+            rate=Rate(1500, "min"),
+            set=SetSource("/etc/bad.txt", "dst", 2),
+            deadline=Deadline("boot", 5, 6),
+        ),
+        Rule(0, "eth1", At.XDP, Action.DROP, "", b"\x06"),
+        Rule(1, "eth0", At.TC_OUT, Action.PASS, "arp", b"\x06"),
+    )
+)
+PREFIXES = (bytes(8), bytes(20))
 
 
 def write_store(path: Path, script: str) -> None:
@@ -281,7 +309,7 @@ def test_a_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             Store.open(path, write=write)
         assert str(caught.value) == (
-            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 2): upgrade xdp-lb"
+            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 3): upgrade xdp-lb"
         )
 
 
@@ -296,7 +324,7 @@ def test_a_store_of_the_release_before_is_brought_up_to_date_by_the_first_writer
     write_store(path, STORE_1)
     with Store.open(path, write=True) as store:
         assert (store.load(), store.generation) == (STATE, 1700000042)
-        assert query(path, "PRAGMA user_version") == [(2,)]
+        assert query(path, "PRAGMA user_version") == [(3,)]
         with store.saving(RICH):
             pass
     assert load(path) == RICH
@@ -489,3 +517,65 @@ def test_a_namespace_is_called_by_the_name_that_ip_netns_gave_it(
     assert paths.current_netns() == "blue"
     monkeypatch.setattr(paths, "ROOT_NAMESPACE", Path("/proc/self/ns/net"))
     assert paths.current_netns() == "default"
+
+
+# Filter rules
+
+
+def save_rules(path: Path, rules: Rules, sets: dict[int, tuple[bytes, bytes]]) -> None:
+    with Store.open(path, write=True) as store, store.saving_rules(rules, sets):
+        pass
+
+
+def test_rules_are_read_as_they_were_saved(path: Path) -> None:
+    save_rules(path, RULES, {7: PREFIXES})
+    with Store.open(path, write=False) as store:
+        assert store.rules() == RULES
+        assert store.rule_set(7) == PREFIXES
+
+
+def test_set_stays_until_its_rule_goes(path: Path) -> None:
+    save_rules(path, RULES, {7: PREFIXES})
+    save_rules(path, RULES.moved(RULES.all[0], 2), {})
+    with Store.open(path, write=True) as store:
+        assert store.rule_set(7) == PREFIXES
+        with store.saving_rules(RULES.without(RULES.all[:1]), {}):
+            pass
+        with pytest.raises(StoreError, match="lacks the prefixes of rule 7"):
+            store.rule_set(7)
+
+
+def test_rules_and_services_leave_each_other_alone(path: Path) -> None:
+    generation = save(path, STATE)
+    save_rules(path, RULES, {7: PREFIXES})
+    with Store.open(path, write=True) as store:
+        assert (store.load(), store.generation) == (STATE, generation)
+        with store.saving(OTHER):
+            pass
+        assert store.rules() == RULES
+
+
+def test_an_error_in_the_body_leaves_the_old_rules(path: Path) -> None:
+    save_rules(path, RULES, {7: PREFIXES})
+    with Store.open(path, write=True) as store:
+        with pytest.raises(ZeroDivisionError), store.saving_rules(Rules(), {}):
+            raise ZeroDivisionError
+        assert (store.rules(), store.rule_set(7)) == (RULES, PREFIXES)
+
+
+def test_a_store_from_before_rules_has_none_and_takes_some(path: Path) -> None:
+    write_store(path, STORE_2)
+    with Store.open(path, write=False) as store:
+        assert (store.load(), store.rules()) == (STATE, Rules())
+    save_rules(path, RULES, {7: PREFIXES})
+    with Store.open(path, write=False) as store:
+        assert (store.load(), store.rules()) == (STATE, RULES)
+
+
+def test_a_rule_that_makes_no_sense_is_named(path: Path) -> None:
+    save_rules(path, RULES, {7: PREFIXES})
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE rule SET hook = 'nowhere' WHERE slot = 1")
+    connection.close()
+    with Store.open(path, write=False) as store, pytest.raises(StoreError, match="'nowhere' is not a valid At"):
+        store.rules()

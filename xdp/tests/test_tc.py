@@ -79,6 +79,23 @@ def test_filter_of_someone_else_stays(near: int, program: Program, parent: int) 
     assert [message["handle"] for message in filters(near, parent)] == [1]
 
 
+@pytest.mark.parametrize(("place", "parent"), [(tc.LAST_IN, INGRESS), (tc.LAST_OUT, EGRESS)])
+def test_each_place_has_a_program_of_its_own(near: int, program: Program, place: tc.Place, parent: int) -> None:
+    tc.attach(near, program.fd, NAME)
+    tc.attach(near, program.fd, "last", place)
+    assert filters(near, parent)[-1].get_attr("TCA_OPTIONS").get_attr("TCA_BPF_NAME") == "last"
+    tc.detach(near)
+    assert (tc.is_attached(near), tc.is_attached(near, place)) == (False, True)
+    tc.detach(near, place)
+    assert "clsact" not in qdiscs(near)
+
+
+def test_nothing_is_attached_to_an_interface_that_is_gone(near: int) -> None:
+    with route_socket() as ipr:
+        ipr.link("del", index=near)
+    assert not tc.is_attached(near)
+
+
 def test_detaching_from_an_interface_that_is_gone_is_no_error(near: int) -> None:
     with route_socket() as ipr:
         ipr.link("del", index=near)

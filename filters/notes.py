@@ -1,0 +1,122 @@
+"""What is known of a captured packet beside its bytes: where it was seen, and what became of it.
+
+Enters: a packet at a hook. Leaves: a Note of 20 bytes, in the host's byte order, between the header of the packet's
+record and its bytes. Both lengths in the header count it, so that whoever only moves records need not know of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from filters import cbpf, ebpf
+from filters.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
+from filters.emit import CONTEXT
+from filters.hook import Field, Hook
+from filters.pcap import Span, offsets, unpacked
+from xdp.maps import Map
+
+NO_ACTION = 0xFFFFFFFF
+# enum xdp_action, <linux/bpf.h>
+ACTIONS = ("XDP_ABORTED", "XDP_DROP", "XDP_PASS", "XDP_TX", "XDP_REDIRECT")
+
+_KEY = -20  # on the stack
+
+
+class Place(IntEnum):
+    """Where a packet was seen; FILE: in a file that somebody else has written."""
+
+    XDP, XDP_EXIT, TC_IN, TC_OUT, FILE = range(5)
+
+    @property
+    def words(self) -> str:
+        """As --at takes it."""
+        return self.name.lower().replace("_", "-")
+
+    @property
+    def direction(self) -> str | None:
+        """Of the packet, seen from the interface; what it becomes behind XDP the action says."""
+        return {Place.FILE: None, Place.TC_OUT: "out"}.get(self, "in")
+
+
+class Note(ctypes.Structure):
+    """`action` is an enum xdp_action, NO_ACTION where none has been taken; `reason` is the balancer's, 0 where it has
+    not said any; `egress` is where it sends the packet."""
+
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("ifindex", "place", "action", "reason", "egress"))
+
+
+NOTE_SIZE = ctypes.sizeof(Note)
+OF_A_FILE = bytes(Note(place=Place.FILE, action=NO_ACTION))
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Writes notes. `verdicts`: the balancer's map of that name, with action, reason, egress of each CPU's packet."""
+
+    place: Place
+    verdicts: Map | None = None
+
+    def emit(self, asm: Assembler, hook: Hook, record: Reg, at: int) -> None:
+        """`record` is a register that helpers keep."""
+        ifindex = hook.ancillary[cbpf.IFINDEX]
+        assert isinstance(ifindex, Field)
+        asm.load(R1, CONTEXT, ifindex.offset, 4)
+        asm.store(record, at + Note.ifindex.offset, R1, 4)
+        asm.store_immediate(record, at + Note.place.offset, self.place, 4)
+        asm.store_immediate(record, at + Note.action.offset, NO_ACTION, 4)
+        asm.store_immediate(record, at + Note.reason.offset, 0, 4)
+        asm.store_immediate(record, at + Note.egress.offset, 0, 4)
+        if hook.returned is not None:
+            asm.load(R1, CONTEXT, hook.returned, 4)
+            asm.store(record, at + Note.action.offset, R1, 4)
+        if self.verdicts:
+            self._copy_verdict(asm, hook, record, at, self.verdicts)
+
+    def _copy_verdict(self, asm: Assembler, hook: Hook, record: Reg, at: int, verdicts: Map) -> None:
+        unknown, verdict = Label(), verdicts.value_type
+        asm.store_immediate(R10, _KEY, 0, 4)
+        asm.load_map(R1, verdicts.fd)
+        asm.mov(R2, R10)
+        asm.alu(ebpf.ADD, R2, _KEY)
+        asm.call(ebpf.MAP_LOOKUP_ELEM)
+        asm.jump_if(ebpf.JEQ, R0, 0, unknown)
+        asm.load(R1, R0, verdict.action.offset, 4)
+        if hook.returned is not None:
+            # It may be that of an earlier packet: this one a stage in front has dropped.
+            asm.load(R2, CONTEXT, hook.returned, 4)
+            asm.jump_if(ebpf.JNE, R1, R2, unknown)
+            asm.store_immediate(R0, verdict.action.offset, NO_ACTION, 4)
+        asm.store(record, at + Note.action.offset, R1, 4)
+        for ours, theirs in ((Note.reason, verdict.reason), (Note.egress, verdict.egress)):
+            asm.load(R1, R0, theirs.offset, 4)
+            asm.store(record, at + ours.offset, R1, 4)
+        asm.place(unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A packet of a record: `data` is what was captured of `length` bytes."""
+
+    seconds: int
+    fraction: int
+    length: int
+    note: Note
+    data: memoryview
+
+
+def noted(span: Span) -> Iterator[Noted]:
+    """The packets of records with notes."""
+    view = memoryview(span)
+    for at, seconds, fraction in offsets(span):
+        packet, length = unpacked(view, at)
+        note = Note.from_buffer_copy(packet)
+        yield Noted(seconds, fraction, length - NOTE_SIZE, note, packet[NOTE_SIZE:])
+
+
+def action_words(action: int) -> str | None:
+    if action == NO_ACTION:
+        return None
+    return ACTIONS[action] if action < len(ACTIONS) else f"XDP_{action}"

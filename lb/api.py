@@ -1,0 +1,514 @@
+"""The REST API under /v1, over the balancer's owner.
+
+Enters: requests that lb.guard has let through. Leaves: the documents of lb.documents, with entity tags, and every error
+as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from lb import api_models as models
+from lb import page
+from lb.api_models import backends_of, options_of, services_of
+from lb.balancer import Balancer
+from lb.documents import (
+    backend_document,
+    counters_document,
+    interface_document,
+    status_document,
+    total,
+)
+from lb.errors import AlreadyExists, Conflict, InvalidInput, LbError
+from lb.guard import Caller
+from lb.health_check import Kind
+from lb.model import Backend, Service, State
+from lb.owner import Owner, Rendered, Snapshot, to_bytes
+from lb.problems import MEDIA_TYPE, Place, Problem, of_error, pointer
+from lb.report import Report, Status
+from lb.vip import Vip
+
+DESCRIPTION = """\
+Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
+`/v1/services/10.0.0.100:80%2Ftcp`.
+"""
+JSON = "application/json"
+
+
+class _Path:
+    """A segment of the path, decoded."""
+
+    @staticmethod
+    def vip(vip: Annotated[str, "ADDR:PORT/PROTO, percent-encoded"]) -> Vip:
+        return Vip.parse(unquote(vip))
+
+    @staticmethod
+    def backend(vip: str, backend: Annotated[str, "ADDR:PORT"]) -> Backend:
+        return Backend.parse(unquote(backend), _Path.vip(vip).fixed_port)
+
+
+VipInPath = Annotated[Vip, Depends(_Path.vip)]
+BackendInPath = Annotated[Backend, Depends(_Path.backend)]
+DryRun = Annotated[bool, Query(description="Say what would change; change nothing")]
+IfMatch = Annotated[str | None, Header(description="Entity tags; another one now: 412")]
+IfNoneMatch = Annotated[str | None, Header(description="Entity tags; one of them now: 304")]
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+    return {status: {"description": "A problem", "content": content} for status in statuses}
+
+
+ALWAYS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+CHANGES = ALWAYS | _problems(409, 412)
+READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
+
+router = APIRouter(prefix="/v1")
+
+
+def _owner(request: Request) -> Owner:
+    owner: Owner = request.app.state.owner
+    return owner
+
+
+TheOwner = Annotated[Owner, Depends(_owner)]
+
+
+# Entity tags (RFC 9110, section 13)
+
+
+def _tags(header: str) -> list[str]:
+    return [tag.strip() for tag in header.split(",")]
+
+
+def _check_unchanged(if_match: str | None, etag: str | None, what: str) -> None:
+    """Raises Conflict. `etag` None: it is not there."""
+    if if_match is None or (etag and (if_match.strip() == "*" or etag in _tags(if_match))):
+        return
+    raise Conflict(f"{what}: has changed meanwhile: read it again, and decide anew")
+
+
+def _is_known(if_none_match: str | None, etag: str) -> bool:
+    """The client has it already; weak comparison."""
+    known = [tag.removeprefix("W/") for tag in _tags(if_none_match or "")]
+    return etag in known or known == ["*"]
+
+
+def _content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> Response:
+    if _is_known(if_none_match, etag):
+        return Response(status_code=304, headers={"ETag": etag})
+    return Response(body(), media_type=JSON, headers={"ETag": etag})
+
+
+def _etag_of(balancer: Balancer, snapshot: Snapshot, vip: Vip) -> str | None:
+    """Of the service as it is now; `snapshot` knows it already, as a rule."""
+    found = snapshot.following(balancer.state).services.get(vip)
+    return found.etag if found else None
+
+
+async def _change(
+    request: Request,
+    work: Callable[[Balancer], Report],
+    *,
+    vip: Vip | None = None,
+    if_match: str | None = None,
+) -> Response:
+    """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
+    owner = _owner(request)
+
+    def checked(balancer: Balancer) -> Report:
+        if if_match is not None:
+            now = owner.snapshot.following(balancer.state)
+            found = now.services.get(vip) if vip else now
+            _check_unchanged(if_match, found.etag if found else None, f"vip {vip}" if vip else "the configuration")
+        return work(balancer)
+
+    done = await owner.change(checked)
+    request.scope["state"]["change"] = done.summary
+    rendered = owner.snapshot.services.get(vip) if vip else owner.snapshot
+    headers = {"ETag": rendered.etag} if rendered else {}
+    return Response(done.body, media_type=JSON, headers=headers)
+
+
+def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -> None:
+    """A script of a health check is a program that the daemon runs: who comes over TCP may keep one, and set none.
+    Raises Problem."""
+    if request.scope["state"]["peer"].uid is not None:
+        return
+    known = {service.vip: service.options.health for service in before.services}
+    for service in wanted:
+        check = service.options.health
+        if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
+            raise Problem(403, f"vip {service}: a script as health check can be set on the balancer itself alone")
+
+
+# Services
+
+
+@router.get("/services", response_model=list[models.ServiceAnswer], responses=READS)
+async def list_services(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    """All services, as they are desired."""
+    now = owner.snapshot
+    return _content(lambda: now.body, now.etag, if_none_match)
+
+
+@router.get("/services/{vip}", response_model=models.ServiceAnswer, responses=READS)
+async def get_service(vip: VipInPath, owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    found = _rendered(owner, vip)
+    return _content(lambda: found.body, found.etag, if_none_match)
+
+
+def _rendered(owner: Owner, vip: Vip) -> Rendered:
+    owner.snapshot.state.service(vip)  # raises NotFound
+    return owner.snapshot.services[vip]
+
+
+@router.put("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def put_service(
+    request: Request,
+    vip: VipInPath,
+    body: models.ServiceBody,
+    own_address: Annotated[bool, Query(description="Put a VIP that nobody has on an interface")] = True,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+    if_none_match: Annotated[str | None, Header(description="*: only if it is not there")] = None,
+) -> Response:
+    """Have the service served as the body says, whether it is there or not."""
+    service = body.to_model(Place(), vip)
+
+    def put(balancer: Balancer) -> Report:
+        _check_scripts(request, balancer.state, [service])
+        if if_none_match is None:
+            return balancer.put_service(service, own_address=own_address, dry_run=dry_run)
+        _check_absent(balancer, service, if_none_match)
+        return balancer.add_service(service, own_address=own_address, dry_run=dry_run)
+
+    return await _change(request, put, vip=vip, if_match=if_match)
+
+
+def _check_absent(balancer: Balancer, service: Service, if_none_match: str) -> None:
+    """Raises Problem."""
+    if if_none_match.strip() != "*":
+        raise Problem(400, "If-None-Match: only * has a meaning here")
+    if any(other.vip == service.vip for other in balancer.state.services):
+        raise of_error(AlreadyExists(f"vip {service}: already served"), status=412)
+
+
+@router.patch("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_service(
+    request: Request, vip: VipInPath, body: models.ServicePatch, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Change some options; the others stay."""
+
+    def patch(balancer: Balancer) -> Report:
+        before = balancer.state.service(vip)
+        options = options_of(body.options.given, before.options, Place() / "options")  # type: ignore[attr-defined]
+        with Place() / "options":
+            _check_scripts(request, balancer.state, [replace(before, options=options)])
+        return balancer.set_options(vip, options, dry_run=dry_run)
+
+    return await _change(request, patch, vip=vip, if_match=if_match)
+
+
+@router.delete("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_service(
+    request: Request, vip: VipInPath, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Serve it no longer. Its connections end."""
+    return await _change(
+        request, lambda balancer: balancer.remove_service(vip, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
+# Backends
+
+
+@router.get("/services/{vip}/backends", response_model=list[models.BackendAnswer], responses=ALWAYS)
+async def list_backends(vip: VipInPath, owner: TheOwner) -> Response:
+    service = _rendered(owner, vip).service
+    return Response(to_bytes([backend_document(b) for b in service.backends]), media_type=JSON)
+
+
+@router.post("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def add_backends(
+    request: Request, vip: VipInPath, body: models.BackendsBody, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Add backends. Connections stay where they are."""
+    backends = backends_of(body.backends, vip, Place() / "backends")
+    return await _change(
+        request, lambda balancer: balancer.add_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
+@router.patch("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_backend(
+    request: Request,
+    vip: VipInPath,
+    backend: BackendInPath,
+    body: models.BackendPatch,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Change weight, drain (or end the drain), or server IDs."""
+
+    def patch(balancer: Balancer) -> Report:
+        service = balancer.state.service(vip).changing_backend(backend, body.changed)
+        return balancer.put_service(service, dry_run=dry_run)
+
+    return await _change(request, patch, vip=vip, if_match=if_match)
+
+
+@router.delete("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_backend(
+    request: Request, vip: VipInPath, backend: BackendInPath, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Remove it at once: its connections end. Drain it first where they are not to."""
+    return await _change(
+        request,
+        lambda balancer: balancer.remove_backend(vip, backend, dry_run=dry_run),
+        vip=vip,
+        if_match=if_match,
+    )
+
+
+# All at once
+
+
+@router.get("/config", response_model=models.ConfigAnswer, responses=READS)
+async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    """What PUT takes."""
+    now = owner.snapshot
+    return _content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
+
+
+OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]
+
+
+@router.put("/config", response_model=models.ReportAnswer, responses=CHANGES)
+async def put_config(
+    request: Request,
+    body: models.ConfigBody,
+    own_address: OwnAddresses = True,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Make the services of the body all that is served."""
+
+    def apply(balancer: Balancer) -> Report:
+        services = body.to_model()
+        _check_scripts(request, balancer.state, services)
+        return balancer.apply(services, own_addresses=own_address, dry_run=dry_run)
+
+    return await _change(request, apply, if_match=if_match)
+
+
+@router.post("/plan", response_model=models.ReportAnswer, responses=CHANGES)
+async def plan(request: Request, body: models.ConfigBody, own_address: OwnAddresses = True) -> Response:
+    """What PUT /v1/config would do with the same body."""
+    return await _change(
+        request, lambda balancer: balancer.apply(body.to_model(), own_addresses=own_address, dry_run=True)
+    )
+
+
+# Interfaces
+
+
+@router.get("/interfaces", response_model=list[models.InterfaceAnswer], responses=ALWAYS)
+async def list_interfaces(owner: TheOwner) -> Response:
+    return await _described(owner, lambda status: [interface_document(i) for i in status.interfaces])
+
+
+@router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
+async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = False) -> Response:
+    """Serve on these interfaces too; everything is written anew."""
+    interfaces = [interface.to_model() for interface in body.interfaces]
+
+    def attach(balancer: Balancer) -> Report:
+        services = services_of(body.services, Place() / "services")
+        _check_scripts(request, balancer.state, services)
+        return balancer.attach(interfaces, services, own_addresses=body.own_address, dry_run=dry_run)
+
+    return await _change(request, attach)
+
+
+@router.delete("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
+async def detach(
+    request: Request,
+    name: Annotated[list[str] | None, Query(description="May be repeated; none: all")] = None,
+    dry_run: DryRun = False,
+) -> Response:
+    """Serve there no longer. Services stay stored."""
+    return await _change(request, lambda balancer: balancer.detach(name or (), dry_run=dry_run))
+
+
+# What is going on
+
+
+@router.get("/status", response_model=models.StatusAnswer, responses=ALWAYS)
+async def status(owner: TheOwner) -> Response:
+    """Interfaces, services and counters, as the kernel has them."""
+    return await _described(owner, status_document)
+
+
+async def _described(owner: Owner, describe: Callable[[Status], object]) -> Response:
+    """A document of the status, which may be large: it is made in the balancer's thread."""
+    return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)
+
+
+@router.get("/stats", response_model=models.StatsAnswer, responses=ALWAYS)
+async def stats(owner: TheOwner) -> Response:
+    """The counters alone."""
+    return await _described(owner, _stats_document)
+
+
+def _stats_document(now: Status) -> dict[str, Any]:
+    services = [
+        {
+            "vip": str(s.service),
+            "slots_in_transition": s.slots_in_transition,
+            **counters_document(total(s)),
+            "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
+        }
+        for s in now.services
+    ]
+    reasons = {"answered": now.answered, "drops": now.drops, "passes": now.passes, "noted": now.noted}
+    return {"services": services} | {name: dict(counts) for name, counts in reasons.items()}
+
+
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM, "description": "Until either side ends"}}
+
+
+@router.get("/events", response_class=StreamingResponse, responses=ALWAYS | EVENTS)
+async def events(
+    owner: TheOwner,
+    last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
+) -> StreamingResponse:
+    """Server-sent events: change, attach, detach, health, and missed where some are gone for good."""
+    return StreamingResponse(
+        owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+@router.get("/whoami", response_model=models.CallerAnswer, responses=ALWAYS)
+async def whoami(request: Request) -> Response:
+    """Who asks, as the audit log has it, and what they may."""
+    caller: Caller = request.scope["state"]["caller"]
+    return Response(to_bytes({"who": caller.who, "role": caller.role}), media_type=JSON)
+
+
+# The application
+
+
+def create_app(owner: Owner, unready: Callable[[], str]) -> FastAPI:
+    """`unready` says why the daemon is not ready, or nothing."""
+    app = FastAPI(
+        title="xdp-lb",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={
+            Problem: _on_problem,
+            LbError: _on_error,
+            RequestValidationError: _on_invalid,
+            HTTPException: _on_http,
+            Exception: _on_bug,
+        },
+    )
+    app.state.owner = owner
+    app.include_router(router)
+    app.include_router(page.router)
+    app.get("/healthz", response_model=models.Health)(_healthz)
+    app.get("/readyz", response_model=models.Health, responses=_problems(503))(_readyz(unready))
+    _describe_problems(app)
+    return app
+
+
+async def _healthz() -> Response:
+    """The daemon lives."""
+    return Response(b'{"status":"ok"}', media_type=JSON)
+
+
+def _readyz(unready: Callable[[], str]) -> Callable[[], Awaitable[Response]]:
+    async def readyz() -> Response:
+        """The kernel has what is stored."""
+        if reason := unready():
+            raise Problem(503, reason, headers={"Retry-After": "1"})
+        return Response(b'{"status":"ready"}', media_type=JSON)
+
+    return readyz
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Add the schema that all problems refer to, when somebody asks for the description."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        document["components"]["schemas"]["ProblemAnswer"] = models.ProblemAnswer.model_json_schema()
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def _response(request: Request, problem: Problem) -> Response:
+    request.scope["state"]["detail"] = problem.document["detail"]
+    return Response(to_bytes(problem.document), problem.status, problem.headers, MEDIA_TYPE)
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _response(request, error)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LbError)
+    return _response(request, of_error(error))
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """What pydantic has found, the first of it."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where, *steps = first["loc"]
+    if first["type"] == "json_invalid":
+        return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
+    place = pointer(steps) if where == "body" else None
+    named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
+    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=place)
+    return _response(request, wrong)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        detail = "there is nothing at this path: see /openapi.json"
+    elif error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
+        detail = f"{request.method} means nothing here: {headers['Allow']} do"
+    else:
+        detail = str(error.detail)
+    return _response(request, Problem(error.status_code, detail, headers=headers))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at this path."""
+    here = [r for r in (*router.routes, *request.app.routes) if r.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set().union(*(getattr(route, "methods", None) or () for route in here)))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    # starlette raises the error again behind this, for lb.guard to log
+    return _response(request, Problem(500, "internal error: the log of the daemon has more"))

@@ -1,0 +1,199 @@
+"""`xdp-lb explain`: words, a capture file or hexadecimal digits -> packets -> what the live program does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP
+from typing import TYPE_CHECKING
+
+import click
+
+from lb import completion
+from lb.cli_options import json_option
+from lb.errors import InvalidInput
+
+if TYPE_CHECKING:  # what other commands need not wait for
+    from lb.explain import Explanation
+    from lb.explain_facts import Explainer
+    from lb.explain_packet import Flow
+
+PROTOCOLS = ("tcp", "udp", "icmp")
+ETHERNET = 1  # DLT_EN10MB
+
+Explain = Callable[["Explainer"], Iterator["Explanation"]]
+
+
+@click.command("explain")
+@click.argument("protocol", type=click.Choice(PROTOCOLS), required=False, metavar="[tcp|udp|icmp]")
+@click.argument("source", required=False, metavar="[SOURCE]")
+@click.argument("destination", required=False, metavar="[DESTINATION]")
+@click.option("--syn", is_flag=True, help="The first packet of a TCP connection, as --flags S.")
+@click.option("--flags", metavar="FLAGS", help="TCP flags, of F S R P A U E W.  [default: A, an open connection]")
+@click.option(
+    "--in",
+    "interface",
+    metavar="IFACE",
+    shell_complete=completion.interfaces,
+    help="Where it comes in.  [default: where the way to its sender leads]",
+)
+@click.option("--pcap", "pcap", type=click.Path(path_type=Path), metavar="FILE", help="The packets of a capture file.")
+@click.option("-n", "number", type=click.IntRange(min=1), metavar="N", help="Of the file, the Nth packet alone.")
+@click.option("--hex", "digits", metavar="TEXT", help="An Ethernet frame in hexadecimal digits.")
+@json_option("Print JSON, as above.")
+def explain_command(
+    protocol: str | None,
+    source: str | None,
+    destination: str | None,
+    syn: bool,
+    flags: str | None,
+    interface: str | None,
+    pcap: Path | None,
+    number: int | None,
+    digits: str | None,
+    as_json: bool,
+) -> None:
+    """Say what becomes of a packet, and why.
+
+    SOURCE and DESTINATION are ADDR:PORT (IPv6 in brackets), for icmp, an echo request, ADDR alone.
+
+    The very packet goes through the program that is loaded, with all filters and stages; it is
+    sent nowhere. Where it came to its backend from is then looked up, and checked against what the
+    program did. Flows and ports that the packet took are taken back. What counts packets, and what
+    limits them, does count it. A packet of a live connection is best not made to end it.
+
+    \b
+    JSON: [{interface, packet, action, reason, verdict, fix, ended_by, service,
+            slot, source, affinity, member, reply_to, egress, out,
+            disagreement, notes}]
+      packet, out  {bytes, headers, hex}; out: null where nothing leaves
+      action       what XDP does: pass, drop, tx, redirect or aborted
+      reason       as in status; null: the packet did not get to the balancer
+      ended_by     [{place, program, program_id, rule}], of filter and stages
+      service      {vip, mode, found_by}
+      slot         {hash, number, ring_size, current, previous, tracked}
+      source       ring_current, ring_previous, flow_table, nat_table,
+                   nat_reply, connection_id or fragment_table
+      affinity     whether slot and flow are those of the client
+      member       {backend, resolved, mac, interface}
+      disagreement null, or how program and tables differ: a bug
+
+    \b
+    Examples:
+      # A new connection
+      xdp-lb explain tcp 192.0.2.7:40000 203.0.113.10:443 --syn
+      # A packet of one that may be open, come in on eth1
+      xdp-lb explain tcp 192.0.2.7:40000 203.0.113.10:443 --in eth1
+      xdp-lb explain udp '[2001:db8::7]:40000' '[2001:db8::10]:53'
+      xdp-lb explain icmp 192.0.2.7 203.0.113.10
+      # The third packet that was captured
+      xdp-lb explain --pcap in.pcap -n 3
+      # Why, and what to do about it
+      xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
+    """
+    from lb import cli, explain_output
+    from lb.explain_facts import open_explainer
+    from lb.paths import Paths
+
+    explain = _explain(protocol, source, destination, syn, flags, interface, pcap, number, digits)
+    with open_explainer(Paths.here()) as explainer:
+        if as_json:
+            cli.echo_json([explain_output.document(explanation) for explanation in explain(explainer)])
+            return
+        for position, explanation in enumerate(explain(explainer)):
+            cli.echo_lines([*[""] * bool(position), *explain_output.lines(explanation, colour=cli.wants_colour())])
+
+
+def _explain(
+    protocol: str | None,
+    source: str | None,
+    destination: str | None,
+    syn: bool,
+    flags: str | None,
+    interface: str | None,
+    pcap: Path | None,
+    number: int | None,
+    digits: str | None,
+) -> Explain:
+    """What is asked for; nothing is done yet but what tells right words from wrong ones."""
+    if [protocol, pcap, digits].count(None) != 2:
+        raise click.UsageError("say one of: tcp, udp or icmp with two addresses; --pcap FILE; --hex TEXT.")
+    if number is not None and pcap is None:
+        raise click.UsageError("-n is for packets of --pcap.")
+    if (syn or flags is not None) and protocol != "tcp":
+        raise click.UsageError("--syn and --flags are for tcp.")
+    if syn and flags is not None:
+        raise click.UsageError("--syn and --flags exclude each other.")
+    if pcap is not None:
+        return _of_file(pcap, number, interface)
+    if digits is not None:
+        return _of_digits(digits, interface)
+    if source is None or destination is None:
+        raise click.UsageError(f"{protocol} needs SOURCE and DESTINATION.")
+    return _of_words(str(protocol), source, destination, "S" if syn else "A" if flags is None else flags, interface)
+
+
+def _of_words(protocol: str, source: str, destination: str, flags: str, interface: str | None) -> Explain:
+    from lb.explain_packet import parse_flags
+
+    flow, bits = _flow(protocol, source, destination), parse_flags(flags) if protocol == "tcp" else 0
+    return lambda explainer: iter([explainer.flow(flow, bits, interface)])
+
+
+def _flow(protocol: str, source: str, destination: str) -> Flow:
+    from lb.explain_packet import Flow
+    from lb.vip import split_port
+
+    (client, client_port), (vip, vip_port) = split_port(source, source), split_port(destination, destination)
+    if client.version != vip.version:
+        raise InvalidInput(f"{client} and {vip}: not of one address family")
+    for text, port in ((source, client_port), (destination, vip_port)):
+        if (port is None) != (protocol == "icmp"):
+            raise InvalidInput(f"{text}: {'icmp has no ports' if protocol == 'icmp' else 'a port is missing'}")
+    icmp = IPPROTO_ICMP if client.version == 4 else IPPROTO_ICMPV6
+    number = {"tcp": IPPROTO_TCP, "udp": IPPROTO_UDP, "icmp": icmp}[protocol]
+    return Flow(number, client, client_port or 0, vip, vip_port or 0)
+
+
+def _of_digits(digits: str, interface: str | None) -> Explain:
+    from lb.explain_packet import check_size, parse_hex
+
+    frame = check_size(parse_hex(digits))
+    return lambda explainer: iter([explainer.frame(frame, interface)])
+
+
+def _of_file(path: Path, number: int | None, interface: str | None) -> Explain:
+    def explain(explainer: Explainer) -> Iterator[Explanation]:
+        found = 0
+        for found, (frame, length) in enumerate(_packets(path), 1):
+            if number in (None, found):
+                yield explainer.frame(frame, interface, _cut(frame, length))
+            if number == found:
+                return
+        if number:
+            raise InvalidInput(f"{path}: no packet {number}: there are {found}")
+
+    return explain
+
+
+def _cut(frame: bytes, length: int) -> tuple[str, ...]:
+    if len(frame) == length:
+        return ()
+    return (f"only {len(frame)} of {length} bytes were captured, and the program has seen no more",)
+
+
+def _packets(path: Path) -> Iterator[tuple[bytes, int]]:
+    """What was captured of each packet, and how long it was. Raises InvalidInput."""
+    from filters.errors import FilterError
+    from filters.savefile import SaveFile
+
+    with ExitStack() as resources:
+        try:
+            file = resources.enter_context(SaveFile(str(path), nano=False))
+            if file.link_type != ETHERNET:
+                raise InvalidInput(f"{path}: has no Ethernet frames, but {file.link_type_words}")
+            for packet in file.packets():
+                yield packet.data, packet.length
+        except FilterError as error:
+            raise InvalidInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error

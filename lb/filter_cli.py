@@ -1,0 +1,359 @@
+"""`xdp-lb filter`: words of the operator -> one call of lb.firewall -> lines or JSON."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from lb import completion
+from lb.documents import to_json
+from lb.errors import InvalidInput
+from lb.paths import Paths
+from lb.rules import Action, At, Rate, parse_duration
+
+if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
+    from lb.firewall import FilterReport, Firewall, Wish
+
+SIDES = ("src", "dst")
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, as above.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+force_option = click.option("--force", is_flag=True, help="Also if it drops the SSH connection that you type in.")
+at_option = click.option(
+    "--at",
+    type=click.Choice([str(at) for at in At]),
+    metavar="PLACE",
+    default=str(At.XDP),
+    help="xdp, tc-in or tc-out.  [default: xdp]",
+)
+
+
+def interface_argument(*, required: bool = True) -> Decorator:
+    return click.argument(
+        "interface",
+        required=required,
+        metavar="IFACE" if required else "[IFACE]",
+        shell_complete=completion.interfaces,
+    )
+
+
+def number_argument(name: str, metavar: str) -> Decorator:
+    return click.argument(name, type=int, metavar=metavar)
+
+
+@click.group("filter")
+def filter_group() -> None:
+    """Drop, pass, count or limit packets, in front of the balancer.
+
+    Rules have tcpdump's expressions and run in the kernel, at XDP (also where nothing is balanced)
+    or at tc. The rules of an interface are tried in order, and the first that drops or passes a
+    packet ends it; what none ends goes on, to the balancer or to the host.
+    """
+
+
+@filter_group.command("add")
+@interface_argument()
+@click.argument("action", type=click.Choice([str(action) for action in Action]), metavar="ACTION")
+@click.argument("words", nargs=-1, metavar="[RATE] [EXPRESSION]")
+@click.option("--set", "set_path", metavar="FILE", help="Only packets with an address in it: a prefix a line.")
+@click.option(
+    "--set-side",
+    type=click.Choice(SIDES),
+    metavar="SIDE",
+    help="Which address is looked up: src or dst.  [default: src]",
+)
+@at_option
+@click.option("--for", "duration", metavar="TIME", help="It ends by itself: 90s, 10m, 1h30m, 2d.")
+@click.option("--position", type=int, metavar="N", help="Which number it gets.  [default: behind the last]")
+@force_option
+@click.option("--no-selftest", is_flag=True, help="Do not run the expression against the kernel's own first.")
+@dry_run_option
+@json_option
+def add(
+    interface: str,
+    action: str,
+    words: tuple[str, ...],
+    set_path: str | None,
+    set_side: str | None,
+    at: str,
+    duration: str | None,
+    position: int | None,
+    force: bool,
+    no_selftest: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Add a rule to an interface.
+
+    ACTION is drop; pass, which spares a packet the rules behind; count, which goes on; or limit
+    RATE, which drops what comes above so many packets a second, a minute or an hour, and goes on
+    with the rest. Without EXPRESSION it is for all packets.
+
+    A rule that would drop the SSH connection that it is typed in is refused.
+
+    \b
+    JSON: {dry_run, changes: [{change, number, detail, RULE}], warnings}
+      RULE      as in xdp-lb filter list, without counters
+
+    \b
+    Examples:
+      xdp-lb filter add eth0 drop 'udp port 53 and src net 198.51.100.0/24'
+      # At most 1000 openings of TCP connections a second
+      xdp-lb filter add eth0 limit 1k/s 'tcp[tcpflags] == tcp-syn'
+      # A list of networks, for ten minutes
+      xdp-lb filter add eth0 drop --set bad.txt --for 10m
+      # What the host sends
+      xdp-lb filter add eth0 drop 'tcp dst port 25' --at tc-out
+    """
+    from lb.firewall import How
+
+    wish = make_wish(interface, action, words, set_path, set_side, at, duration)
+    how = How(force=force, selftest=not no_selftest, dry_run=dry_run)
+    run(lambda firewall: firewall.add(wish, position, how), as_json)
+
+
+def make_wish(
+    interface: str,
+    action: str,
+    words: Sequence[str],
+    set_path: str | None = None,
+    set_side: str | None = None,
+    at: str = str(At.XDP),
+    duration: str | None = None,
+) -> Wish:
+    from lb.firewall import Wish
+
+    if set_side and set_path is None:
+        raise click.UsageError("--set-side needs --set.")
+    rate = None
+    if action == Action.LIMIT:
+        if not words:
+            raise click.UsageError("limit needs a RATE, such as 1000/s.")
+        rate, words = Rate.parse(words[0]), words[1:]
+    seconds = None if duration is None else parse_duration(duration)
+    side = set_side or SIDES[0]
+    return Wish(interface, Action(action), rate, " ".join(words).strip(), set_path, side, At(at), seconds)
+
+
+@filter_group.command("list")
+@interface_argument(required=False)
+@json_option
+def list_rules(interface: str | None, as_json: bool) -> None:
+    """List rules and what they have counted.
+
+    PACKETS and BYTES are those that a rule matched, DROPPED the packets of them that it dropped.
+
+    \b
+    JSON: [{RULE, packets, bytes, dropped_packets, dropped_bytes, in_force,
+            expired, left_s}]
+      RULE      interface, number, at, action, rate, expression,
+                set: {path, side, prefixes}
+      left_s    seconds, null for a rule without end
+
+    \b
+    Examples:
+      xdp-lb filter list
+      xdp-lb filter list eth0 --json | jq '.[] | {number, dropped_packets}'
+    """
+    from lb.filter_output import status_document, status_lines
+    from lb.firewall import open_firewall
+
+    with open_firewall(Paths.here(), write=False) as firewall:
+        rules = firewall.status(interface)
+    click.echo(to_json(status_document(rules)) if as_json else "\n".join(status_lines(rules, colour=_wants_colour())))
+
+
+@filter_group.command()
+@interface_argument()
+@number_argument("number", "N")
+@number_argument("to", "M")
+@force_option
+@dry_run_option
+@json_option
+def move(interface: str, number: int, to: int, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Give rule N the number M. Its counters stay.
+
+    \b
+    JSON: as of xdp-lb filter add
+
+    \b
+    Examples:
+      xdp-lb filter move eth0 3 1
+    """
+    from lb.firewall import How
+
+    run(lambda firewall: firewall.move(interface, number, to, How(force=force, dry_run=dry_run)), as_json)
+
+
+@filter_group.command("del")
+@interface_argument()
+@number_argument("number", "N")
+@force_option
+@dry_run_option
+@json_option
+def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete rule N.
+
+    \b
+    JSON: as of xdp-lb filter add
+
+    \b
+    Examples:
+      xdp-lb filter del eth0 2
+    """
+    from lb.firewall import How
+
+    run(lambda firewall: firewall.delete(interface, number, How(force=force, dry_run=dry_run)), as_json)
+
+
+@filter_group.command()
+@interface_argument(required=False)
+@click.option("--all", "everywhere", is_flag=True, help="Of all interfaces.")
+@force_option
+@dry_run_option
+@json_option
+def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete all rules of an interface, or all rules.
+
+    \b
+    JSON: as of xdp-lb filter add
+
+    \b
+    Examples:
+      xdp-lb filter flush eth0
+      xdp-lb filter flush --all
+    """
+    from lb.firewall import How
+
+    if everywhere == (interface is not None):
+        raise click.UsageError("Name an interface, or say --all.")
+    run(lambda firewall: firewall.flush(interface, How(force=force, dry_run=dry_run)), as_json)
+
+
+@filter_group.command()
+@interface_argument()
+@number_argument("number", "N")
+@force_option
+@dry_run_option
+@json_option
+def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Read the file of rule N's set again.
+
+    Only the prefixes that differ are changed, in place.
+
+    \b
+    JSON: as of xdp-lb filter add
+
+    \b
+    Examples:
+      xdp-lb filter reload eth0 1
+    """
+    from lb.firewall import How
+
+    run(lambda firewall: firewall.reload(interface, number, How(force=force, dry_run=dry_run)), as_json)
+
+
+@filter_group.command()
+@force_option
+@dry_run_option
+@json_option
+def restore(force: bool, dry_run: bool, as_json: bool) -> None:
+    """Put all stored rules in force, as after a boot.
+
+    Sets are as they were read last; their files are not needed.
+
+    \b
+    JSON: as of xdp-lb filter add
+
+    \b
+    Examples:
+      xdp-lb filter restore
+    """
+    from lb.firewall import How
+
+    run(lambda firewall: firewall.restore(How(force=force, dry_run=dry_run)), as_json)
+
+
+@filter_group.command()
+@interface_argument(required=False)
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="'ACTION [RATE] [EXPRESSION]'",
+    help="Instead of the interface's rules. May be repeated.",
+)
+@click.option("-r", "--read", "path", required=True, metavar="FILE.pcap", help="The packets; - for standard input.")
+@click.option("-w", "--write", "write_to", metavar="FILE.pcap", help="Where those that are dropped are written.")
+@click.option(
+    "--at",
+    type=click.Choice([str(at) for at in At]),
+    metavar="PLACE",
+    help="xdp, tc-in or tc-out.  [default: xdp, then tc-in]",
+)
+@json_option
+def test(
+    interface: str | None,
+    rules: tuple[str, ...],
+    path: str,
+    write_to: str | None,
+    at: str | None,
+    as_json: bool,
+) -> None:
+    """Say what rules would drop of the packets in a file.
+
+    The rules run in the kernel, over these packets alone; nothing is counted and nothing in force
+    is touched. A file has no time in it that limits could go by: they drop nothing here.
+
+    \b
+    JSON: {packets, dropped, untested, rules: [{RULE, matched}]}
+      untested  too short or too long for a test in the kernel
+
+    \b
+    Examples:
+      xdp-lb filter test eth0 -r web.pcap -w dropped.pcap
+      # Before it is added
+      xdp-lb filter test --rule 'drop udp port 53' -r web.pcap
+    """
+    from lb.filter_output import trial_document, trial_lines
+    from lb.firewall import open_firewall
+
+    if bool(rules) == (interface is not None):
+        raise click.UsageError("Name an interface, or give rules by --rule.")
+    wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
+    with open_firewall(Paths.here(), write=False) as firewall:
+        if interface is None:
+            trial = firewall.test_wishes(wishes, path, write_to)
+        else:
+            trial = firewall.test(interface, path, At(at) if at else None, write_to)
+    click.echo(to_json(trial_document(trial)) if as_json else "\n".join(trial_lines(trial)))
+
+
+def _wants_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    try:
+        action, *words = shlex.split(text)
+        return Action(action).value, words
+    except ValueError:
+        raise InvalidInput(f"rule {text!r}: does not begin with drop, pass, count or limit RATE") from None
+
+
+def run(change: Callable[[Firewall], FilterReport], as_json: bool) -> None:
+    from lb.filter_output import report_document, report_lines
+    from lb.firewall import open_firewall
+
+    with open_firewall(Paths.here(), write=True) as firewall:
+        report = change(firewall)
+    for warning in report.warnings:
+        click.echo(f"xdp-lb: warning: {warning}", err=True)
+    click.echo(to_json(report_document(report)) if as_json else "\n".join(report_lines(report)))

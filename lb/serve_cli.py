@@ -1,0 +1,235 @@
+"""`xdp-lb serve`, `token` and `audit`: the daemon, who may use it over TCP, and who has changed what.
+
+What the daemon is made of is imported when it starts, so that no other command waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lb.cli_options import json_option
+from lb.documents import to_json
+from lb.errors import InvalidInput
+from lb.paths import Paths
+
+if TYPE_CHECKING:
+    from lb.access import Entry, Token
+
+UNIT = Path(__file__).with_name("systemd") / "xdp-lb.service"
+UNIT_PROGRAM = "/usr/local/bin/xdp-lb"
+ROLES = ("read", "write")
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="ADDR:PORT",
+    help="Also on TCP, with TLS and bearer tokens. May be repeated; IPv6 stands in brackets.",
+)
+@click.option("--tls-cert", type=FILE, metavar="FILE", help="The certificate and what it is signed with, in PEM.")
+@click.option("--tls-key", type=FILE, metavar="FILE", help="Its key, in PEM.")
+@click.option("--config", type=FILE, metavar="FILE", help="lb.toml: the services wanted, at the start and at SIGHUP.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    help="Of the lines on standard error.",
+)
+@click.option("--print-unit", is_flag=True, help="Print a unit file for systemd instead, for this installation.")
+def serve(
+    listen: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    config: Path | None,
+    log_format: str,
+    print_unit: bool,
+) -> None:
+    """Run the daemon: the API, and what needs a process that stays.
+
+    It listens on a Unix socket (api.sock in the run directory, for root and the process's group),
+    and commands go through it while it runs. What is stored is put in force at the start. Its end,
+    however it comes, stops no packet.
+
+    SIGTERM ends it when the answers on their way are finished. SIGHUP reads --config and the
+    certificate anew.
+
+    \b
+    Examples:
+      xdp-lb serve
+      # From elsewhere too, with a token
+      xdp-lb token create deploy --role write
+      xdp-lb serve --listen 192.0.2.1:8443 --tls-cert lb.pem --tls-key lb.key
+      # As a service
+      xdp-lb serve --print-unit > /etc/systemd/system/xdp-lb.service
+    """
+    if print_unit:
+        click.echo(unit(), nl=False)
+        return
+    if bool(tls_cert) != bool(tls_key):
+        raise click.UsageError("--tls-cert and --tls-key belong together.")
+    if listen and not tls_cert:
+        raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
+    from lb import logs, server
+    from lb.balancer import open_balancer
+    from lb.check_path import RealPath
+    from lb.dataplane import route_socket
+    from lb.health_task import HealthTask
+    from lb.neighbours import Network
+
+    paths = Paths.here()
+    logs.configure(as_json=log_format == "json")
+    addresses = tuple(map(_listen_address, listen))
+    settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config)
+    checks = HealthTask(lambda: RealPath(Network(route_socket)))
+    server.serve(lambda: open_balancer(paths), settings, [checks])
+
+
+def unit() -> str:
+    """The unit file, with this very program in it."""
+    return UNIT.read_text().replace(UNIT_PROGRAM, str(Path(sys.argv[0]).absolute()))
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    from lb.vip import split_port
+
+    address, port = split_port(text, f"listen {text}")
+    if port is None:
+        raise InvalidInput(f"listen {text}: a port is missing: ADDR:PORT")
+    return str(address), port
+
+
+@click.group()
+def token() -> None:
+    """Create, list and revoke tokens for the API over TCP."""
+
+
+@token.command("create")
+@click.argument("name")
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    default="read",
+    show_default=True,
+    help="read sees everything, write changes it.",
+)
+@json_option("Print {name, role, token}.")
+def token_create(name: str, role: str, as_json: bool) -> None:
+    """Create a token and print it, this once.
+
+    \b
+    Examples:
+      xdp-lb token create prometheus
+      xdp-lb token create deploy --role write
+    """
+    from lb.access import Access, Role
+
+    with Access.open(Paths.here().access) as access:
+        secret = access.create(name, Role(role))
+        access.record(_entry("token create", name, f"role {role}"))
+    click.echo(to_json({"name": name, "role": role, "token": secret}) if as_json else secret)
+
+
+@token.command("list")
+@json_option("Print [{name, role, created_s}].")
+def token_list(as_json: bool) -> None:
+    """List the tokens. What they are, nobody can tell any more.
+
+    \b
+    Examples:
+      xdp-lb token list
+    """
+    from lb.access import Access
+
+    with Access.open(Paths.here().access) as access:
+        found = access.tokens()
+    if as_json:
+        click.echo(to_json([{"name": t.name, "role": str(t.role), "created_s": t.created_s} for t in found]))
+    else:
+        click.echo("\n".join(_tokens_table(found)))
+
+
+@token.command("revoke")
+@click.argument("name")
+def token_revoke(name: str) -> None:
+    """Revoke a token. A running daemon knows at once.
+
+    \b
+    Examples:
+      xdp-lb token revoke deploy
+    """
+    from lb.access import Access
+
+    with Access.open(Paths.here().access) as access:
+        access.revoke(name)
+        access.record(_entry("token revoke", name, ""))
+    click.echo(f"token {name}: revoked")
+
+
+def _entry(method: str, name: str, change: str) -> Entry:
+    from lb.access import Entry
+
+    try:
+        user = f" ({pwd.getpwuid(os.getuid()).pw_name})"
+    except KeyError:
+        user = ""
+    return Entry(time.time(), f"uid {os.getuid()}{user}", "local", method, name, change, "done")
+
+
+def _tokens_table(tokens: list[Token]) -> list[str]:
+    from lb.output import Column, table
+
+    if not tokens:
+        return ["no tokens: create one with xdp-lb token create"]
+    rows = [(t.name, str(t.role), _when(t.created_s)) for t in tokens]
+    return table([Column("TOKEN"), Column("ROLE"), Column("CREATED")], rows, colour=False)
+
+
+def _when(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M:%S")
+
+
+@click.command()
+@click.option("-n", "count", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="The last N.")
+@json_option("Print [{time_s, who, address, method, path, change, outcome}].")
+def audit(count: int, as_json: bool) -> None:
+    """Show who has changed what through the daemon, the last at the end.
+
+    WHO is a user on this host, or a token; failed attempts to use one are here too. The last
+    100,000 entries are kept.
+
+    \b
+    Examples:
+      xdp-lb audit
+      xdp-lb audit -n 1000 --json | jq '.[] | select(.who == "token deploy")'
+    """
+    from dataclasses import asdict
+
+    from lb.access import Access
+
+    with Access.open(Paths.here().access) as access:
+        entries = access.entries(count)
+    if as_json:
+        click.echo(to_json([asdict(entry) for entry in entries]))
+    else:
+        click.echo("\n".join(_audit_table(entries)))
+
+
+def _audit_table(entries: list[Entry]) -> list[str]:
+    from lb.output import Column, table
+
+    if not entries:
+        return ["nothing yet: what goes through xdp-lb serve is recorded"]
+    headings = ("TIME", "WHO", "FROM", "REQUEST", "CHANGE", "OUTCOME")
+    rows = [(_when(e.time_s), e.who, e.address, f"{e.method} {e.path}", e.change or "-", e.outcome) for e in entries]
+    return table([Column(heading) for heading in headings], rows, colour=False)

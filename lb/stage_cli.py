@@ -1,0 +1,269 @@
+"""`xdp-lb stage`: a C function of the user's own -> a program in the packets' path, and what it finds on the screen."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lb import completion
+from lb.cli_options import json_option
+from lb.documents import Document, to_json
+from lb.errors import DataplaneError
+from lb.paths import Paths
+
+if TYPE_CHECKING:  # what is compiled for, other commands do not wait for
+    from lb.stage import Condition, Record, Request
+    from lb.stage_source import Source
+    from lb.stage_trace import Trace
+    from lb.stage_watch import Printer
+
+UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "": 1}
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def parse_interval(text: str) -> float:
+    """Seconds: 1s, 500ms, 2m; without a unit they are seconds too."""
+    figures = text.rstrip("ms")
+    try:
+        seconds = float(figures) * UNITS_S[text[len(figures) :]]
+    except (ValueError, KeyError):
+        raise click.BadParameter(f"{text}: not a time, such as 1s, 500ms or 2m") from None
+    if not 0.1 <= seconds <= 86400:
+        raise click.BadParameter(f"{text}: out of range 100ms to 1440m")
+    return seconds
+
+
+@click.group()
+def stage() -> None:
+    """Put a C function of your own into the packets' path."""
+
+
+@stage.command()
+@click.argument("interface", metavar="IFACE", shell_complete=completion.interfaces)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--at",
+    type=click.Choice(["xdp", "xdp-exit"]),
+    default="xdp",
+    metavar="WHERE",
+    help="xdp: before the balancer; xdp-exit: after its verdict.  [default: xdp]",
+)
+@click.option(
+    "--interval", "interval_s", type=parse_interval, default="1s", metavar="TIME", help="Between tables.  [default: 1s]"
+)
+@click.option("--function", default="stage", metavar="NAME", help="The function in FILE.  [default: stage]")
+@click.option("-D", "defines", multiple=True, metavar="NAME[=VALUE]", help="Define a macro. May be repeated.")
+@json_option("Print JSON documents, one a line, as above.")
+def run(
+    interface: str,
+    file: Path,
+    at: str,
+    interval_s: float,
+    function: str,
+    defines: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Compile FILE and run it on IFACE, until Ctrl-C.
+
+    FILE has a function int stage(struct xdp_md *ctx), in C as BCC wants it, with its macros
+    (BPF_HASH, BPF_ARRAY, BPF_HISTOGRAM, BPF_PERF_OUTPUT, BPF_RINGBUF_OUTPUT, ...). Where it returns
+    XDP_DROP the packet is dropped; whatever else it returns, the packet goes on to the next stage,
+    the balancer, or the host. Its tables are shown at every interval, its events and the lines of
+    bpf_trace_printk() as they come. Tables whose names begin with _ are not shown. Fields of type
+    struct in_addr and struct in6_addr are addresses.
+
+    At xdp-exit, xdp_lb_verdict() is a pointer to what the balancer decided (or NULL): action, an
+    enum xdp_action; reason, such as XDP_LB_FORWARDED or XDP_LB_PASS_NOT_A_SERVICE; egress, an
+    interface's index; bytes.
+
+    On an interface without the balancer the function is alone, and ends with this process. With
+    it, a process that is killed leaves it at work, which stage list shows and stage stop ends.
+
+    Needs BCC: apt install python3-bpfcc, and kernel headers, of any version.
+
+    \b
+    JSON: {time, table, kind, entries: [{key, value, per_second}], final}
+          {time, table, kind, histograms: [{key, buckets}], final}
+          {time, event, data}, {time, trace}, {time, lost_events}
+      kind     hash, array, trie, histogram, log2_histogram
+      buckets  [{low, high, count}] of a log2_histogram, else [{value, count}]
+      final    the last of its table
+
+    \b
+    Examples:
+      # Those that come along: xdp-lb stage examples
+      xdp-lb stage run eth0 hello.c
+      # Drop beyond 100 SYNs a second of a /24
+      xdp-lb stage run eth0 syn_rate.c -D LIMIT=100
+      # Sizes of what the balancer sends, as documents
+      xdp-lb stage run eth0 packet_sizes.c --at xdp-exit --json
+    """
+    from lb.stage import Request
+    from lb.stage_source import Source
+
+    gc.enable()  # other commands end before their garbage matters
+    source = Source.read(file, function, defines)
+    _run(Request(source, interface, at), interval_s, _printer(as_json))
+
+
+def _printer(as_json: bool) -> Printer:
+    from lb import cli
+    from lb.stage_watch import JsonPrinter, LinePrinter, ScreenPrinter
+
+    if as_json:
+        return JsonPrinter(sys.stdout)
+    return ScreenPrinter(sys.stdout, colour=cli.wants_colour()) if sys.stdout.isatty() else LinePrinter(sys.stdout)
+
+
+def _run(request: Request, interval_s: float, printer: Printer) -> None:
+    from lb.stage import compiled, in_place
+    from lb.stage_kernel import is_in_force
+    from lb.stage_watch import Watch
+
+    paths, ended = Paths.here(), _until_signal()
+    with compiled(paths, request) as (found, record), _trace(request.source, record) as trace:
+        watch = Watch(found, trace, printer)
+        with in_place(paths, record, found) as warning:
+            if warning:
+                _say(f"warning: {warning}")
+            _say(f"stage {record.number}: {request.source.path} on {_place(record)}; Ctrl-C ends it")
+
+            def is_over() -> bool:
+                return ended() or not (record.place is None or is_in_force(paths, found.stages_fd))
+
+            watch.until(is_over, interval_s)
+        watch.finish()
+    if not ended():
+        raise DataplaneError(f"{record.interface}: the balancer was detached, and the stage with it")
+
+
+def _say(text: str) -> None:
+    click.echo(f"xdp-lb: {text}", err=True)
+
+
+def _place(record: Record) -> str:
+    where = f"{record.interface}, at {record.at}"
+    return f"{where} alone" if record.place is None else f"{where}, place {record.place}"
+
+
+def _until_signal() -> Callable[[], bool]:
+    """Whether one has come that ends the command; from now on it does so in good order only."""
+    came: list[int] = []
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
+            signal.signal(number, lambda got, _: came.append(got))
+    return lambda: bool(came)
+
+
+def _trace(source: Source, record: Record) -> closing[Trace] | nullcontext[None]:
+    if not source.traces:
+        return nullcontext()
+    from lb.stage_trace import Trace
+
+    try:
+        return closing(Trace(record.mark))
+    except OSError as error:
+        _say(f"warning: lines of bpf_trace_printk() are not shown: {error.strerror}")
+        return nullcontext()
+
+
+@stage.command("list")
+@json_option("Print JSON, as above.")
+def list_stages(as_json: bool) -> None:
+    """List the stages that run, and those that a killed process left.
+
+    A stage whose process was killed is orphaned: its program goes on working, and nobody shows
+    its tables; xdp-lb stage stop ends it.
+
+    \b
+    JSON: [{number, interface, at, place, file, function, pid, program_id,
+            since, state}]
+      place    in the balancer's path; null: alone on its interface
+      state    compiling, running or orphaned
+
+    \b
+    Examples:
+      xdp-lb stage list
+      xdp-lb stage list --json | jq '.[].file'
+    """
+    from lb.stage import listed
+
+    found = listed(Paths.here())
+    click.echo(to_json([_document(*each) for each in found]) if as_json else "\n".join(_lines(found)))
+
+
+def _document(record: Record, condition: Condition) -> Document:
+    fields = asdict(record)
+    del fields["born"]
+    return fields | {"program_id": record.program_id or None, "state": str(condition)}
+
+
+def _lines(found: Sequence[tuple[Record, Condition]]) -> list[str]:
+    from lb import cli
+    from lb.output import Column, table
+
+    if not found:
+        return ["no stages: xdp-lb stage run IFACE FILE.c starts one"]
+    headings = ("STAGE", "INTERFACE", "AT", "PLACE", "FILE", "FUNCTION", "PID", "PROGRAM", "SINCE", "STATE")
+    numbers = {"STAGE", "PLACE", "PID", "PROGRAM"}
+    columns = [Column(heading, number=heading in numbers) for heading in headings]
+    return table(columns, [_row(*each) for each in found], colour=cli.wants_colour())
+
+
+def _row(record: Record, condition: Condition) -> list[str]:
+    cells = (
+        record.number,
+        record.interface,
+        record.at,
+        "-" if record.place is None else record.place,
+        record.file,
+        record.function,
+        record.pid,
+        record.program_id or "-",
+        record.since,
+        condition,
+    )
+    return [str(cell) for cell in cells]
+
+
+@stage.command()
+@click.argument("numbers", type=int, nargs=-1, metavar="STAGE...")
+@click.option("--all", "everything", is_flag=True, help="All stages of this network namespace.")
+def stop(numbers: tuple[int, ...], everything: bool) -> None:
+    """End stages, by their numbers in xdp-lb stage list.
+
+    Packets go on as if the stage had never been there.
+
+    \b
+    Examples:
+      xdp-lb stage stop 1
+      xdp-lb stage stop --all
+    """
+    from lb import stage as stages
+
+    if bool(numbers) == everything:
+        raise click.UsageError("Say which stages, or --all.")
+    ended = stages.stop(Paths.here(), numbers)
+    lines = [f"stage {record.number}: stopped, {record.interface}, at {record.at}" for record in ended]
+    click.echo("\n".join(lines) or "no stages")
+
+
+@stage.command()
+def examples() -> None:
+    """List the examples that come along, with their paths.
+
+    \b
+    Examples:
+      xdp-lb stage examples
+    """
+    from lb.stage_source import examples as found
+
+    click.echo("\n".join(f"{path}\n    {summary}" for path, summary in found()))

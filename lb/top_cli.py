@@ -1,0 +1,101 @@
+"""`xdp-lb top`: the balancer's figures again and again, on the whole terminal or as blocks of lines.
+
+Each reading opens the balancer anew, as every command does: what another process attaches, changes or detaches
+meanwhile is seen, and with a daemon it is the daemon that is asked.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:  # most commands do not wait for this
+    from lb.top import View
+
+SHORTEST_INTERVAL_S, LONGEST_INTERVAL_S = 0.1, 86400.0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not SHORTEST_INTERVAL_S <= seconds <= LONGEST_INTERVAL_S:  # nor is "nan"
+        raise click.BadParameter(f"{text}: not from {SHORTEST_INTERVAL_S:g} to {LONGEST_INTERVAL_S:g}")
+    return seconds
+
+
+@click.command("top")
+@click.option(
+    "-d",
+    "--delay",
+    "delay_s",
+    type=_seconds,
+    metavar="SECONDS",
+    default="1",
+    show_default=True,
+    help="Between readings.",
+)
+@click.option("-n", "--count", type=click.IntRange(min=1), metavar="COUNT", help="End after so many.")
+@click.option("--once", is_flag=True, help="Print one block of lines, and end.")
+def top_command(delay_s: float, count: int | None, once: bool) -> None:
+    """Watch services and backends: packets, bits and new connections a second.
+
+    On a terminal a screen that is kept up to date, else a block of lines for each reading. Where
+    the screen is too narrow, columns are left out.
+
+    REPLY/S and the BIT/S beside it go back to clients (mode nat). STATE of a service is its mode,
+    and ~N: so many slots are in transition. The bars beside it are its packets of late.
+
+    \b
+    Keys:
+      q              quit
+      s              sort by packets, bits, connections, name
+      space          pause
+      arrows, PgUp, PgDn, Home, End
+                     scroll
+
+    \b
+    Examples:
+      xdp-lb top
+      xdp-lb top -d 5
+      # Six readings into a file
+      xdp-lb top -d 10 -n 6 > load.txt
+    """
+    gc.enable()  # this command stays for long
+    if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _print_blocks(_reader(), delay_s, 1 if once else count)
+    else:
+        from lb.top_session import Session
+
+        Session(_reader(), delay_s, count).run()
+
+
+def _reader() -> Callable[[], View]:
+    """What gives one View after the other, each measured since the one before."""
+    from lb import cli  # this module is one of its commands
+    from lb.top import Meter
+
+    meter = Meter()
+
+    def read() -> View:
+        with cli.open_balancer(write=False) as balancer:
+            status = balancer.status()
+        return meter.take(status, time.monotonic())
+
+    return read
+
+
+def _print_blocks(read: Callable[[], View], delay_s: float, count: int | None) -> None:
+    from lb.top_view import Display, plain
+
+    read()
+    display, done = Display(interval_s=delay_s), 0
+    while count is None or done < count:
+        time.sleep(delay_s)
+        lines = plain(read(), replace(display, clock=time.strftime("%H:%M:%S")))
+        click.echo("\n".join([*([""] if done else []), *lines]))
+        done += 1

@@ -1,0 +1,363 @@
+// The page: a prompt for a token; with one, a session that asks the daemon each second and shows what it says. The token is kept
+// by this tab of the browser alone (sessionStorage), and what has been shown is gone from the document at log out.
+
+import { Api, Problem } from "./api.js";
+import { ChangeDialog } from "./change.js";
+import { Chart } from "./chart.js";
+import { Keyed, h, say, set } from "./dom.js";
+import { TrafficMap } from "./map.js";
+import { Meter } from "./rates.js";
+import { ServiceList } from "./services.js";
+import { METRICS, STATES, clock, figure, plural, stateOf, tally, tallyWords, whole } from "./words.js";
+
+const TOKEN = "xdp-lb token";
+const THEME = "xdp-lb theme";
+const SAMPLE_MS = 1000;
+const STATUS_MS = 10000; // what no event tells: slots in transition, neighbours
+const RETRY_MS = [1000, 2000, 5000, 10000];
+const EVENTS_KEPT = 200;
+const BACKENDS_DRAWN = 8;
+const OPEN_AT_FIRST = 20; // backends, in all
+const GROUPS = { drops: "dropped", passes: "left to the host", answered: "answered here", noted: "forwarded, noted" };
+
+const byId = (id) => document.getElementById(id);
+const without = location.protocol === "http:"; // forwarded from the daemon's Unix socket, which asks for no token
+
+let session = null;
+
+class Session {
+  constructor(api, caller) {
+    this.api = api;
+    this.ending = new AbortController();
+    this.meter = new Meter();
+    this.status = null;
+    this.open = new Set();
+    this.scope = null; // the VIP that map and charts are about; null: all
+    this.metric = "packets";
+    this.spanMs = 900000;
+    this.lastEvent = null;
+    byId("main").replaceChildren(byId("view").content.cloneNode(true));
+    byId("main").classList.toggle("reader", caller.role !== "write");
+    say(byId("caller"), caller.role === "write" ? caller.who : `${caller.who}, may only read`);
+    this.build();
+  }
+
+  build() {
+    this.map = new TrafficMap((vip) => this.select(vip), (vip, name) => this.showBackend(vip, name));
+    this.list = new ServiceList((...wish) => this.dialog.open(...wish), (vip) => this.toggle(vip));
+    this.dialog = new ChangeDialog(this.api, (said) => this.changed(said), (problem) => end(problem.message));
+    this.charts = [0, 1, 2, 3].map(() => new Chart());
+    this.drops = new Keyed(byId("reasons"), reasonRow);
+    byId("map").append(this.map.element);
+    byId("services").append(this.list.element);
+    byId("charts").append(...this.charts.map((each) => each.element));
+    byId("main").append(this.dialog.element);
+    byId("filter").addEventListener("input", () => this.show());
+    byId("troubled").addEventListener("change", () => this.show());
+    byId("metric").addEventListener("change", (event) => this.show((this.metric = event.target.value)));
+    byId("span").addEventListener("change", (event) => this.show((this.spanMs = 60000 * event.target.value)));
+    byId("all").addEventListener("click", () => this.select(null));
+    this.sized = new ResizeObserver(() => this.show());
+    this.sized.observe(byId("map"));
+  }
+
+  run() {
+    const { signal } = this.ending;
+    this.keepOn(signal, () => this.sample(signal));
+    this.listen(signal);
+  }
+
+  stop() {
+    this.ending.abort();
+    this.sized.disconnect();
+    byId("main").replaceChildren();
+  }
+
+  // Samples, one a second, or fewer where an answer takes long.
+  async keepOn(signal, work) {
+    while (!signal.aborted) {
+      const begun = performance.now();
+      await work();
+      const took = performance.now() - begun;
+      await pause(Math.max(SAMPLE_MS - took, 2 * took), signal);
+    }
+  }
+
+  async sample(signal) {
+    try {
+      if (!this.status || performance.now() - this.readMs > STATUS_MS) await this.read(signal);
+      const { document } = await this.api.ask("GET", "/v1/stats", { signal });
+      if (signal.aborted) return;
+      this.meter.take(document, performance.now());
+      if (this.isOutOfDate(document)) await this.read(signal);
+      this.heard(null);
+    } catch (problem) {
+      if (!signal.aborted) this.heard(problem);
+    }
+    if (!signal.aborted) this.show();
+  }
+
+  async read(signal) {
+    const { document } = await this.api.ask("GET", "/v1/status", { signal });
+    const isFirst = !this.status;
+    this.status = document;
+    this.readMs = performance.now();
+    const few = document.services.reduce((all, each) => all + each.backends.length, 0) <= OPEN_AT_FIRST;
+    if (isFirst && few) this.open = new Set(document.services.map((each) => each.vip));
+    if (!document.services.some((each) => each.vip === this.scope)) this.scope = null;
+  }
+
+  // Whether there are services or backends that the status does not have.
+  isOutOfDate(stats) {
+    const names = (services) => services.map((each) => `${each.vip} ${each.backends.map((b) => b.backend)}`).join();
+    return names(stats.services) !== names(this.status.services);
+  }
+
+  // That an answer came (null), or why not.
+  heard(problem) {
+    if (problem && !(problem instanceof Problem)) throw problem;
+    if (problem?.status === 401) end("The token is not known any more.");
+    else if (problem) this.since ??= Date.now();
+    else this.since = null;
+    if (this.ending.signal.aborted) return;
+    const words = problem ? `${problem.message}: last heard at ${clock(this.since / 1000)}, trying again` : "";
+    say(byId("trouble"), words);
+    set(byId("trouble"), "hidden", !problem);
+    byId("main").classList.toggle("stale", Boolean(problem));
+  }
+
+  async listen(signal) {
+    for (let failed = 0; !signal.aborted; failed += 1) {
+      try {
+        await this.api.follow(this.lastEvent, signal, (event) => {
+          failed = -1;
+          if (event) this.happened(event);
+        });
+      } catch (problem) {
+        if (!signal.aborted && problem.status === 401) end("The token is not known any more.");
+      }
+      await pause(RETRY_MS[Math.min(Math.max(failed, 0), RETRY_MS.length - 1)], signal);
+    }
+  }
+
+  happened({ id, kind, document }) {
+    if (id) this.lastEvent = id;
+    this.readMs = -Infinity;
+    this.note(document.time ?? Date.now() / 1000, kind, eventWords(kind, document));
+  }
+
+  note(timeS, kind, words) {
+    const time = h("time", {}, clock(timeS));
+    byId("events").prepend(h("li", {}, time, h("b", {}, kind), h("span", {}, words)));
+    while (byId("events").children.length > EVENTS_KEPT) byId("events").lastChild.remove();
+    set(byId("no-events"), "hidden", true);
+  }
+
+  async changed(said) {
+    say(byId("said"), said);
+    this.readMs = -Infinity;
+    await this.sample(this.ending.signal);
+  }
+
+  // What is shown
+
+  toggle(vip) {
+    if (this.open.delete(vip)) this.scope = this.scope === vip ? null : this.scope;
+    else {
+      this.open.add(vip);
+      this.scope = vip;
+    }
+    this.show();
+  }
+
+  select(vip) {
+    this.scope = vip;
+    if (vip) this.open.add(vip);
+    this.show();
+  }
+
+  showBackend(vip, name) {
+    this.select(vip);
+    const row = this.list.row(vip, name);
+    row?.scrollIntoView({ block: "center" });
+    row?.focus();
+  }
+
+  show() {
+    if (!this.status || this.ending.signal.aborted) return;
+    const shown = this.passing();
+    const state = { status: this.status, meter: this.meter, open: this.open, nowS: Date.now() / 1000 };
+    this.showHead();
+    this.list.update(shown, state);
+    const width = Math.floor(byId("map").clientWidth);
+    const services = shown.map(({ service, backends }) => ({ ...service, backends }));
+    if (width) this.map.update(services, this.status, this.meter, this.metric, this.scope, width);
+    this.showCharts();
+    this.showReasons();
+  }
+
+  // What passes the filter: [{service, backends}].
+  passing() {
+    const text = byId("filter").value.trim().toLowerCase();
+    const troubled = byId("troubled").checked;
+    const { services, loaded } = this.status;
+    const found = services.map((service) => ({ service, backends: backendsPassing(service, text, troubled, loaded) }));
+    const all = !text && !troubled;
+    const passing = found.filter(({ service, backends }) => all || backends.length || (!troubled && named(service, text)));
+    say(byId("passing"), all ? plural(services.length, "service") : `${whole(passing.length)} of ${plural(services.length, "service")}`);
+    return passing;
+  }
+
+  showHead() {
+    const { status, meter } = this;
+    const on = status.interfaces.map((each) => `${each.name} ${each.attached ? each.xdp_mode : "detached"}`);
+    say(byId("where"), [status.netns, ...(on.length ? on : ["not attached"])].join(" · "));
+    say(byId("health"), tallyWords(tally(status.services.flatMap((each) => each.backends), status.loaded)) || "no backends");
+    const { connections, packets, bits, replyBits } = meter.total.rates;
+    const rates = { connections, packets, bits, replies: replyBits, drops: meter.total.drops };
+    for (const [name, rate] of Object.entries(rates)) say(byId(`total-${name}`), meter.measured ? figure(rate) : "-");
+  }
+
+  showCharts() {
+    const { meter, scope, spanMs } = this;
+    const service = scope && meter.services.get(scope);
+    const window = meter.window(spanMs);
+    const { history } = service || meter.total;
+    const two = (name, reply) => [
+      { name: "to backends", values: history.of(name) },
+      { name: "to clients", values: history.of(reply) },
+    ];
+    const charts = [
+      ["Packets a second", two("packets", "replyPackets")],
+      ["Bits a second", two("bits", "replyBits")],
+      ["Connections a second", [{ name: "opened", values: history.of("connections") }]],
+      service
+        ? ["Packets a second, by backend", backendLines(service, window)]
+        : ["Drops a second", [{ name: "dropped", values: history.of("drops") }]],
+    ];
+    say(byId("scope"), scope ?? "all services");
+    set(byId("all"), "hidden", !scope);
+    charts.forEach(([title, lines], number) => this.charts[number].update(title, window, spanMs, lines));
+  }
+
+  showReasons() {
+    const found = [...this.meter.reasons].filter(([, each]) => each.packets);
+    set(byId("no-reasons"), "hidden", found.length > 0);
+    set(byId("reasons-table"), "hidden", found.length === 0);
+    this.drops.update(found.map(([name, each]) => [name, { name, ...each, measured: this.meter.measured }]));
+  }
+}
+
+function named(service, text) {
+  return service.vip.toLowerCase().includes(text);
+}
+
+function backendsPassing(service, text, troubled, loaded) {
+  const some = named(service, text) ? service.backends : service.backends.filter((each) => each.backend.includes(text));
+  return troubled ? some.filter((each) => stateOf(each, loaded) !== "active" || each.share < 100) : some;
+}
+
+// The busiest of the span one by one, the rest together.
+function backendLines(service, window) {
+  const busy = [...service.backends].filter(([, each]) => each.packets);
+  const all = busy.map(([name, { packets: { values } }]) => ({ name, values, sum: window.reduce((n, { index }) => n + values[index], 0) }));
+  const order = [...all].sort((a, b) => b.sum - a.sum);
+  const first = new Set(order.slice(0, order.length > BACKENDS_DRAWN ? BACKENDS_DRAWN - 1 : BACKENDS_DRAWN));
+  const lines = all.filter((each) => first.has(each));
+  const rest = order.filter((each) => !first.has(each));
+  if (!rest.length) return lines;
+  const together = new Float32Array(rest[0].values.length);
+  for (const { index } of window) together[index] = rest.reduce((n, { values }) => n + values[index], 0);
+  return [...lines, { name: plural(rest.length, "other"), values: together }];
+}
+
+function reasonRow() {
+  const cells = [h("th", { scope: "row" }), h("td", {}), h("td", { class: "number" }), h("td", { class: "number" })];
+  return {
+    element: h("tr", {}, ...cells),
+    update({ name, group, rate, packets, measured }) {
+      const texts = [name, GROUPS[group], measured ? figure(rate) : "-", whole(packets)];
+      texts.forEach((text, number) => say(cells[number], text));
+    },
+  };
+}
+
+function eventWords(kind, { summary, detail, interface: name, xdp_mode: mode, ...more }) {
+  if (kind === "attach") return `${name}, ${mode} XDP`;
+  if (kind === "detach") return name;
+  if (summary || detail) return summary ?? detail;
+  const { time, ...rest } = more;
+  return Object.entries(rest).map(([key, value]) => `${key} ${value}`).join(", ");
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => resolve(clearTimeout(timer)), { once: true });
+  });
+}
+
+// Who is there
+
+async function begin(token) {
+  const api = new Api(token);
+  const { document: caller } = await api.ask("GET", "/v1/whoami");
+  if (token) sessionStorage.setItem(TOKEN, token);
+  session = new Session(api, caller);
+  prompt(false);
+  session.run();
+}
+
+function end(why = "") {
+  sessionStorage.removeItem(TOKEN);
+  session?.stop();
+  session = null;
+  prompt(true, why);
+}
+
+function prompt(isShown, why = "") {
+  set(byId("login"), "hidden", !isShown);
+  set(byId("main"), "hidden", isShown);
+  set(byId("logout"), "hidden", isShown || without);
+  for (const id of ["where", "caller"]) if (isShown) say(byId(id), "");
+  say(byId("login-fault"), why);
+  set(byId("token"), "aria-invalid", why ? "true" : null);
+  byId("token").value = "";
+  if (isShown) byId("token").focus();
+}
+
+async function login(token) {
+  try {
+    await begin(token);
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    if (problem.status === 401) end(problem.message);
+    else prompt(true, problem.message); // reloading the page tries the same token again
+  }
+}
+
+// Dark or light
+
+function theme(wanted) {
+  set(document.documentElement, "data-theme", wanted);
+  say(byId("theme"), { dark: "Dark", light: "Light" }[wanted] ?? "Auto");
+}
+
+function nextTheme() {
+  const next = { dark: "light", light: null }[localStorage.getItem(THEME)];
+  if (next === null) localStorage.removeItem(THEME);
+  else localStorage.setItem(THEME, next ?? "dark");
+  theme(localStorage.getItem(THEME));
+}
+
+theme(localStorage.getItem(THEME));
+byId("theme").addEventListener("click", nextTheme);
+byId("logout").addEventListener("click", () => end());
+byId("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const token = byId("token").value.trim();
+  if (token) login(token);
+});
+const kept = sessionStorage.getItem(TOKEN);
+if (kept || without) login(kept);
+else prompt(true);

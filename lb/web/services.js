@@ -1,0 +1,156 @@
+// The table of services and, of those that are opened, their backends, with what can be done to them.
+
+import { Keyed, h, say, set } from "./dom.js";
+import { STATES, figure, remark, stateOf, tally, tallyWords, whole } from "./words.js";
+
+const FIGURES = [
+  ["conn/s", (rates) => rates.connections, ""],
+  ["pkt/s", (rates) => rates.packets, ""],
+  ["bit/s", (rates) => rates.bits, "wide"],
+  ["reply pkt/s", (rates) => rates.replyPackets, "wider"],
+  ["reply bit/s", (rates) => rates.replyBits, "wider"],
+];
+
+export class ServiceList {
+  // `act(kind, vip, backend)`: the wish to change something; `toggle(vip)`: to open or close a service.
+  constructor(act, toggle) {
+    this.list = h("ul", { class: "services" });
+    this.empty = h("p", { class: "empty", hidden: true });
+    this.element = h("div", {}, this.empty, this.list);
+    this.views = new Keyed(this.list, (item) => serviceView(item, act, toggle));
+  }
+
+  // `shown`: [{service, backends}], what passes the filter.
+  update(shown, state) {
+    set(this.empty, "hidden", shown.length > 0);
+    say(this.empty, state.status.services.length ? "Nothing passes the filter." : nothingServed(state));
+    this.views.update(shown.map((each) => [each.service.vip, { ...each, state }]));
+  }
+
+  row(vip, name) {
+    return this.views.known.get(vip)?.rows()?.get(name)?.element;
+  }
+
+  heading(vip) {
+    return this.views.known.get(vip)?.heading;
+  }
+}
+
+function nothingServed({ status }) {
+  if (!status.interfaces.length) return "Nothing is attached, and there are no services: see xdp-lb attach --help.";
+  return "There are no services yet: see xdp-lb vip add --help.";
+}
+
+function serviceView({ service: { vip } }, act, toggle) {
+  const name = h("span", { class: "vip" }, vip);
+  const mode = h("span", { class: "mode" });
+  const states = h("span", { class: "states" });
+  const figures = h("span", { class: "figures" });
+  const heading = h("button", { type: "button", class: "heading", onclick: () => toggle(vip) }, name, mode, states, figures);
+  const element = h("li", {}, h("h3", {}, heading));
+  let table = null;
+  return {
+    element,
+    heading,
+    rows: () => table?.views.known,
+    update({ service, backends, state }) {
+      const open = state.open.has(vip);
+      const known = state.meter.services.get(vip);
+      set(heading, "aria-expanded", open ? "true" : "false");
+      say(mode, modeWords(service, known));
+      showStates(states, service, state.status.loaded);
+      say(figures, serviceFigures(known, state.meter.measured));
+      if (open && !table) element.append((table = backendTable(vip, act)).element);
+      if (!open && table) table = void table.element.remove();
+      table?.update(service, backends, state);
+    },
+  };
+}
+
+function modeWords(service, known) {
+  return known?.moving ? `${service.mode}, ${whole(known.moving)} slots in transition` : service.mode;
+}
+
+function showStates(element, service, loaded) {
+  const counts = tally(service.backends, loaded);
+  const present = Object.entries(counts).filter(([, number]) => number);
+  const words = tallyWords(counts) || "no backends";
+  if (element.title === words) return;
+  element.title = words;
+  element.replaceChildren(...(present.length ? present.map(stateCount) : [words]));
+}
+
+function stateCount([state, number]) {
+  const spoken = h("span", { class: "spoken" }, ` ${STATES[state].word}, `);
+  return h("span", { class: `state ${state}` }, `${STATES[state].shape} ${whole(number)}`, spoken);
+}
+
+function serviceFigures(known, measured) {
+  if (!known || !measured) return "-";
+  const { connections, packets, bits } = known.rates;
+  return `${figure(connections)} conn/s · ${figure(packets)} pkt/s · ${figure(bits)} bit/s`;
+}
+
+function backendTable(vip, act) {
+  const column = (words, kind = "") => h("th", { scope: "col", class: kind }, words);
+  const headings = FIGURES.map(([words, , kind]) => column(words, `number ${kind}`));
+  const head = h("tr", {}, column("Backend"), column("State"), column("Weight", "number"), ...headings, column("Conns", "number wide"));
+  const change = h("th", { scope: "col", class: "write" }, h("span", { class: "spoken" }, "Change"));
+  head.append(change);
+  const body = h("tbody", {});
+  const caption = h("caption", { class: "spoken" }, `Backends of ${vip}`);
+  const add = h("button", { type: "button", onclick: () => act("add", vip) }, "Add a backend…");
+  const foot = h("p", { class: "write" }, add);
+  const views = new Keyed(body, (item) => backendRow(vip, item, act));
+  const scrolling = h("div", { class: "scrolling" }, h("table", {}, caption, h("thead", {}, head), body));
+  return {
+    element: h("div", { class: "backends" }, scrolling, foot),
+    views,
+    update(service, backends, state) {
+      const known = state.meter.services.get(vip);
+      views.update(backends.map((each) => [each.backend, { backend: each, service, state, known: known?.backends.get(each.backend) }]));
+    },
+  };
+}
+
+function backendRow(vip, { backend: { backend: name } }, act) {
+  const cell = (kind) => h("td", { class: kind });
+  const state = cell("state-cell");
+  const weight = cell("number");
+  const figures = FIGURES.map(([, , kind]) => cell(`number ${kind}`));
+  const connections = cell("number wide");
+  const of = (word) => h("span", { class: "spoken" }, ` ${name} ${word}`);
+  const drainWord = h("span", {});
+  let drains = true;
+  const drain = h("button", { type: "button", onclick: () => act(drains ? "drain" : "undrain", vip, name) }, drainWord, of(`of ${vip}`));
+  const weigh = h("button", { type: "button", onclick: () => act("weight", vip, name) }, "Weight…", of(`of ${vip}`));
+  const remove = h("button", { type: "button", onclick: () => act("remove", vip, name) }, "Remove…", of(`from ${vip}`));
+  const actions = h("td", { class: "write actions" }, drain, weigh, remove);
+  const heading = h("th", { scope: "row" }, name);
+  const element = h("tr", { tabindex: -1 }, heading, state, weight, ...figures, connections, actions);
+  return {
+    element,
+    update({ backend, service, state: now, known }) {
+      drains = !backend.draining;
+      say(drainWord, drains ? "Drain…" : "Undrain…");
+      showState(state, backend, now);
+      say(weight, whole(backend.weight));
+      FIGURES.forEach(([, of], number) => say(figures[number], rateText(of, known, service, now, number)));
+      say(connections, known ? whole(known.counters.connections) : "-");
+    },
+  };
+}
+
+function rateText(of, known, service, { meter }, number) {
+  if (number > 2 && service.mode !== "nat") return "-"; // the backends answer clients themselves
+  return known && meter.measured ? figure(of(known.rates)) : "-";
+}
+
+function showState(element, backend, { status, nowS }) {
+  const state = stateOf(backend, status.loaded);
+  const words = `${STATES[state].shape} ${STATES[state].word}`;
+  const why = remark(backend, status.loaded, nowS);
+  if (element.dataset.shown === `${words} ${why}`) return;
+  element.dataset.shown = `${words} ${why}`;
+  element.replaceChildren(h("span", { class: `state ${state}` }, words), why ? h("small", {}, why) : "");
+}

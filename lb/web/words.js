@@ -1,0 +1,115 @@
+// Values -> the words and figures that are shown (pure).
+
+const PREFIXES = ["", "k", "M", "G", "T", "P"];
+const WHOLE = new Intl.NumberFormat("en");
+
+// What is known of a backend, the worst first. A shape beside each word: colour alone tells nobody.
+export const STATES = {
+  down: { shape: "✕", word: "down" },
+  unresolved: { shape: "◇", word: "unresolved" },
+  draining: { shape: "◐", word: "draining" },
+  active: { shape: "●", word: "active" },
+};
+
+export const METRICS = {
+  packets: { word: "packets", unit: "pkt/s" },
+  bits: { word: "bits", unit: "bit/s" },
+  connections: { word: "connections", unit: "conn/s" },
+};
+
+// At most five characters, as in `xdp-lb top`: 0, 7.3, 128, 12.3k.
+export function figure(rate) {
+  if (rate < 0.05) return "0";
+  let size = 0;
+  let value = rate;
+  while (value >= 999.5 && size < PREFIXES.length - 1) {
+    value /= 1000;
+    size += 1;
+  }
+  const digits = value < 9.95 ? 1 : value < 99.95 && size > 0 ? 1 : 0;
+  return value.toFixed(digits) + PREFIXES[size];
+}
+
+export function whole(number) {
+  return WHOLE.format(number);
+}
+
+export function plural(number, one, more = `${one}s`) {
+  return `${whole(number)} ${number === 1 ? one : more}`;
+}
+
+export function percent(part, all) {
+  return all ? `${((100 * part) / all).toFixed(1)} %` : "0 %";
+}
+
+export function clock(seconds) {
+  return new Date(1000 * seconds).toLocaleTimeString("en-GB");
+}
+
+export function ago(seconds) {
+  if (seconds < 90) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return seconds < 129600 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} d`;
+}
+
+// As lb.metrics.backend_state: one that would be active, if its neighbour answered, is unresolved.
+export function stateOf(backend, loaded) {
+  return backend.state === "active" && loaded && !backend.resolved ? "unresolved" : backend.state;
+}
+
+// Why a backend is not simply active, in a few words; empty if it is.
+export function remark(backend, loaded, nowS) {
+  if (backend.state === "down") return `${backend.why}, for ${ago(nowS - backend.since)}`;
+  if (backend.share < 100) return `starting slowly: ${backend.share} % of its weight`;
+  if (stateOf(backend, loaded) === "unresolved") return "its neighbour does not answer";
+  return backend.why || "";
+}
+
+// How many backends are in which state, the worst first: {state: number}.
+export function tally(backends, loaded) {
+  const found = {};
+  for (const state of Object.keys(STATES)) found[state] = 0;
+  for (const backend of backends) found[stateOf(backend, loaded)] += 1;
+  return found;
+}
+
+export function tallyWords(counts) {
+  const present = Object.entries(counts).filter(([, number]) => number);
+  return present.map(([state, number]) => `${whole(number)} ${STATES[state].word}`).join(", ");
+}
+
+// An IPv6 VIP and a long name lose their middle, where there is no room.
+export function shortened(text, most) {
+  if (text.length <= most) return text;
+  const head = Math.ceil((most - 1) / 2);
+  return `${text.slice(0, head)}…${text.slice(text.length - (most - 1 - head))}`;
+}
+
+// A document of a change -> sentences about the rings: [{text, plan}].
+export function planSentence(plan) {
+  if (!plan) return "Nothing is attached: it is stored, and in force from the next attach on.";
+  const moved = `${whole(plan.moved)} of ${whole(plan.slots)} slots move (${percent(plan.moved, plan.slots)})`;
+  return `${moved}; no scheme could do with less than ${whole(plan.minimum)}.`;
+}
+
+// What differs between two documents of one service, as sentences.
+export function differences(before, after) {
+  const known = new Map(before.backends.map((each) => [each.backend, each]));
+  const found = [];
+  for (const each of after.backends) {
+    const was = known.get(each.backend);
+    known.delete(each.backend);
+    if (!was) found.push(`${each.backend} was added, weight ${each.weight}`);
+    else found.push(...differencesOfBackend(was, each));
+  }
+  for (const name of known.keys()) found.push(`${name} was removed`);
+  if (JSON.stringify(before.options) !== JSON.stringify(after.options)) found.push("options were changed");
+  return found.length ? found : ["other settings of it were changed"];
+}
+
+function differencesOfBackend(was, is) {
+  const found = [];
+  if (was.weight !== is.weight) found.push(`${is.backend} has weight ${is.weight}, had ${was.weight}`);
+  if (was.draining !== is.draining) found.push(`${is.backend} is ${is.draining ? "draining" : "no longer draining"}`);
+  return found;
+}
