@@ -121,15 +121,16 @@ class Balancer:
     def holding(self, ifindexes: Sequence[int], capture: Captures, *, behind: bool) -> Iterator[None]:
         """A capture of these interfaces in a place of its own, to the end of the block. Raises NotSupported if none is
         free."""
-        self._clear_stale()
-        place = self._free_place(behind)
-        onward = self._onward(place)
         with ExitStack() as cleanup:
             captures = cleanup.enter_context(_array_of_one_program())
-            program = capture(StagedEntry(ifindexes, onward), onward)
-            captures[0] = program.fd
-            relay = cleanup.enter_context(load(RELAY, XDP, assemble(XDP, [], _Both(Relay(captures), onward))))
-            self.stages.set(place, relay.fd)
+            with self.stages.alone():
+                self._clear_stale()
+                place = self._free_place(behind)
+                onward = self._onward(place)
+                program = capture(StagedEntry(ifindexes, onward), onward)
+                captures[0] = program.fd
+                relay = cleanup.enter_context(load(RELAY, XDP, assemble(XDP, [], _Both(Relay(captures), onward))))
+                self.stages.set(place, relay.fd)
             cleanup.callback(self.stages.clear, place)
             yield
 

@@ -438,8 +438,8 @@ def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
     """Change options of the service at VIP. What is not named stays as it is.
 
     0 switches a limit or the MSS off, --no-echo and the like a switch, --allow any the list of
-    clients, --tunnel-source own the prefix, --health off the check. While the service is in force, the affinity can be made
-    longer or shorter, but not begin or end.
+    clients, --tunnel-source own the prefix, --health off the check. While the service is in force,
+    the affinity can be made longer or shorter, but not begin or end.
 
     \b
     Examples:

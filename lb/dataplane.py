@@ -508,6 +508,8 @@ def _table(service: Service, numbers: Mapping[MemberKey, int]) -> array[int]:
 
 
 def _in_transition(words: array[int]) -> int:
+    if max(words) <= ring.MEMBER_MASK:
+        return 0
     return sum(word > ring.MEMBER_MASK and ring.previous_member(word) != 0 for word in words)
 
 

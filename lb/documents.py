@@ -103,13 +103,20 @@ def report_document(report: Report) -> Document:
 
 
 def _change_document(change: Change) -> Document:
+    head = change_head(change)
+    plan = head.pop("plan")
     return {
-        "vip": str(change.vip),
-        "change": str(change.kind),
+        **head,
         "before": service_document(change.before) if change.before else None,
         "after": service_document(change.after) if change.after else None,
-        "plan": plan_document(change.plan) if change.plan else None,
+        "plan": plan,
     }
+
+
+def change_head(change: Change) -> Document:
+    """All of it but the services."""
+    plan = plan_document(change.plan) if change.plan else None
+    return {"vip": str(change.vip), "change": str(change.kind), "plan": plan}
 
 
 def plan_document(plan: Plan) -> Document:

@@ -5,6 +5,7 @@ The keys of documents are stable; the help of each command names them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -81,11 +82,16 @@ def _is_expired(status: RuleStatus) -> bool:
 def status_lines(rules: Sequence[RuleStatus], *, colour: bool) -> list[str]:
     if not rules:
         return ["no rules: add one with xdp-lb filter add"]
-    lines = table(COLUMNS, [_row(status) for status in rules], colour=colour)
+    lines = [_without_padding(line) for line in table(COLUMNS, [_row(status) for status in rules], colour=colour)]
     idle = dict.fromkeys(s.rule.interface for s in rules if not s.in_force and not _is_expired(s))
     if idle:
         lines += ["", f"not in force on {', '.join(idle)}: xdp-lb filter restore puts them there"]
     return lines
+
+
+def _without_padding(line: str) -> str:
+    """Expressions may be longer than a terminal is wide: spaces in bold behind the last heading would be a line."""
+    return re.sub(r" +(\x1b\[0m)$", r"\1", line)
 
 
 def _row(status: RuleStatus) -> tuple[str, ...]:

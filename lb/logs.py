@@ -11,6 +11,7 @@ import structlog
 
 def configure(*, as_json: bool) -> None:
     """Also for what uvicorn and others say through `logging`."""
+    plain = structlog.dev.plain_traceback  # not with the values of variables, of which one may be a secret
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -19,7 +20,7 @@ def configure(*, as_json: bool) -> None:
     ends: list[Any] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

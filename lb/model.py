@@ -214,7 +214,7 @@ class Service:
             raise InvalidInput(
                 f"backend {backend}: mode {self.mode} needs an IPv{self.vip.address.version} backend for {self.vip}"
             )
-        if backend.address.version == self.vip.address.version and backend.address in self.vip.network:
+        if self.vip.holds(backend.address):
             raise InvalidInput(f"backend {backend}: is the VIP's own address")
         if self.mode is not Mode.NAT and backend.port != self.vip.fixed_port:
             raise InvalidInput(

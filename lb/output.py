@@ -59,8 +59,10 @@ class Difference:
 
 def differences(before: Service | None, after: Service | None) -> list[Difference]:
     """The backends that differ, in the order of their addresses."""
-    old = {str(b): b for b in before.backends} if before else {}
-    new = {str(b): b for b in after.backends} if after else {}
+    was, now = (service.backends if service else () for service in (before, after))
+    same = set(map(id, was)) & set(map(id, now))  # most of many are the very same
+    old = {str(b): b for b in was if id(b) not in same}
+    new = {str(b): b for b in now if id(b) not in same}
     backends = sorted({**old, **new}.values(), key=lambda b: b.sort_key)
     pairs = ((old.get(str(b)), new.get(str(b))) for b in backends)
     return [_difference(was, now) for was, now in pairs if was != now]

@@ -12,14 +12,14 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
 from lb import output
 from lb.balancer import Balancer
-from lb.documents import Document, plan_document, report_document, service_document
+from lb.documents import Document, change_head, plan_document, report_document, service_document
 from lb.events import KEPT, Events
 from lb.model import Service, State
 from lb.report import Report
@@ -133,21 +133,44 @@ class Owner:
         finally:
             self.snapshot = self.snapshot.following(self._balancer.state)
 
+    def _made(self, report: Report, state: State) -> Done:
+        before, self.snapshot = self.snapshot, self.snapshot.following(state)
+
+        def body_of(service: Service | None) -> bytes:
+            if service is None:
+                return b"null"
+            known = (snapshot.services.get(service.vip) for snapshot in (self.snapshot, before))
+            ready = next((each.body for each in known if each and each.service is service), None)
+            return ready or to_bytes(service_document(service))
+
+        return _done(report, _report_body(report, body_of))
+
     async def change(self, work: Callable[[Balancer], Report]) -> Done:
         """As `call`, and listeners are told of what has changed."""
-        done = await self.call(lambda balancer: _done(work(balancer)))
+        done = await self.call(lambda balancer: self._made(work(balancer), balancer.state))
         for kind, document in done.happened:
             self.events.publish(kind, document)
         return done
 
 
-def _done(report: Report) -> Done:
+def _done(report: Report, body: bytes) -> Done:
     happened = tuple(islice(_happened(report), KEPT))
     sentences = [document["summary"] for _, document in happened[:SENTENCES]] or ["nothing to change"]
     more = len(report.attached) + len(report.detached) + len(report.changes) - SENTENCES
     summary = "; ".join([*sentences, f"{more} more"] if more > 0 else sentences)
-    body = to_bytes(report_document(report))
     return Done(report, body, f"dry run: {summary}", ()) if report.dry_run else Done(report, body, summary, happened)
+
+
+def _report_body(report: Report, body_of: Callable[[Service | None], bytes]) -> bytes:
+    """That of `report_document`, of which services are the largest part, and rendered already as a rule. No text within
+    the rest can be taken for the place where they go: it would have its quotes escaped."""
+    changes = [
+        b'%b,"before":%b,"after":%b}' % (to_bytes(head)[:-1], body_of(change.before), body_of(change.after))
+        for change in report.changes
+        for head in [change_head(change)]
+    ]
+    rest = to_bytes(report_document(replace(report, changes=())) | {"changes": None})
+    return rest.replace(b'"changes":null', b'"changes":[%b]' % b",".join(changes), 1)
 
 
 def _happened(report: Report) -> Iterator[tuple[str, Document]]:

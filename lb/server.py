@@ -242,13 +242,20 @@ def serve(
 async def _serve(
     opener: Callable[[], AbstractContextManager[Balancer]], settings: Settings, tasks: Sequence[Task]
 ) -> None:
-    daemon = Daemon(opener, settings, tasks, on_ready=lambda: log.info("ready"))
+    daemon = Daemon(opener, settings, tasks, on_ready=_ready)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     await daemon.run()
     log.info("ended: programs and maps go on")
+
+
+def _ready() -> None:
+    """What is there by now stays: looking through it for garbage would take longer than most changes."""
+    gc.collect()
+    gc.freeze()
+    log.info("ready")
 
 
 def _raise_limit() -> None:

@@ -72,12 +72,14 @@ class Places:
         """`stages_fd`: the map that the program was compiled to go on through."""
         if map_info(stages_fd).id != self._stages.map.info.id:
             raise DataplaneError("the balancer was attached anew meanwhile: repeat the command")
-        with _explained():
+        with _explained(), self._stages.alone():
+            if place in self._stages.occupied():
+                raise DataplaneError("another program took the place meanwhile: repeat the command")
             self._stages.set(place, program_fd)
 
     def clear(self, place: int, program_id: int) -> None:
         """Where this program is still there."""
-        with _explained():
+        with _explained(), self._stages.alone():
             if self._stages.occupied().get(place) == program_id:
                 self._stages.clear(place)
 

@@ -159,6 +159,11 @@ class Vip:
     def network(self) -> Network:
         return ip_network((self.address, self.prefix_length))
 
+    def holds(self, address: Address) -> bool:
+        if self.is_one_address:  # as most: a network takes long to make
+            return address == self.address
+        return address.version == self.address.version and address in self.network
+
     @property
     def ports(self) -> range:
         return range(65536) if self.port == 0 else range(self.port, self.last_port + 1)

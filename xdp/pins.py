@@ -81,13 +81,13 @@ class Pins:
         self._folder = netns.replace("%", "%25").replace(".", "%2E")
 
     def _root(self) -> Path | None:
-        """The mount as this process reaches it; None while there is none."""
-        if _is_mounted(self.mount_point, os.getpid()):
-            return self.mount_point
+        """The mount as this process reaches it; None while there is none. What its own mount namespace has, if that is
+        another one, may be a copy of a mount that has been taken off since."""
         home = _home()
-        if _is_mounted(self.mount_point, home):
-            return Path(f"/proc/{home}/root{self.mount_point}")
-        return None
+        if not _is_mounted(self.mount_point, home):
+            return None
+        is_ours = _mount_namespace(home) == _mount_namespace(os.getpid())
+        return self.mount_point if is_ours else Path(f"/proc/{home}/root{self.mount_point}")
 
     def _mount(self) -> Path:
         if not self._root():

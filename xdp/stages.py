@@ -8,9 +8,14 @@ balancer's, behind it up to the end, where it then returns the action in the map
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from xdp.object import BpfObject
+from xdp.pins import run_dir
 
 MAPS = ("stages", "verdicts")
 USERS = 4  # places for users' own stages, in front and behind
@@ -26,17 +31,32 @@ class Stages:
         self.exits = range(places["STAGE_EXIT"], places["STAGE_EXIT"] + USERS)
         self.map, self.verdicts = obj.map("stages"), obj.map("verdicts")
         self._control: Any = obj.variable("control")
+        self._held = 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process changes stages meanwhile: filters, users' stages and captures do not know of each other."""
+        self._held += 1
+        lock = _lock() if self._held == 1 else None
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if lock is not None:
+                os.close(lock)
 
     def set(self, place: int, program_fd: int) -> None:
         """In one step, also in the place of another program."""
-        self.map[place] = program_fd
-        self._announce()
+        with self.alone():
+            self.map[place] = program_fd
+            self._announce()
 
     def clear(self, place: int) -> None:
         """A packet may be in the program still. No error where there is none."""
-        if place in self.map:
-            del self.map[place]
-        self._announce()
+        with self.alone():
+            if place in self.map:
+                del self.map[place]
+            self._announce()
 
     def occupied(self) -> dict[int, int]:
         """Place -> program id, without the balancer's own."""
@@ -50,10 +70,20 @@ class Stages:
     @records_verdicts.setter
     def records_verdicts(self, wanted: bool) -> None:
         flag = self._flags["STAGES_RECORD"]
-        self._control.stages = self._control.stages & ~flag | flag * wanted
+        with self.alone():
+            self._control.stages = self._control.stages & ~flag | flag * wanted
 
     def _announce(self) -> None:
         places = self.occupied()
         in_front = self._flags["STAGES_IN_FRONT"] * any(place < self.balance for place in places)
         behind = self._flags["STAGES_BEHIND"] * any(place > self.balance for place in places)
         self._control.stages = self._control.stages & self._flags["STAGES_RECORD"] | in_front | behind
+
+
+def _lock() -> int:
+    """The kernel gives it back with the file descriptor, however the process ends."""
+    path = run_dir() / "stages.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -922,3 +923,14 @@ def test_a_backend_that_is_down_is_nobodys_in_transition(kernel: Kernel) -> None
     assert any(previous_member(word) == number for word in kernel.words(WEB))
     kernel.serve(service(WEB, replace(A, down=True), B, C, mode=Mode.DR))
     assert not any(number in (current_member(word), previous_member(word)) for word in kernel.words(WEB))
+
+
+def test_another_process_that_changes_stages_is_waited_for(kernel: Kernel, stages: Stages) -> None:
+    with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+        change = Thread(target=stages.set, args=(stages.filter, program))
+        with Stages(kernel.dataplane._obj).alone():
+            change.start()
+            change.join(0.2)
+            assert (change.is_alive(), stages.occupied()) == (True, {})
+        change.join()
+        assert verdict_on(kernel, WEB) == XDP_DROP

@@ -40,6 +40,11 @@ def test_rules_are_a_table() -> None:
     assert status_lines([], colour=False) == ["no rules: add one with xdp-lb filter add"]
 
 
+def test_heading_in_bold_is_no_wider_than_its_words() -> None:
+    heading, *_ = status_lines([status(DROP, 1, Counts())], colour=True)
+    assert heading.endswith("EXPRESSION\x1b[0m")
+
+
 def test_what_is_not_in_force_is_said_but_not_of_what_is_over() -> None:
     idle = status(LIMIT, 1, Counts(), in_force=False)
     assert status_lines([idle], colour=False)[-1] == "not in force on eth0: xdp-lb filter restore puts them there"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from xdp.errors import NotSupported
@@ -9,7 +11,7 @@ from xdp.libbpf import _load
 
 
 def test_library_that_is_missing_is_told_by_the_first_call_into_it() -> None:
-    function = _load("libabsent.so.1").bpf_object__open_file
+    function: Any = _load("libabsent.so.1").bpf_object__open_file
     function.restype = None  # as its signature is set, before anybody calls it
     with pytest.raises(NotSupported, match=r"^libabsent\.so\.1: .*: install libbpf 1\.x \(Debian, Ubuntu: libbpf1\)$"):
         function(b"lb.bpf.o", None)
