@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -98,7 +98,10 @@ class Dataplane(Protocol):
 
 
 class Guard(Protocol):
-    """Filter rules in front, which stay in force wherever the balancer comes or goes. Both may be repeated."""
+    """Filter rules in front, which stay in force wherever the balancer comes or goes. All may be repeated."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nobody else changes the rules meanwhile: for as long as a change takes."""
 
     def make_way(self, name: str) -> None:
         """To be called before the balancer is attached to an interface."""
@@ -109,6 +112,9 @@ class Guard(Protocol):
 
 class NoGuard:
     """Where there are no filter rules."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def make_way(self, name: str) -> None:
         pass
@@ -499,11 +505,12 @@ class Balancer:
     # How a change is carried out
 
     def _execute(self, step: Step) -> Outcome:
-        try:
-            return self._carry_out(step)
-        except BaseException as error:
-            self._go_back(step, error)
-            raise
+        with self._guard.alone():
+            try:
+                return self._carry_out(step)
+            except BaseException as error:
+                self._go_back(step, error)
+                raise
 
     def _carry_out(self, step: Step) -> Outcome:
         with self._store.saving(step.goal):

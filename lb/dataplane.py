@@ -8,7 +8,6 @@ one leaves a state that the programs can work with.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import socket
 import time
@@ -382,7 +381,7 @@ class KernelDataplane:
 
     @staticmethod
     def _new_object(sizes: Sizes, keep: BpfObject | None = None) -> BpfObject:
-        """A loaded object; `keep` hands on its stages, and tables of flows that have the right size already."""
+        """A loaded object; `keep` hands on its stages and control, and tables of flows of the right size."""
         obj = BpfObject.open(LB_OBJECT)
         for name, entries in sizes.by_map().items():
             obj.resize(name, entries)
@@ -525,5 +524,3 @@ def _copy_contents(old: BpfObject, new: BpfObject, members: Iterable[int]) -> No
         new.map("counters").set_total(index, old.map("counters").total(index))
     for reason, packets in enumerate(old.map("reasons").totals()):
         new.map("reasons").set_total(reason, packets)
-    control, same = old.variable("control"), new.variable("control")  # named: each keeps its memory mapped
-    ctypes.memmove(ctypes.addressof(same), ctypes.addressof(control), ctypes.sizeof(control))

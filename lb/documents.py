@@ -140,8 +140,8 @@ def _attachment_document(attachment: Attachment) -> Document:
 def status_document(status: Status) -> Document:
     """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
     keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
-    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters; `answered`,
-    `drops`, `passes` and `noted`: reason -> packets.
+    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters;
+    `answered`, `drops`, `passes` and `noted`: reason -> packets.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
     else 100; `why` what was wrong with it, `since` the Unix time since when it is as it is, null if nobody checks it.

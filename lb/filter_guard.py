@@ -7,12 +7,12 @@ bring along is imported only where there are rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from lb.paths import Paths
 from lb.rules import At
-from lb.store import Store
+from lb.store import Store, writer_lock
 
 if TYPE_CHECKING:
     from lb.dataplane import KernelDataplane
@@ -24,6 +24,9 @@ class FilterGuard:
 
     def __init__(self, paths: Paths, store: Store, dataplane: KernelDataplane) -> None:
         self._paths, self._store, self._dataplane = paths, store, dataplane
+
+    def alone(self) -> AbstractContextManager[None]:
+        return writer_lock(self._paths.filter_lock, self._paths.netns)
 
     def make_way(self, name: str) -> None:
         if self._has_rules(name):

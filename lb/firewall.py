@@ -406,7 +406,7 @@ def open_firewall(paths: Paths, *, write: bool) -> Iterator[Firewall]:
     with ExitStack() as stack:
         if write:
             check_may_change()
-            stack.enter_context(writer_lock(paths.lock, paths.netns))
+            stack.enter_context(writer_lock(paths.filter_lock, paths.netns))
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)

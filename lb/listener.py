@@ -96,6 +96,7 @@ class Listener(uvicorn.Server):
     def __init__(self, app: Any, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
+            interface="asgi3",
             http=Http,
             ws="none",
             lifespan="off",

@@ -68,6 +68,16 @@ class Paths:
         return self.state_dir / self.netns / "lock"
 
     @property
+    def filter_lock(self) -> Path:
+        """Of the filter rules, which change beside a daemon. Who takes `lock` too takes that first."""
+        return self.state_dir / self.netns / "filter.lock"
+
+    @property
+    def stage_lock(self) -> Path:
+        """Of the list of users' stages; taken alone."""
+        return self.state_dir / self.netns / "stage.lock"
+
+    @property
     def access(self) -> Path:
         """Tokens of the daemon, and who changed what."""
         return self.state_dir / self.netns / "access.db"

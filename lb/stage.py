@@ -213,7 +213,7 @@ def _take_out(paths: Paths, record: Record) -> None:
 
 @contextmanager
 def _changing(paths: Paths) -> Iterator[tuple[Records, Places | None]]:
-    with writer_lock(paths.lock, paths.netns), open_places(paths) as places:
+    with writer_lock(paths.stage_lock, paths.netns), open_places(paths) as places:
         yield Records(paths), places
 
 

@@ -24,7 +24,7 @@ from lb.errors import DataplaneError, StoreError
 from lb.firewall import Firewall, Wish, open_firewall
 from lb.paths import Paths
 from lb.rules import Action, At
-from lb.store import Store
+from lb.store import Store, writer_lock
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc
@@ -593,6 +593,13 @@ def test_second_command_waits_for_the_first_and_says_so(wire: Wire) -> None:
     with wire.firewall():
         line = wire.refusal("add", FAR, "drop", "udp port 53")
     assert re.fullmatch(r"another xdp-lb \(.*\) is changing network namespace .*: try again when it has ended", line)
+
+
+def test_rules_change_beside_a_daemon_that_holds_the_balancers_lock(wire: Wire) -> None:
+    paths = wire.paths
+    with writer_lock(paths.lock, paths.netns):
+        wire.filter("add", FAR, "drop", "udp dst port 53")
+    assert [wire.arrived(port) for port in (53, 54)] == [0, 5]
 
 
 # Files of packets

@@ -17,7 +17,7 @@ from typing import Any
 from xdp.object import BpfObject
 from xdp.pins import run_dir
 
-MAPS = ("stages", "verdicts")
+MAPS = ("stages", "verdicts", ".data")  # the same as long as the balancer is loaded: others refer to them
 USERS = 4  # places for users' own stages, in front and behind
 
 

@@ -774,11 +774,20 @@ class Calls:
 
     dataplane: MemoryDataplane
     made: list[tuple[str, str, bool]] = field(default_factory=list)
+    is_alone: bool = False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        self.is_alone = True
+        yield
+        self.is_alone = False
 
     def make_way(self, name: str) -> None:
+        assert self.is_alone
         self.made.append(("make_way", name, name in self.dataplane.attachments()))
 
     def take_over(self, name: str) -> None:
+        assert self.is_alone
         self.made.append(("take_over", name, name in self.dataplane.attachments()))
 
 

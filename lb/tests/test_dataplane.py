@@ -902,6 +902,15 @@ def test_stages_stay_when_the_maps_grow(grown: Kernel) -> None:
         grown.serve(*wanted)
         assert list(grown.dataplane.stages.occupied()) == [stages.filter]
         assert grown.backend_of(vips(9)[8], 4000) == A.address
+        stages.clear(stages.filter)
+
+
+def test_a_process_that_knew_the_smaller_maps_still_changes_stages(grown: Kernel) -> None:
+    stages = grown.dataplane.stages
+    grown.serve(service(WEB, A, B), service(TLS, A, C, mode=Mode.DR), *(service(vip, A) for vip in vips(9)))
+    with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+        stages.set(stages.filter, program)
+        assert verdict_on(grown, vips(9)[8]) == XDP_DROP
 
 
 def test_a_backend_that_is_down_loses_its_connections_but_not_what_it_has_counted(kernel: Kernel) -> None:

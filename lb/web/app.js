@@ -15,6 +15,7 @@ const THEME = "xdp-lb theme";
 const SAMPLE_MS = 1000;
 const STATUS_MS = 10000; // what no event tells: slots in transition, neighbours
 const RETRY_MS = [1000, 2000, 5000, 10000];
+const SPANS_MS = [60000, 300000, 900000];
 const EVENTS_KEPT = 200;
 const BACKENDS_DRAWN = 8;
 const OPEN_AT_FIRST = 20; // backends, in all
@@ -219,9 +220,10 @@ class Session {
   }
 
   showCharts() {
-    const { meter, scope, spanMs } = this;
+    const { meter, scope } = this;
     const service = scope && meter.services.get(scope);
-    const window = meter.window(spanMs);
+    const window = meter.window(this.spanMs);
+    const spanMs = spanFor(window, this.spanMs);
     const { history } = service || meter.total;
     const two = (name, reply) => [
       { name: "to backends", values: history.of(name) },
@@ -255,6 +257,12 @@ function named(service, text) {
 function backendsPassing(service, text, troubled, loaded) {
   const some = named(service, text) ? service.backends : service.backends.filter((each) => each.backend.includes(text));
   return troubled ? some.filter((each) => stateOf(each, loaded) !== "active" || each.share < 100) : some;
+}
+
+// As much of the span as there is something to draw in, in whole minutes.
+function spanFor(window, mostMs) {
+  const knownMs = window.length ? window.at(-1).time - window[0].time : 0;
+  return SPANS_MS.find((each) => each >= knownMs || each >= mostMs);
 }
 
 // The busiest of the span one by one, the rest together.

@@ -33,7 +33,7 @@ export class Chart {
     const width = Math.max(50, this.drawing.clientWidth);
     const most = ceiling(highest(window, lines));
     say(this.title, title);
-    say(this.scale, `to ${figure(most)}`);
+    say(this.scale, `last ${spanMs / 60000} min, to ${figure(most)}`);
     set(this.drawing, "viewBox", `0 0 ${width} ${HEIGHT}`);
     const end = window.at(-1)?.time ?? 0;
     const at = this.pointed === null ? window.at(-1) : nearest(window, end - spanMs * (1 - this.pointed / width));

@@ -2,14 +2,14 @@
 // that it tells and does is in the table of services too.
 
 import { Keyed, say, set, svg } from "./dom.js";
-import { METRICS, STATES, figure, plural, shortened, stateOf, tally, tallyWords, whole } from "./words.js";
+import { METRICS, STATES, figure, fitting, plural, stateOf, tally, tallyWords, whole, widthOf } from "./words.js";
 
 const MOST_SERVICES = 12;
 const MOST_BACKENDS = 30; // one by one; of more, those of the open service alone
 const MOST_OF_ONE = 20;
 const CHOOSE_MS = 15000; // the busiest are not chosen anew each second, lest the map jumps
 const NARROW = 560;
-const CHARACTER = 6.9; // px, of the widest usual one
+const SIZE = 12; // px, of letters
 const WIDEST_LINE = 12;
 
 export class TrafficMap {
@@ -20,12 +20,12 @@ export class TrafficMap {
     this.edgeViews = new Keyed(this.edges, edgeView);
     this.nodeViews = new Keyed(this.nodes, (node) => nodeView(node, onService, onBackend));
     this.element = svg("svg", { class: "map", role: "img" }, this.edges, this.nodes);
-    this.chosen = { key: null, atMs: 0, services: [] };
+    this.chosen = { key: null, atMs: 0, vips: new Set() };
   }
 
   // `services`: those that pass the filter; `status`: the whole document; `open`: the VIP whose backends are wanted.
   update(services, status, meter, metric, open, width) {
-    const shown = this.choose(services, meter, metric, open);
+    const shown = this.choose(services, status, meter, metric, open);
     const rows = rowsOf(shown, services.length - shown.length, status, meter, metric, open);
     const places = placesFor(width);
     const { nodes, edges, height } = laidOut(rows, meter, metric, places);
@@ -37,23 +37,31 @@ export class TrafficMap {
     this.edgeViews.update(edges);
   }
 
-  choose(services, meter, metric, open) {
+  // The open one, those with troubled backends, and the busiest; in the order in which they are served.
+  choose(services, { loaded }, meter, metric, open) {
     if (services.length <= MOST_SERVICES) return services;
     const key = `${services.map((each) => each.vip).join()} ${metric} ${open}`;
     const now = Date.now();
     if (this.chosen.key !== key || now - this.chosen.atMs > CHOOSE_MS) {
-      const rank = (each) => (each.vip === open ? Infinity : (meter.services.get(each.vip)?.rates[metric] ?? 0));
-      const busiest = [...services].sort((a, b) => rank(b) - rank(a)).slice(0, MOST_SERVICES);
-      this.chosen = { key, atMs: now, vips: new Set(busiest.map((each) => each.vip)) };
+      const rate = (each) => meter.services.get(each.vip)?.rates[metric] ?? 0;
+      const rank = new Map(services.map((each) => [each, weightOf(each, loaded, open, rate(each))]));
+      const first = [...services].sort((a, b) => rank.get(b) - rank.get(a)).slice(0, MOST_SERVICES);
+      this.chosen = { key, atMs: now, vips: new Set(first.map((each) => each.vip)) };
     }
     return services.filter((each) => this.chosen.vips.has(each.vip));
   }
 }
 
+function weightOf(service, loaded, open, rate) {
+  if (service.vip === open) return Infinity;
+  const isTroubled = service.backends.some((each) => stateOf(each, loaded) !== "active");
+  return isTroubled ? 1e15 + rate : rate;
+}
+
 function summary(shown, services, status, meter, metric) {
   const counts = tally(services.flatMap((each) => each.backends), status.loaded);
   const rate = `${figure(meter.total.rates[metric])} ${METRICS[metric].unit}`;
-  const some = shown.length < services.length ? `, the ${shown.length} busiest shown` : "";
+  const some = shown.length < services.length ? `, ${shown.length} shown` : "";
   const words = tallyWords(counts) || "no backends";
   return `Map: clients, ${plural(services.length, "service")}${some}, ${words}; ${rate}. The table below has all of it.`;
 }
@@ -99,8 +107,8 @@ function groupNode(service, backends, name, loaded, rateOf) {
 
 function placesFor(width) {
   const narrow = width < NARROW;
-  const client = narrow ? 46 : 84;
-  const gap = narrow ? 22 : Math.max(50, 0.14 * width);
+  const client = narrow ? 58 : 84;
+  const gap = narrow ? 16 : Math.max(50, 0.14 * width);
   const rest = width - client - 2 * gap - 2;
   return { narrow, gap, client, vip: 0.47 * rest, backend: 0.53 * rest, row: narrow ? 36 : 26 };
 }
@@ -123,28 +131,35 @@ function laidOut(rows, meter, metric, { narrow, gap, client, vip, backend, row }
     nodes.push([`vip ${key}`, { kind, vip: each.service?.vip, name, words, ...at }]);
     if (!each.more) edges.push([`to ${key}`, { from: [client, null], to: [client + gap, middle], rate: each.rate, most }]);
     let top = middle - (each.children.length * (row + 4) - 4) / 2;
-    for (const child of each.children) {
+    for (const [number, child] of each.children.entries()) {
       const x = client + 2 * gap + vip;
       nodes.push([child.key, { ...child, x, y: top, width: backend, height: row, narrow, metric, measured: meter.measured }]);
       const to = [x, top + row / 2];
-      edges.push([child.key, { from: [client + gap + vip, middle], to, rate: child.rate, most, state: child.state }]);
+      const from = [client + gap + vip, middle + fanned(number, each.children.length, tall)];
+      edges.push([child.key, { from, to, rate: child.rate, most, state: child.state }]);
       top += row + 4;
     }
     y += height + 10;
   }
   const height = Math.max(y - 8, tall + 4);
-  for (const [, edge] of edges) edge.from[1] ??= height / 2;
+  const first = edges.filter(([, edge]) => edge.from[1] === null);
+  first.forEach(([, edge], number) => (edge.from[1] = height / 2 + fanned(number, first.length, tall)));
   const middle = { x: 1, y: height / 2 - tall / 2, width: client - 1, height: tall };
   const words = meter.measured ? figure(meter.total.rates[metric]) : "-";
   nodes.push(["clients", { kind: "clients", name: "clients", words, ...middle }]);
   return { nodes, edges, height };
 }
 
+// Where the line of that number leaves a node, from the middle of it: side by side, lest one hides the other.
+function fanned(number, lines, height) {
+  return (number - (lines - 1) / 2) * Math.min(WIDEST_LINE, (height - 8) / lines);
+}
+
 function vipWords({ service, rate }, metric, meter, narrow) {
   const moving = meter.services.get(service.vip)?.moving ?? 0;
   const rates = meter.measured ? `${figure(rate)} ${METRICS[metric].unit}` : "-";
-  const slots = moving ? ` · ${whole(moving)} ${narrow ? "moving" : "slots in transition"}` : "";
-  return narrow ? rates + slots : `${rates} · ${service.mode}${slots}`;
+  if (narrow) return moving ? `${rates} ~${figure(moving)}` : rates;
+  return `${rates} · ${service.mode}${moving ? ` · ${whole(moving)} slots in transition` : ""}`;
 }
 
 function edgeView() {
@@ -183,8 +198,8 @@ function nodeView(made, onService, onBackend) {
 }
 
 function updateOther(node, name, words) {
-  place(name, 8, 16, shortened(node.name, Math.floor((node.width - 14) / CHARACTER)));
-  place(words, 8, 30, node.words);
+  place(name, 8, 16, fitting(node.name, node.width - 12, SIZE, node.kind === "vip"));
+  place(words, 8, 30, fitting(node.words, node.width - 12, SIZE));
 }
 
 function updateBackend(node, name, words) {
@@ -192,14 +207,14 @@ function updateBackend(node, name, words) {
   const state = node.words ?? (node.state === "active" ? "" : word);
   const rate = node.measured ? `${figure(node.rate)}${node.narrow ? "" : ` ${METRICS[node.metric].unit}`}` : "-";
   if (node.narrow) {
-    place(name, 8, 15, `${shape} ${shortened(node.name, Math.floor((node.width - 28) / CHARACTER))}`);
+    place(name, 8, 15, `${shape} ${fitting(node.name, node.width - 30, SIZE)}`);
     place(words, 8, 29, state ? `${rate} · ${state}` : rate);
     set(words, "text-anchor", null);
     return;
   }
-  const room = Math.floor((node.width - 30) / CHARACTER) - rate.length - state.length - 3;
-  place(name, 8, 17, `${shape} ${shortened(node.name, Math.max(8, room))}`);
-  place(words, node.width - 8, 17, state ? `${state} · ${rate}` : rate);
+  const right = state ? `${state} · ${rate}` : rate;
+  place(name, 8, 17, `${shape} ${fitting(node.name, node.width - 42 - widthOf(right, SIZE), SIZE)}`);
+  place(words, node.width - 8, 17, right);
   set(words, "text-anchor", "end");
 }
 

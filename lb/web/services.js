@@ -42,7 +42,7 @@ function nothingServed({ status }) {
 }
 
 function serviceView({ service: { vip } }, act, toggle) {
-  const name = h("span", { class: "vip" }, vip);
+  const name = h("span", { class: "vip-name" }, vip);
   const mode = h("span", { class: "mode" });
   const states = h("span", { class: "states" });
   const figures = h("span", { class: "figures" });
@@ -114,11 +114,11 @@ function backendTable(vip, act) {
 }
 
 function backendRow(vip, { backend: { backend: name } }, act) {
-  const cell = (kind) => h("td", { class: kind });
+  const cell = (kind, label) => h("td", { class: kind, "data-label": label });
   const state = cell("state-cell");
-  const weight = cell("number");
-  const figures = FIGURES.map(([, , kind]) => cell(`number ${kind}`));
-  const connections = cell("number wide");
+  const weight = cell("number", "weight");
+  const figures = FIGURES.map(([word, , kind]) => cell(`number ${kind}`, word));
+  const connections = cell("number wide", "conns");
   const of = (word) => h("span", { class: "spoken" }, ` ${name} ${word}`);
   const drainWord = h("span", {});
   let drains = true;

@@ -78,16 +78,28 @@ export function tallyWords(counts) {
   return present.map(([state, number]) => `${whole(number)} ${STATES[state].word}`).join(", ");
 }
 
-// An IPv6 VIP and a long name lose their middle, where there is no room.
-export function shortened(text, most) {
-  if (text.length <= most) return text;
-  const head = Math.ceil((most - 1) / 2);
-  return `${text.slice(0, head)}…${text.slice(text.length - (most - 1 - head))}`;
+const canvas = document.createElement("canvas").getContext("2d");
+
+// In px, of letters of that size.
+export function widthOf(text, size, bold = false) {
+  canvas.font = `${bold ? 600 : 400} ${size}px system-ui, sans-serif`;
+  return canvas.measureText(text).width;
 }
 
-// A document of a change -> sentences about the rings: [{text, plan}].
+// Without its middle, where there is no room for all of it.
+export function fitting(text, width, size, bold = false) {
+  for (let kept = text.length; kept > 4; kept -= 1) {
+    const head = Math.ceil(kept / 2);
+    const short = kept === text.length ? text : `${text.slice(0, head)}…${text.slice(text.length - (kept - head))}`;
+    if (widthOf(short, size, bold) <= width) return short;
+  }
+  return `${text.slice(0, 2)}…${text.slice(-2)}`;
+}
+
+// What a change does to the ring of a service; null: there is none.
 export function planSentence(plan) {
   if (!plan) return "Nothing is attached: it is stored, and in force from the next attach on.";
+  if (!plan.moved) return "No slot moves.";
   const moved = `${whole(plan.moved)} of ${whole(plan.slots)} slots move (${percent(plan.moved, plan.slots)})`;
   return `${moved}; no scheme could do with less than ${whole(plan.minimum)}.`;
 }
