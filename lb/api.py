@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -31,6 +31,7 @@ from lb.documents import (
 from lb.errors import AlreadyExists, Conflict, InvalidInput, LbError
 from lb.guard import Caller
 from lb.health_check import Kind
+from lb.metrics import CONTENT_TYPE, exposition
 from lb.model import Backend, Service, State
 from lb.owner import Owner, Rendered, Snapshot, to_bytes
 from lb.problems import MEDIA_TYPE, Place, Problem, of_error, pointer
@@ -429,10 +430,17 @@ def create_app(owner: Owner, unready: Callable[[], str]) -> FastAPI:
     app.state.owner = owner
     app.include_router(router)
     app.include_router(page.router)
+    app.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(_metrics)
     app.get("/healthz", response_model=models.Health)(_healthz)
     app.get("/readyz", response_model=models.Health, responses=_problems(503))(_readyz(unready))
     _describe_problems(app)
     return app
+
+
+async def _metrics(owner: TheOwner) -> Response:
+    """For Prometheus: what the kernel counts, and what the daemon does."""
+    kernel = await owner.call(lambda balancer: exposition(balancer.status()))
+    return Response(kernel + owner.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 async def _healthz() -> Response:

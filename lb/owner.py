@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from lb import output
 from lb.balancer import Balancer
+from lb.daemon_metrics import DaemonMetrics
 from lb.documents import Document, change_head, plan_document, report_document, service_document
 from lb.events import KEPT, Events
 from lb.model import Service, State
@@ -95,6 +96,7 @@ class Owner:
 
     def __init__(self, opener: Callable[[], AbstractContextManager[Balancer]]) -> None:
         self.events = Events()
+        self.metrics = DaemonMetrics()
         self.snapshot = Snapshot()
         self._opened = opener()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="balancer")
@@ -148,6 +150,7 @@ class Owner:
     async def change(self, work: Callable[[Balancer], Report]) -> Done:
         """As `call`, and listeners are told of what has changed."""
         done = await self.call(lambda balancer: self._made(work(balancer), balancer.state))
+        self.metrics.changed(done.report)
         for kind, document in done.happened:
             self.events.publish(kind, document)
         return done

@@ -28,6 +28,7 @@ from lb import config
 from lb.access import Access
 from lb.api import create_app
 from lb.balancer import Balancer
+from lb.daemon_metrics import Measured
 from lb.errors import LbError
 from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
@@ -108,7 +109,7 @@ class Daemon:
 
     def _listen(self, owner: Owner, access: AccessThread, stack: AsyncExitStack) -> None:
         """Connections are taken from here on; they wait until the balancer is free."""
-        app = Guard(create_app(owner, lambda: self.unready), access)
+        app = Measured(Guard(create_app(owner, lambda: self.unready), access), owner.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))

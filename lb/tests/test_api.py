@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from lb.access import Access
 from lb.guard import LARGEST_BODY
+from lb.metrics import CONTENT_TYPE
 from lb.tests.daemon import Running, serving
 from lb.tests.test_cli import Host
 
@@ -413,3 +416,39 @@ def test_the_examples_of_the_readme_work(running: Running, http: httpx.Client) -
     assert python.count("Paths.here().socket") == 1
     exec(python.replace("Paths.here().socket", f"Path({str(running.settings.socket)!r})"), {"Path": Path})
     assert [b["draining"] for b in http.get(f"{service}/backends").json()] == [True, False]
+
+
+# For Prometheus
+
+
+def samples(http: httpx.Client) -> Counter[tuple[str, ...]]:
+    """Name and label values -> value."""
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    families = text_string_to_metric_families(answer.text)
+    return Counter({(s.name, *s.labels.values()): s.value for family in families for s in family.samples})
+
+
+def test_metrics_are_the_kernels_and_the_daemons_own(http: httpx.Client) -> None:
+    before = samples(http)
+    http.put("/v1/services/10.0.0.100:443%2Fudp", json=SERVICE)
+    found = samples(http) - before
+    assert found["xdp_lb_service_ring_slots", "10.0.0.100:443/udp"] == SERVICE["ring_size"]
+    assert found["xdp_lb_changes_total", "add"] == 1
+    assert found["xdp_lb_ring_slots_moved_total",] == SERVICE["ring_size"]
+
+
+def test_metrics_time_answers_by_route_and_never_by_path(http: httpx.Client) -> None:
+    before = samples(http)
+    for path in (WEB, "/v1/services/nonsense", "/nowhere"):
+        http.get(path)
+    found = samples(http) - before
+    times = {
+        tuple(labels): n for (name, *labels), n in found.items() if name == "xdp_lb_api_request_duration_seconds_count"
+    }
+    assert times == {
+        ("GET", "/v1/services/{vip}", "200"): 1,
+        ("GET", "/v1/services/{vip}", "422"): 1,
+        ("GET", "none", "404"): 1,
+        ("GET", "/metrics", "200"): 1,
+    }

@@ -1,0 +1,69 @@
+"""What the daemon counts of itself: how long its API takes to answer, and what its changes moved.
+
+Enters: each request that passes through, and reports of changes. Leaves: text of Prometheus' exposition format, which
+follows that of lb.metrics. Times are to the start of the answer: a stream of events has no end of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import generate_latest
+
+from lb.guard import App, Message, Receive, Send
+from lb.report import Report
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+NO_ROUTE = "none"  # paths of the clients' own making are no labels
+
+
+class DaemonMetrics:
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._answers = Histogram(
+            "xdp_lb_api_request_duration_seconds",
+            "From a request to the start of its answer.",
+            ["method", "route", "status"],
+            buckets=BUCKETS_S,
+            registry=self._registry,
+        )
+        self._changes = Counter(
+            "xdp_lb_changes", "Services added, changed and removed by the daemon.", ["change"], registry=self._registry
+        )
+        self._moved = Counter(
+            "xdp_lb_ring_slots_moved", "Ring slots that a change gave another backend.", registry=self._registry
+        )
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._answers.labels(method, route, str(status)).observe(seconds)
+
+    def changed(self, report: Report) -> None:
+        for change in () if report.dry_run else report.changes:
+            self._changes.labels(str(change.kind)).inc()
+            self._moved.inc(change.plan.moved if change.plan else 0)
+
+    def exposition(self) -> str:
+        return generate_latest(self._registry).decode()
+
+
+class Measured:
+    """An ASGI application around another: what it takes to answer."""
+
+    def __init__(self, app: App, metrics: DaemonMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", NO_ROUTE)
+                self._metrics.answered(scope["method"], route, message["status"], time.perf_counter() - start)
+            await send(message)
+
+        await self._app(scope, receive, noting)
