@@ -246,9 +246,7 @@ def _constants(config: DecapConfig, own: Mapping[int, Address], mark: bytes) -> 
 
 def _only_prefixes(obj: BpfObject, tries: Mapping[str, list[Prefix]]) -> dict[str, Any]:
     """The fields for tries that hold one prefix: the programs compare with it, and look nothing up."""
-    return {
-        f"{name[:-2]}{name[-1]}": _only(obj, prefixes[0]) for name, prefixes in tries.items() if len(prefixes) == 1
-    }
+    return {f"{name[:-2]}{name[-1]}": _only(obj, prefixes[0]) for name, prefixes in tries.items() if len(prefixes) == 1}
 
 
 def _only(obj: BpfObject, prefix: Prefix) -> Any:
