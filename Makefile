@@ -16,15 +16,17 @@ BIN := .venv/bin
 # libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
 # linux-libc-dev the kernel's headers for user space. BCC, python3-bpfcc, wants those of a kernel, of any version.
 KERNEL_HEADERS := linux-headers-$(if $(shell grep -x ID=ubuntu /etc/os-release),generic,$(shell dpkg --print-architecture))
+# The web page is tested in it. Ubuntu's package is a snap, which enters no network namespace: playwright has its own there.
+CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
 PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-bpfcc \
-	python3-venv tcpdump $(KERNEL_HEADERS)
+	python3-venv tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
 .PHONY: help setup system apt-install build lint test demo bench fuzz scale test-kernels wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
-setup: system .venv/.test ## install what is missing: apt packages, and Python packages into .venv
+setup: system .venv/.test $(if $(CHROMIUM),,.venv/.chromium) ## install what is missing: apt packages, and Python packages into .venv
 
 system:
 	@command -v apt-get >/dev/null || {
@@ -62,6 +64,11 @@ apt-install:
 	@echo "installing with pip into .venv: xdp-lb[$*] and what it requires"
 	[[ -x $(BIN)/pip ]] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+.venv/.chromium: .venv/.test
+	@echo "installing with playwright: chromium"
+	$(SUDO) $(BIN)/playwright install --with-deps --only-shell chromium
 	touch $@
 
 # The programs of benchmarks and tests are built by the same rule, but not in xdp/, so the wheel does not have them.

@@ -1,5 +1,5 @@
-// The page: a prompt for a token; with one, a session that asks the daemon each second and shows what it says. The token is kept
-// by this tab of the browser alone (sessionStorage), and what has been shown is gone from the document at log out.
+// The page: a prompt for a token; with one, a session that asks the daemon each second and shows what it says. The token is
+// kept by this tab of the browser alone (sessionStorage), and what has been shown is gone from the document at log out.
 
 import { Api, Problem } from "./api.js";
 import { ChangeDialog } from "./change.js";
@@ -8,7 +8,7 @@ import { Keyed, h, say, set } from "./dom.js";
 import { TrafficMap } from "./map.js";
 import { Meter } from "./rates.js";
 import { ServiceList } from "./services.js";
-import { METRICS, STATES, clock, figure, plural, stateOf, tally, tallyWords, whole } from "./words.js";
+import { METRICS, clock, figure, plural, stateOf, tally, tallyWords, whole } from "./words.js";
 
 const TOKEN = "xdp-lb token";
 const THEME = "xdp-lb theme";
@@ -46,7 +46,7 @@ class Session {
   build() {
     this.map = new TrafficMap((vip) => this.select(vip), (vip, name) => this.showBackend(vip, name));
     this.list = new ServiceList((...wish) => this.dialog.open(...wish), (vip) => this.toggle(vip));
-    this.dialog = new ChangeDialog(this.api, (said) => this.changed(said), (problem) => end(problem.message));
+    this.dialog = new ChangeDialog(this.api, (vip, said) => this.changed(vip, said), (problem) => end(problem.message));
     this.charts = [0, 1, 2, 3].map(() => new Chart());
     this.drops = new Keyed(byId("reasons"), reasonRow);
     byId("map").append(this.map.element);
@@ -154,10 +154,12 @@ class Session {
     set(byId("no-events"), "hidden", true);
   }
 
-  async changed(said) {
+  async changed(vip, said) {
     say(byId("said"), said);
     this.readMs = -Infinity;
     await this.sample(this.ending.signal);
+    // The button that was pressed may have gone, with its backend.
+    if (document.activeElement === document.body) this.list.heading(vip)?.focus();
   }
 
   // What is shown
@@ -204,8 +206,10 @@ class Session {
     const { services, loaded } = this.status;
     const found = services.map((service) => ({ service, backends: backendsPassing(service, text, troubled, loaded) }));
     const all = !text && !troubled;
-    const passing = found.filter(({ service, backends }) => all || backends.length || (!troubled && named(service, text)));
-    say(byId("passing"), all ? plural(services.length, "service") : `${whole(passing.length)} of ${plural(services.length, "service")}`);
+    const passes = ({ service, backends }) => all || backends.length || (!troubled && named(service, text));
+    const passing = found.filter(passes);
+    const number = plural(services.length, "service");
+    say(byId("passing"), all ? number : `${whole(passing.length)} of ${number}`);
     return passing;
   }
 
@@ -213,7 +217,8 @@ class Session {
     const { status, meter } = this;
     const on = status.interfaces.map((each) => `${each.name} ${each.attached ? each.xdp_mode : "detached"}`);
     say(byId("where"), [status.netns, ...(on.length ? on : ["not attached"])].join(" · "));
-    say(byId("health"), tallyWords(tally(status.services.flatMap((each) => each.backends), status.loaded)) || "no backends");
+    const backends = status.services.flatMap((each) => each.backends);
+    say(byId("health"), tallyWords(tally(backends, status.loaded)) || "no backends");
     const { connections, packets, bits, replyBits } = meter.total.rates;
     const rates = { connections, packets, bits, replies: replyBits, drops: meter.total.drops };
     for (const [name, rate] of Object.entries(rates)) say(byId(`total-${name}`), meter.measured ? figure(rate) : "-");
@@ -268,7 +273,7 @@ function spanFor(window, mostMs) {
 // The busiest of the span one by one, the rest together.
 function backendLines(service, window) {
   const busy = [...service.backends].filter(([, each]) => each.packets);
-  const all = busy.map(([name, { packets: { values } }]) => ({ name, values, sum: window.reduce((n, { index }) => n + values[index], 0) }));
+  const all = busy.map(([name, each]) => lineOf(name, each.packets.values, window));
   const order = [...all].sort((a, b) => b.sum - a.sum);
   const first = new Set(order.slice(0, order.length > BACKENDS_DRAWN ? BACKENDS_DRAWN - 1 : BACKENDS_DRAWN));
   const lines = all.filter((each) => first.has(each));
@@ -277,6 +282,10 @@ function backendLines(service, window) {
   const together = new Float32Array(rest[0].values.length);
   for (const { index } of window) together[index] = rest.reduce((n, { values }) => n + values[index], 0);
   return [...lines, { name: plural(rest.length, "other"), values: together }];
+}
+
+function lineOf(name, values, window) {
+  return { name, values, sum: window.reduce((sum, { index }) => sum + values[index], 0) };
 }
 
 function reasonRow() {
@@ -294,8 +303,14 @@ function eventWords(kind, { summary, detail, interface: name, xdp_mode: mode, ..
   if (kind === "attach") return `${name}, ${mode} XDP`;
   if (kind === "detach") return name;
   if (summary || detail) return summary ?? detail;
+  if (kind === "health") return healthWords(more);
   const { time, ...rest } = more;
-  return Object.entries(rest).map(([key, value]) => `${key} ${value}`).join(", ");
+  const words = Object.entries(rest).map(([key, value]) => `${key} ${value}`);
+  return words.join(", ");
+}
+
+function healthWords({ vip, backend, state, why }) {
+  return `${vip}: backend ${backend} ${state === "down" ? `is down: ${why}` : "is up again"}`;
 }
 
 function pause(ms, signal) {

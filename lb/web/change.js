@@ -1,5 +1,5 @@
-// The dialog of a change: what it would do is asked for and shown first; then it may be made, on condition that the service is
-// still the one that was asked about.
+// The dialog of a change: what it would do is asked for and shown first; then it may be made, on condition that the service
+// is still the one that was asked about.
 
 import { pathOf } from "./api.js";
 import { h, say, set } from "./dom.js";
@@ -7,6 +7,7 @@ import { differences, percent, planSentence, plural, whole } from "./words.js";
 
 const TYPING_MS = 300;
 const MOST_WEIGHT = 65535;
+const STAYING = "connections older than the change stay with the backend they have.";
 
 // What each kind of change says, asks for and sends. `values`: of the fields.
 const KINDS = {
@@ -54,7 +55,7 @@ const KINDS = {
 };
 
 export class ChangeDialog {
-  // `onDone(sentence, report)` once a change has been made; `onLost(problem)` where the token is worth nothing any more.
+  // `onDone(vip, sentence)` once a change has been made; `onLost(problem)` where the token is worth nothing any more.
   constructor(api, onDone, onLost) {
     this.api = api;
     this.onDone = onDone;
@@ -158,7 +159,7 @@ export class ChangeDialog {
     this.confirm.disabled = true;
     const { document } = await this.send("", signal);
     this.element.close();
-    this.onDone(done(this.kind, this.vip, this.backend, this.values, document));
+    this.onDone(this.vip, done(this.kind, this.vip, this.backend, this.values, document));
   }
 
   // Does `work`; a newer one, or the end of the dialog, cuts it short.
@@ -189,7 +190,7 @@ export class ChangeDialog {
     const before = this.service;
     await this.read(signal);
     const list = h("ul", {}, ...differences(before, this.service).map((each) => h("li", {}, each)));
-    const now = this.service.backends.map((each) => `${each.backend} weight ${each.weight}${each.draining ? ", draining" : ""}`);
+    const now = this.service.backends.map(backendWords);
     const state = h("p", {}, `It is now: ${now.join("; ") || "no backends"}. Look at the plan again, and decide anew.`);
     this.conflict.replaceChildren(h("strong", {}, `Someone else has changed ${this.vip} meanwhile:`), list, state);
     await this.ask(signal);
@@ -205,9 +206,14 @@ export class ChangeDialog {
   }
 }
 
+function backendWords({ backend, weight, draining }) {
+  return `${backend} weight ${weight}${draining ? ", draining" : ""}`;
+}
+
 function planView({ changes, notes, warnings }) {
   if (!changes.length) return [h("p", {}, "Nothing would change: it is so already.")];
-  const found = changes.flatMap(({ plan }) => (plan ? [h("p", {}, planSentence(plan)), ring(plan), ...more(plan)] : [h("p", {}, planSentence(plan))]));
+  const about = (plan) => [h("p", {}, planSentence(plan)), ...(plan ? [ring(plan), ...more(plan)] : [])];
+  const found = changes.flatMap(({ plan }) => about(plan));
   const said = [...notes, ...warnings].map((each) => h("li", {}, each));
   return said.length ? [...found, h("ul", {}, ...said)] : found;
 }
@@ -220,15 +226,16 @@ function ring(plan) {
 
 function more(plan) {
   const found = [];
-  if (plan.flows !== null) found.push(h("p", {}, `${plural(plan.flows, "open connection")} on the slots that move.`));
-  if (plan.in_transition) found.push(h("p", {}, `${plural(plan.in_transition, "slot")} in transition afterwards: connections older than the change stay with the backend they have.`));
-  return found;
+  if (plan.flows !== null) found.push(`${plural(plan.flows, "open connection")} on the slots that move.`);
+  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition afterwards: ${STAYING}`);
+  return found.map((each) => h("p", {}, each));
 }
 
 function done(kind, vip, backend, values, report) {
   const [change] = report.changes;
   const moved = change?.plan ? `: ${whole(change.plan.moved)} of ${whole(change.plan.slots)} slots moved` : "";
-  return `${kind.title(vip, backend ?? values.backend)}${kind.fields ? ` (${Object.values(values).join(", ")})` : ""}, done${moved}.`;
+  const what = kind.fields ? ` (${Object.values(values).join(", ")})` : "";
+  return `${kind.title(vip, backend)}${what}, done${moved}.`;
 }
 
 // One input with its label and what is wrong with it.
@@ -237,13 +244,18 @@ class Field {
     this.number = number;
     this.onInput = onInput;
     const id = `field-${name}`;
-    const plain = { id, name, autocomplete: "off", spellcheck: "false", "aria-describedby": `${id}-fault`, oninput: onInput };
-    this.input = h("input", number ? { ...plain, type: "number", min: 0, max: MOST_WEIGHT, step: 1 } : { ...plain, type: "text" });
+    const kind = number ? { type: "number", min: 0, max: MOST_WEIGHT, step: 1 } : { type: "text", spellcheck: "false" };
+    const described = { "aria-describedby": `${id}-fault ${id}-hint`, autocomplete: "off" };
+    this.input = h("input", { id, name, ...kind, ...described, oninput: onInput });
     this.wrong = h("p", { id: `${id}-fault`, class: "error", role: "alert" });
-    const step = (by, word, sign) => h("button", { type: "button", "aria-label": word, onclick: () => this.step(by) }, sign);
-    const control = number ? [step(-1, "less", "−"), this.input, step(1, "more", "+")] : [this.input];
-    const small = hint ? h("small", {}, hint) : null;
-    this.element = h("div", { class: "field" }, h("label", { for: id }, label), h("div", { class: "control" }, ...control), small, this.wrong);
+    const control = number ? [this.stepper(-1, "less", "−"), this.input, this.stepper(1, "more", "+")] : [this.input];
+    const small = hint ? h("small", { id: `${id}-hint` }, hint) : null;
+    const heading = h("label", { for: id }, label);
+    this.element = h("div", { class: "field" }, heading, h("div", { class: "control" }, ...control), small, this.wrong);
+  }
+
+  stepper(by, word, sign) {
+    return h("button", { type: "button", "aria-label": word, onclick: () => this.step(by) }, sign);
   }
 
   get value() {

@@ -82,7 +82,8 @@ function pathOf({ values }, window, width, spanMs, end, most) {
 }
 
 function nearest(window, time) {
-  return window.reduce((best, each) => (Math.abs(each.time - time) < Math.abs(best.time - time) ? each : best), window[0]);
+  const distance = (each) => Math.abs(each.time - time);
+  return window.reduce((best, each) => (distance(each) < distance(best) ? each : best), window[0]);
 }
 
 function lineView() {

@@ -39,16 +39,19 @@ export class Keyed {
 
   // `items`: [key, item] in the order wanted.
   update(items) {
-    const left = new Map(this.known);
+    this.removeOthers(new Set(items.map(([key]) => key)));
     let place = this.parent.firstElementChild;
     for (const [key, item] of items) {
-      left.delete(key);
       const view = this.known.get(key) ?? this.add(key, item);
       view.update(item);
       if (view.element === place) place = place.nextElementSibling;
       else this.parent.insertBefore(view.element, place);
     }
-    for (const [key, view] of left) {
+  }
+
+  removeOthers(wanted) {
+    for (const [key, view] of this.known) {
+      if (wanted.has(key)) continue;
       view.element.remove();
       this.known.delete(key);
     }

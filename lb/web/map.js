@@ -1,5 +1,5 @@
-// The map: clients -> VIPs -> backends, where a line is as wide as what goes along it. For the eye and the mouse alone: all
-// that it tells and does is in the table of services too.
+// The map: clients -> VIPs -> backends, where a line is as wide as what goes along it. For the eye and the mouse alone:
+// all that it tells and does is in the table of services too.
 
 import { Keyed, say, set, svg } from "./dom.js";
 import { METRICS, STATES, figure, fitting, plural, stateOf, tally, tallyWords, whole, widthOf } from "./words.js";
@@ -63,7 +63,8 @@ function summary(shown, services, status, meter, metric) {
   const rate = `${figure(meter.total.rates[metric])} ${METRICS[metric].unit}`;
   const some = shown.length < services.length ? `, ${shown.length} shown` : "";
   const words = tallyWords(counts) || "no backends";
-  return `Map: clients, ${plural(services.length, "service")}${some}, ${words}; ${rate}. The table below has all of it.`;
+  const number = plural(services.length, "service");
+  return `Map: clients, ${number}${some}, ${words}; ${rate}. The table below has all of it.`;
 }
 
 // What is shown of the backends of each service.
@@ -74,7 +75,8 @@ function rowsOf(shown, left, status, meter, metric, open) {
     const rateOf = (backend) => known?.backends.get(backend.backend)?.rates[metric] ?? 0;
     const one = (backend) => backendNode(service, backend, status.loaded, rateOf(backend));
     const some = (backends, name) => groupNode(service, backends, name, status.loaded, rateOf);
-    return { service, rate: known?.rates[metric] ?? 0, children: children(service, all, open, rateOf, one, some, status) };
+    const nodes = children(service, all, open, rateOf, one, some, status);
+    return { service, rate: known?.rates[metric] ?? 0, children: nodes };
   });
   if (left > 0) rows.push({ more: left, rate: 0, children: [] });
   return rows;
@@ -129,11 +131,13 @@ function laidOut(rows, meter, metric, { narrow, gap, client, vip, backend, row }
     const at = { x: client + gap, y: middle - tall / 2, width: vip, height: tall };
     const words = each.more ? "filter to see them" : vipWords(each, metric, meter, narrow);
     nodes.push([`vip ${key}`, { kind, vip: each.service?.vip, name, words, ...at }]);
-    if (!each.more) edges.push([`to ${key}`, { from: [client, null], to: [client + gap, middle], rate: each.rate, most }]);
+    const to = [client + gap, middle];
+    if (!each.more) edges.push([`to ${key}`, { from: [client, null], to, rate: each.rate, most }]);
     let top = middle - (each.children.length * (row + 4) - 4) / 2;
     for (const [number, child] of each.children.entries()) {
       const x = client + 2 * gap + vip;
-      nodes.push([child.key, { ...child, x, y: top, width: backend, height: row, narrow, metric, measured: meter.measured }]);
+      const box = { x, y: top, width: backend, height: row };
+      nodes.push([child.key, { ...child, ...box, narrow, metric, measured: meter.measured }]);
       const to = [x, top + row / 2];
       const from = [client + gap + vip, middle + fanned(number, each.children.length, tall)];
       edges.push([child.key, { from, to, rate: child.rate, most, state: child.state }]);

@@ -46,7 +46,8 @@ function serviceView({ service: { vip } }, act, toggle) {
   const mode = h("span", { class: "mode" });
   const states = h("span", { class: "states" });
   const figures = h("span", { class: "figures" });
-  const heading = h("button", { type: "button", class: "heading", onclick: () => toggle(vip) }, name, mode, states, figures);
+  const attributes = { type: "button", class: "heading", onclick: () => toggle(vip) };
+  const heading = h("button", attributes, name, mode, states, figures);
   const element = h("li", {}, h("h3", {}, heading));
   let table = null;
   return {
@@ -94,9 +95,9 @@ function serviceFigures(known, measured) {
 function backendTable(vip, act) {
   const column = (words, kind = "") => h("th", { scope: "col", class: kind }, words);
   const headings = FIGURES.map(([words, , kind]) => column(words, `number ${kind}`));
-  const head = h("tr", {}, column("Backend"), column("State"), column("Weight", "number"), ...headings, column("Conns", "number wide"));
   const change = h("th", { scope: "col", class: "write" }, h("span", { class: "spoken" }, "Change"));
-  head.append(change);
+  const head = h("tr", {}, column("Backend"), column("State"), column("Weight", "number"), ...headings);
+  head.append(column("Conns", "number wide"), change);
   const body = h("tbody", {});
   const caption = h("caption", { class: "spoken" }, `Backends of ${vip}`);
   const add = h("button", { type: "button", onclick: () => act("add", vip) }, "Add a backend…");
@@ -107,8 +108,9 @@ function backendTable(vip, act) {
     element: h("div", { class: "backends" }, scrolling, foot),
     views,
     update(service, backends, state) {
-      const known = state.meter.services.get(vip);
-      views.update(backends.map((each) => [each.backend, { backend: each, service, state, known: known?.backends.get(each.backend) }]));
+      const known = state.meter.services.get(vip)?.backends;
+      const item = (backend) => ({ backend, service, state, known: known?.get(backend.backend) });
+      views.update(backends.map((each) => [each.backend, item(each)]));
     },
   };
 }
@@ -119,12 +121,15 @@ function backendRow(vip, { backend: { backend: name } }, act) {
   const weight = cell("number", "weight");
   const figures = FIGURES.map(([word, , kind]) => cell(`number ${kind}`, word));
   const connections = cell("number wide", "conns");
-  const of = (word) => h("span", { class: "spoken" }, ` ${name} ${word}`);
   const drainWord = h("span", {});
   let drains = true;
-  const drain = h("button", { type: "button", onclick: () => act(drains ? "drain" : "undrain", vip, name) }, drainWord, of(`of ${vip}`));
-  const weigh = h("button", { type: "button", onclick: () => act("weight", vip, name) }, "Weight…", of(`of ${vip}`));
-  const remove = h("button", { type: "button", onclick: () => act("remove", vip, name) }, "Remove…", of(`from ${vip}`));
+  const button = (kind, words) => {
+    const spoken = h("span", { class: "spoken" }, ` ${name} of ${vip}`);
+    return h("button", { type: "button", onclick: () => act(kind(), vip, name) }, words, spoken);
+  };
+  const drain = button(() => (drains ? "drain" : "undrain"), drainWord);
+  const weigh = button(() => "weight", "Weight…");
+  const remove = button(() => "remove", "Remove…");
   const actions = h("td", { class: "write actions" }, drain, weigh, remove);
   const heading = h("th", { scope: "row" }, name);
   const element = h("tr", { tabindex: -1 }, heading, state, weight, ...figures, connections, actions);

@@ -88,12 +88,12 @@ export function widthOf(text, size, bold = false) {
 
 // Without its middle, where there is no room for all of it.
 export function fitting(text, width, size, bold = false) {
-  for (let kept = text.length; kept > 4; kept -= 1) {
+  let short = text;
+  for (let kept = text.length - 1; kept > 3 && widthOf(short, size, bold) > width; kept -= 1) {
     const head = Math.ceil(kept / 2);
-    const short = kept === text.length ? text : `${text.slice(0, head)}…${text.slice(text.length - (kept - head))}`;
-    if (widthOf(short, size, bold) <= width) return short;
+    short = `${text.slice(0, head)}…${text.slice(text.length - (kept - head))}`;
   }
-  return `${text.slice(0, 2)}…${text.slice(-2)}`;
+  return short;
 }
 
 // What a change does to the ring of a service; null: there is none.
