@@ -23,6 +23,7 @@ from lb.capabilities import check_may_change
 from lb.conditions import Condition, Conditions, differing, in_force
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, LbError, NoRoute, NotFound
 from lb.filter_guard import FilterGuard
+from lb.host_events import WayInForce
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
 from lb.options import Options
 from lb.paths import DEFAULT_NETNS, Paths
@@ -87,6 +88,24 @@ class Dataplane(Protocol):
     def publish(self, services: Sequence[Service]) -> None:
         """Have packets find `services`, all of which were put, and no others."""
 
+    def programs(self) -> Mapping[str, int]:
+        """Interface name -> the id of the XDP program there, ours or not."""
+
+    def restore_lookups(self, services: Sequence[Service]) -> list[str]:
+        """`publish`, also where others have changed what was published: sentences of what they had."""
+
+    def differences(self, service: Service) -> list[str]:
+        """What others have changed of a service that was put, but for its next hops; nothing is written."""
+
+    def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> Plan:
+        """As `put`, where `differences` were found; `hops` of all backends that have one."""
+
+    def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> Set[Address]:
+        """Have packets take these next hops: the backends whose next hop was another."""
+
+    def ways(self) -> Iterable[WayInForce]:
+        """Those of all members."""
+
     def plan(self, service: Service) -> Plan:
         """What `put` would do to the ring; nothing is written."""
 
@@ -109,6 +128,9 @@ class Guard(Protocol):
     def take_over(self, name: str) -> None:
         """To be called before it is detached."""
 
+    def repair(self) -> tuple[list[str], list[str]]:
+        """Put rules in force where others have taken them out: sentences of that, and why it cannot be."""
+
 
 class NoGuard:
     """Where there are no filter rules."""
@@ -121,6 +143,9 @@ class NoGuard:
 
     def take_over(self, name: str) -> None:
         pass
+
+    def repair(self) -> tuple[list[str], list[str]]:
+        return [], []
 
 
 class Network(Protocol):
@@ -202,6 +227,7 @@ class Balancer:
         self._served = _Served()
         self._conditions: Conditions = {}
         self._met: dict[Vip, _Met] = {}
+        self._refused: dict[str, tuple[int, str]] = {}  # interface -> whose program is there, and the kernel's words
         store.load()
 
     @property
@@ -338,6 +364,118 @@ class Balancer:
         self._dataplane.publish(self._all_in_force(self.state.services))
         self._dataplane.generation = self._store.generation
         return plans
+
+    # What others have changed. Nothing is written where all is as it should be.
+
+    def reconcile(self) -> Report:
+        """Find and repair it, all at once. Raises LbError where everything has to be written anew, and cannot be."""
+        found = [self.reconcile_host()]
+        found += [self.reconcile_service(service.vip) for service in self.state.services]
+        found.append(self.follow({b.address for service in self.state.services for b in service.backends}))
+        return Report(
+            attached=tuple(attachment for report in found for attachment in report.attached),
+            notes=tuple(note for report in found for note in report.notes),
+            warnings=tuple(dict.fromkeys(warning for report in found for warning in report.warnings)),
+        )
+
+    def reconcile_host(self) -> Report:
+        """Programs on interfaces, filter rules, VIP addresses, and by what packets find services."""
+        if self.state.interfaces and not self._in_step(self.state):
+            return self._change(self.state)
+        own = self._reconcile_own() if self.state.interfaces else Report()
+        rules, unruly = self._guard.repair()
+        return replace(own, notes=(*own.notes, *rules), warnings=(*own.warnings, *unruly))
+
+    def _reconcile_own(self) -> Report:
+        ours, running = self._dataplane.attachments(), self._dataplane.programs()
+        missing = [i for i in self.state.interfaces if i.name not in ours]
+        done = [self._attach_again(interface, running.get(interface.name)) for interface in missing]
+        attached = tuple(each for each in done if isinstance(each, Attachment))
+        notes = [f"{each.interface}: the program was not there: attached again" for each in attached]
+        notes += self._dataplane.restore_lookups(self._all_in_force(self.state.services))
+        notes += self._put_addresses_back()
+        return Report(attached=attached, notes=tuple(notes), warnings=tuple(e for e in done if isinstance(e, str)))
+
+    def _attach_again(self, interface: Interface, running: int | None) -> Attachment | str:
+        """Or why it cannot be. Beside the same program of someone else's, it is not tried a second time."""
+        if not self.network.interface_exists(interface.name):
+            return ABSENT.format(interface.name)
+        known, why = self._refused.get(interface.name, (None, ""))
+        if running and running == known:
+            return why
+        try:
+            with self._guard.alone():
+                return self._attach(interface)
+        except LbError as error:
+            if running:
+                self._refused[interface.name] = running, str(error)
+            return str(error)
+
+    def _put_addresses_back(self) -> Iterator[str]:
+        wanted: dict[str, list[Address]] = {}
+        for own in _addresses_in_force(self.state):
+            wanted.setdefault(own.interface, []).append(own.address)
+        for name in filter(self.network.interface_exists, wanted):
+            held = set(self.network.addresses(name))
+            for address in wanted[name]:
+                if address not in held and self.network.owner(address) is None:
+                    self.network.add_address(name, address)
+                    yield f"{address}: was not on {name}: put there again"
+
+    def reconcile_service(self, vip: Vip) -> Report:
+        """Its entries, but for next hops, and its slots; nothing if there is no such service in force."""
+        service = next((s for s in self.state.services if s.vip == vip), None)
+        if service is None or not (self.state.interfaces and self._in_step(self.state)):
+            return Report()
+        wanted = self._in_force(service)
+        found = self._dataplane.differences(wanted)
+        if not found:
+            return Report()
+        hops, warnings = self._hops_that_are({b.address for b in service.backends})
+        self._dataplane.generation = 0
+        self._dataplane.repair(wanted, hops)
+        self._dataplane.publish(self._all_in_force(self.state.services))
+        self._dataplane.generation = self._store.generation
+        notes = (f"vip {vip}: {each}: repaired" for each in found)
+        return Report(notes=tuple(notes), warnings=tuple(warnings))
+
+    def ways(self) -> Iterable[WayInForce]:
+        """Where packets for each backend go, as the programs know it."""
+        return self._dataplane.ways() if self._in_step(self.state) and self.state.interfaces else ()
+
+    def follow(self, addresses: Collection[Address]) -> Report:
+        """Have packets for these backends go where routes and neighbours lead by now. Where they lead nowhere, or not
+        as the mode needs it, all stays as it was."""
+        if not (self.state.interfaces and self._in_step(self.state)):
+            return Report()
+        found = ((service, [b for b in service.backends if b.address in addresses]) for service in self.state.services)
+        concerned = {service.vip: backends for service, backends in found if backends}
+        services = [service for service in self.state.services if service.vip in concerned]
+        hops, warnings = self._hops_that_are({b.address for backends in concerned.values() for b in backends})
+        changed: set[Address] = set()
+        for service in services:
+            lost = {b.address: str(error) for b in concerned[service.vip] if (error := _off_link(service, b, hops))}
+            changed |= self._dataplane.follow(self._in_force(service), {a: h for a, h in hops.items() if a not in lost})
+            warnings += lost.values()
+        notes = [f"backend {address}: {_leads(hops[address])}" for address in sorted(changed, key=lambda a: a.packed)]
+        goal, taken_along = _with_reply_interfaces(self.state, services, hops)
+        report = self._change(goal) if goal != self.state else Report()
+        return replace(report, notes=(*notes, *taken_along), warnings=(*warnings, *report.warnings))
+
+    def _hops_that_are(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], list[str]]:
+        """Of all that can be reached; and why others cannot."""
+        if not addresses:
+            return {}, []
+        with suppress(LbError):
+            return self.network.next_hops(addresses), []
+        hops: dict[Address, NextHop] = {}
+        warnings: list[str] = []
+        for address in addresses:
+            try:
+                hops |= self.network.next_hops([address])
+            except LbError as error:
+                warnings.append(str(error))
+        return hops, warnings
 
     def status(self) -> Status:
         loaded = self._dataplane.loaded
@@ -625,12 +763,23 @@ def _check_same_shape(before: State, goal: State) -> None:
 
 def _check_on_link(service: Service, hops: Mapping[Address, NextHop]) -> None:
     for backend in service.backends:
-        hop = hops.get(backend.address)
-        if service.mode is Mode.DR and hop and not hop.on_link:
-            raise NoRoute(
-                f"backend {backend}: mode dr needs a backend on a directly connected network,"
-                " not behind a gateway: use ipip or nat"
-            )
+        if error := _off_link(service, backend, hops):
+            raise error
+
+
+def _off_link(service: Service, backend: Backend, hops: Mapping[Address, NextHop]) -> NoRoute | None:
+    hop = hops.get(backend.address)
+    if service.mode is not Mode.DR or hop is None or hop.on_link:
+        return None
+    return NoRoute(
+        f"backend {backend}: mode dr needs a backend on a directly connected network,"
+        " not behind a gateway: use ipip or nat"
+    )
+
+
+def _leads(hop: NextHop) -> str:
+    to = hop.dst_mac.hex(":") if hop.dst_mac else "a neighbour that has not answered"
+    return f"next hop is {to} on {hop.interface} now"
 
 
 def _reply_interfaces(services: Iterable[Service], hops: Mapping[Address, NextHop]) -> dict[str, list[Backend]]:

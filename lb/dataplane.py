@@ -2,7 +2,8 @@
 
 Enters: desired services and their next hops. Leaves: map contents that the programs act on, and what they have counted.
 The kernel's maps are the only memory here: which number a member has, where a ring lies and what its slots say is read
-from them, so that any process goes on where another stopped. Writes go members first, then slots, then erasures; each
+from them, so that any process goes on where another stopped. (One that stays remembers what members were given, to put
+it back where others write into the maps.) Writes go members first, then slots, then erasures; each
 one leaves a state that the programs can work with.
 """
 
@@ -23,10 +24,11 @@ from lb import maglev, ring
 from lb.directory import Directory
 from lb.errors import DataplaneError
 from lb.flow_hash import Sought, recorded_slots
+from lb.host_events import WayInForce
 from lb.layout import FLOW_TABLES, Layout, Placed, Sizes, server_ids
 from lb.lookup import TABLES as LOOKUP_TABLES
 from lb.members import MemberKey, MemberTable, member_key, numbered
-from lb.model import Interface, Mode, Service
+from lb.model import Backend, Interface, Mode, Service
 from lb.paths import Paths
 from lb.report import Attachment, NextHop, Statistics
 from lb.services import ServiceTable
@@ -82,6 +84,18 @@ class RingChange:
         return {slot for slot, (old, new) in pairs if ring.current_member(old) != ring.current_member(new)}
 
 
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the members of a service were given when they were written last; the order is that of the backends."""
+
+    backends: tuple[Backend, ...]
+    numbers: array[int]
+    uids: array[int]
+
+    def by_key(self, given: array[int]) -> dict[MemberKey, int]:
+        return dict(zip(map(member_key, self.backends), given, strict=True))
+
+
 class KernelDataplane:
     """See lb.balancer.Dataplane, which this implements. Every method raises DataplaneError."""
 
@@ -90,6 +104,7 @@ class KernelDataplane:
         self._object: BpfObject | None = None
         self._unusable: LoadError | None = None
         self._placed: dict[Vip, Placed] = {}
+        self._remembered: dict[Vip, Remembered] = {}
         self._announced_writes = 0
         if current := pins.current():
             self._adopt(current)
@@ -122,6 +137,7 @@ class KernelDataplane:
         self._put_in_force(placed, service, change)
         self._members.disown_flows(placed, {member_key(b) for b in service.backends if b.down})
         self._members.erase(placed, keep=change.numbers)
+        self._remember(placed, service, change.numbers)
         return change.plan
 
     def unknown(self, service: Service) -> Set[Address]:
@@ -132,6 +148,7 @@ class KernelDataplane:
     @_translated
     def remove(self, vip: Vip) -> None:
         placed = self._placed.pop(vip, None)
+        self._remembered.pop(vip, None)
         if placed is None:
             return
         self._directory.forget(placed.number)
@@ -200,11 +217,10 @@ class KernelDataplane:
 
     def _ring_change(self, service: Service) -> RingChange:
         placed = self._alike(service)
-        numbers = numbered(self._held(placed), [member_key(b) for b in service.backends])
+        numbers = numbered(self._held(placed), _keys(service))
         old = self._words_of(placed) if placed else array("I", bytes(4 * service.ring_size))
         start = self._expired(placed, old) if placed else old
-        alive = frozenset(numbers[member_key(b)] for b in service.backends if not b.down)
-        return RingChange(numbers, old, ring.transition(start, _table(service, numbers), alive))
+        return RingChange(numbers, old, ring.transition(start, _table(service, numbers), _alive(service, numbers)))
 
     def _words_of(self, placed: Placed) -> array[int]:
         return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size].tobytes())
@@ -267,6 +283,76 @@ class KernelDataplane:
         if before and before.member_block != placed.member_block:
             self._members.erase(before)
             self._layout.release_members(before)
+
+    # What others have changed
+
+    @_translated
+    def restore_lookups(self, services: Sequence[Service]) -> list[str]:
+        found = []
+        if changed := self._directory.reread():
+            found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by someone else")
+        self.publish(services)
+        stages, behind = self.stages, self._obj.program(BEHIND_STAGES)
+        if stages.balance not in stages.map or stages.map[stages.balance].value != behind.id:
+            self._balance_behind_stages()
+            found.append("stages: the balancer was taken out from behind them")
+        return found
+
+    @_translated
+    def differences(self, service: Service) -> list[str]:
+        placed = self._alike(service)
+        if placed is None:
+            return ["was not there"]
+        found = [] if self._services.holds(placed, service) else ["its entry was changed"]
+        numbers = self._known_numbers(placed, service)
+        if not self._members.is_whole(placed, numbers):
+            found.append("entries of its backends were changed")
+        elif service.vip not in self._remembered:
+            self._remember(placed, service, numbers)
+        if slots := self._slots_changed(placed, service, numbers):
+            found.append(f"{slots} of its {placed.ring_size} slots {'was' if slots == 1 else 'were'} changed")
+        return found
+
+    def _remember(self, placed: Placed, service: Service, numbers: Mapping[MemberKey, int]) -> None:
+        given = array("H", map(numbers.__getitem__, _keys(service)))
+        self._remembered[placed.vip] = Remembered(
+            service.backends, given, array("I", self._members.uids(placed, given))
+        )
+
+    def _known_numbers(self, placed: Placed, service: Service) -> dict[MemberKey, int]:
+        """Those that were given last, whatever the kernel's entries say now."""
+        remembered = self._remembered.get(service.vip)
+        return numbered(remembered.by_key(remembered.numbers) if remembered else self._held(placed), _keys(service))
+
+    def _slots_changed(self, placed: Placed, service: Service, numbers: Mapping[MemberKey, int]) -> int:
+        """What was put would stay as it is if it were put again."""
+        words, alive = self._words_of(placed), _alive(service, numbers)
+        wanted = ring.transition(words, _table(service, numbers), alive)
+        return 0 if words == wanted else sum(old != new for old, new in zip(words, wanted, strict=True))
+
+    @_translated
+    def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
+        """As `put`; members that are lost get the numbers that they had, which slots and flows name."""
+        if placed := self._alike(service):
+            remembered = self._remembered.get(service.vip)
+            uids = remembered.by_key(remembered.uids) if remembered else {}
+            self._members.restore(placed, service, self._known_numbers(placed, service), uids, hops)
+        return self.put(service, hops)
+
+    @_translated
+    def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> set[Address]:
+        placed = self._alike(service)
+        if placed is None:
+            return set()
+        if service.vip not in self._remembered:
+            self._remember(placed, service, self._known_numbers(placed, service))
+        remembered = self._remembered[service.vip]
+        numbers = ((b, n) for b, n in zip(remembered.backends, remembered.numbers, strict=True) if b.address in hops)
+        return self._members.follow(placed, numbers, service.options, hops)
+
+    def ways(self) -> Iterator[WayInForce]:
+        for placed in self._placed.values():
+            yield from self._members.ways(placed)
 
     # What is counted
 
@@ -431,7 +517,7 @@ class KernelDataplane:
     @_translated
     def unload(self) -> None:
         self.close()
-        self._unusable, self._placed = None, {}
+        self._unusable, self._placed, self._remembered = None, {}, {}
         self._pins.remove()
 
     @property
@@ -493,10 +579,22 @@ class KernelDataplane:
             if running.program_id in ours
         }
 
+    @_translated
+    def programs(self) -> Mapping[str, int]:
+        return {name: running.program_id for name, running in xdp_attach.all_attached().items()}
+
 
 def _now_ns() -> int:
     """The clock of the programs: bpf_ktime_get_coarse_ns()."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def _keys(service: Service) -> list[MemberKey]:
+    return [member_key(b) for b in service.backends]
+
+
+def _alive(service: Service, numbers: Mapping[MemberKey, int]) -> frozenset[int]:
+    return frozenset(numbers[member_key(b)] for b in service.backends if not b.down)
 
 
 def _table(service: Service, numbers: Mapping[MemberKey, int]) -> array[int]:

@@ -45,6 +45,13 @@ class Table:
                 setattr(made, name, value)
         return bytes(made)
 
+    def reread(self) -> int:
+        """How many entries others have changed since."""
+        found = {bytes(key): value for key, value in self._map.items()}
+        changed = len(dict(found.items() ^ self.held.items()))
+        self.held = found
+        return changed
+
     def add(self, wanted: Mapping[bytes, int]) -> None:
         for key, value in wanted.items():
             if self.held.get(key) != value:
@@ -110,6 +117,13 @@ class Directory:
         """Takes away what the last `add` did not want."""
         for name, table in self._tables.items():
             table.remove(table.held.keys() - self._wanted[name])
+
+    def reread(self) -> int:
+        """How many entries others have changed since: `add` and `prune` repair them."""
+        changed = sum(table.reread() for table in self._tables.values())
+        if changed:
+            self._plain = {}
+        return changed
 
     def forget(self, number: int) -> None:
         """A service that goes before anyone asked for it: nothing may lead to its number, which another may get."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+from lb.errors import LbError
 from lb.paths import Paths
 from lb.rules import At
 from lb.store import Store, writer_lock
@@ -37,6 +38,33 @@ class FilterGuard:
         if self._has_rules(name):
             with self._firewall() as firewall:
                 firewall.take_over(name)
+
+    def repair(self) -> tuple[list[str], list[str]]:
+        if not self._store.rules().all:
+            return [], []
+        try:
+            with self._firewall() as firewall:
+                if not firewall.lost():
+                    return [], []
+                with self.alone():
+                    return self._repaired(firewall)
+        except LbError as error:
+            return [], [str(error)]
+
+    def _repaired(self, firewall: Firewall) -> tuple[list[str], list[str]]:
+        """Each hook by itself: what is wrong with one is no matter of the others."""
+        from lb.firewall import How
+
+        done, failed = [], []
+        for hook in firewall.lost():
+            name, at = hook
+            try:
+                firewall.restore(How(force=True), [hook])
+            except LbError as error:
+                failed.append(str(error))
+            else:
+                done.append(f"{name}: filter rules at {at} were not in force: put there again")
+        return done, failed
 
     def _has_rules(self, name: str) -> bool:
         return bool(self._store.rules().hook(name, At.XDP))

@@ -177,11 +177,17 @@ class Firewall:
             added, gone = self._kernel.reload_set(rule.slot, prefixes)
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
-    def restore(self, how: How | None = None) -> FilterReport:
-        """Put in force what is stored, as after a boot."""
+    def restore(self, how: How | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
+        """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
         rules = self._rules().in_time(clock())
         changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
-        return self._change(rules, [], lambda _: changes, how or How(), hooks=rules.hooks)
+        return self._change(rules, [], lambda _: changes, how or How(), hooks=rules.hooks if hooks is None else hooks)
+
+    def lost(self) -> list[HookKey]:
+        """Where rules of interfaces that are there should be in force, and are not."""
+        hooks = self._rules().in_time(clock()).hooks
+        in_force, absent = self._kernel.in_force(hooks), _absent(hooks)
+        return [hook for hook in hooks if hook not in in_force and hook[0] not in absent]
 
     def status(self, interface: str | None = None) -> list[RuleStatus]:
         rules, now = self._rules(), clock()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 
 from lb import ring
+from lb.host_events import WayInForce
 from lb.layout import Placed
 from lb.model import Backend, Service
 from lb.options import Network, Options
@@ -133,6 +135,67 @@ class MemberTable:
             self._counters.set_total(index, self._counters.value_type())
         if bytes(member) != bytes(old):
             self._members[index] = member
+
+    def is_whole(self, placed: Placed, numbers: Mapping[MemberKey, int]) -> bool:
+        """Those alive are these, under their numbers; next hops are not looked at."""
+        return self.held(placed) == numbers and all(
+            self._members[placed.member_base + number].index == placed.member_base + number
+            for number in numbers.values()
+        )
+
+    def restore(
+        self,
+        placed: Placed,
+        service: Service,
+        numbers: Mapping[MemberKey, int],
+        uids: Mapping[MemberKey, int],
+        hops: Mapping[Address, NextHop],
+    ) -> None:
+        """Each under its number again, whatever others have made of the block, with its uid as far as it is known, so
+        that its flows are found, and with what it has counted."""
+        wanted = {number: key for key, number in numbers.items()}
+        for key, number in self.held(placed).items():
+            if wanted.get(number) != key:
+                self._members[placed.member_base + number] = self._struct()
+        for backend in service.backends:
+            if hop := hops.get(backend.address):
+                member = self._member(backend, hop, service.options)
+                member.index = placed.member_base + numbers[member_key(backend)]
+                member.uid = uids.get(member_key(backend), self._members[member.index].uid) or _new_uid()
+                self._members[member.index] = member
+
+    def uids(self, placed: Placed, numbers: Iterable[int]) -> Iterator[int]:
+        return (self._members[placed.member_base + number].uid for number in numbers)
+
+    def follow(
+        self,
+        placed: Placed,
+        numbers: Iterable[tuple[Backend, int]],
+        options: Options,
+        hops: Mapping[Address, NextHop],
+    ) -> set[Address]:
+        """Where entries of these backends say something else than `hops`, they are written; of which backends. One that
+        is silent keeps the MAC address that it had, on the same link: nobody knows a better one."""
+        changed = set()
+        for backend, number in numbers:
+            index, hop = placed.member_base + number, hops[backend.address]
+            old = self._members[index]
+            if not old.flags & self._alive:
+                continue
+            if hop.dst_mac is None and old.flags & self._resolved and old.hop.ifindex == hop.ifindex:
+                hop = replace(hop, dst_mac=bytes(old.hop.destination))
+            member = self._member(backend, hop, options)
+            member.index, member.uid = index, old.uid
+            if bytes(member) != bytes(old):
+                self._members[index] = member
+                changed.add(backend.address)
+        return changed
+
+    def ways(self, placed: Placed) -> Iterator[WayInForce]:
+        for (address, _), index in self.places(placed).items():
+            member = self._members[index]
+            mac = bytes(member.hop.destination) if member.flags & self._resolved else None
+            yield WayInForce(ip_address(address), member.hop.ifindex, mac)
 
     def disown_flows(self, placed: Placed, keys: Container[MemberKey]) -> None:
         """What is recorded as theirs, in whatever table, is a miss from now on; they keep what they have counted."""

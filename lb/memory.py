@@ -8,12 +8,13 @@ test sets to blow at a chosen one, in the middle of a change.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
 from lb import maglev, ring
 from lb.errors import DataplaneError, NoRoute
+from lb.host_events import WayInForce
 from lb.members import numbered
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.report import Attachment, Counters, NextHop, Statistics
@@ -195,6 +196,38 @@ class MemoryDataplane:
         for backend in held.ids.keys() - {_key(b) for b in service.backends}:
             self.fuse.burn()
             del held.hops[held.ids.pop(backend)]
+
+    def programs(self) -> Mapping[str, int]:
+        return dict.fromkeys(self.foreign, 7) | {name: each.program_id for name, each in self._attachments.items()}
+
+    def restore_lookups(self, services: Sequence[Service]) -> list[str]:
+        lost = self.published != {service.vip for service in services}
+        self.publish(services)
+        return ["lookups: changed by someone else"] if lost else []
+
+    def differences(self, service: Service) -> list[str]:
+        held = self._alike(service)
+        if held is None:
+            return ["was not there"]
+        if held.ids.keys() != {_key(b) for b in service.backends}:
+            return ["entries of its backends were changed"]
+        return [] if held.words == _words(held, service) else ["its slots were changed"]
+
+    def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
+        return self.put(service, hops)
+
+    def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> set[Address]:
+        held = self.rings[service.vip]
+        stale = {b: hops[b.address] for b, n in held.ids.items() if hops.get(b.address, held.hops[n]) != held.hops[n]}
+        for backend, hop in stale.items():
+            self.fuse.burn()
+            held.hops[held.ids[backend]] = hop
+        return {backend.address for backend in stale}
+
+    def ways(self) -> Iterator[WayInForce]:
+        for held in self.rings.values():
+            for backend, number in held.ids.items():
+                yield WayInForce(backend.address, held.hops[number].ifindex, held.hops[number].dst_mac)
 
     def unknown(self, service: Service) -> set[Address]:
         held = self.rings.get(service.vip)

@@ -85,14 +85,16 @@ def serve(
     from lb.check_path import RealPath
     from lb.dataplane import route_socket
     from lb.health_task import HealthTask
+    from lb.host_events import HostEvents
     from lb.neighbours import Network
+    from lb.reconcile import ReconcileTask
 
     paths = Paths.here()
     logs.configure(as_json=log_format == "json")
     addresses = tuple(map(_listen_address, listen))
     settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config)
     checks = HealthTask(lambda: RealPath(Network(route_socket)))
-    server.serve(lambda: open_balancer(paths), settings, [checks])
+    server.serve(lambda: open_balancer(paths), settings, [checks, ReconcileTask(HostEvents)])
 
 
 def unit() -> str:

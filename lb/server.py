@@ -134,7 +134,7 @@ class Daemon:
     async def _reconcile(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
         """Have the kernel hold what is stored, and the store what the file says."""
         try:
-            _log_report("reconciled", (await owner.change(reconcile)).report)
+            _log_report("reconciled", (await owner.change(Balancer.reconcile)).report)
             if wanted is not None:
                 _log_report("configured", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
             self.unready = ""
@@ -171,13 +171,6 @@ class Daemon:
         if self._tls and certificate and key:
             load_certificate(self._tls, certificate, key)
             log.info("certificate loaded", file=str(certificate))
-
-
-def reconcile(balancer: Balancer) -> Report:
-    """Write all that is stored anew, which also repairs what others have changed; nothing while nothing is attached."""
-    if balancer.state.interfaces and balancer.state.services:
-        return balancer.attach(())
-    return Report()
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

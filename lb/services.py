@@ -39,7 +39,8 @@ class ServiceTable:
         self._modes = {Mode(name.removeprefix("MODE_").lower()): value for name, value in modes.items()}
         self._mode_names = {value: mode for mode, value in self._modes.items()}
         self._options = options
-        self._sourced = {number for number, e in enumerate(services) if e.options & self._source_bits}
+        bits = {number: e.options & self._source_bits for number, e in enumerate(services)}
+        self._of_sources = {number: asked for number, asked in bits.items() if asked}
 
     def __iter__(self) -> Iterator[Placed]:
         """Those in use."""
@@ -62,6 +63,13 @@ class ServiceTable:
 
     def write(self, placed: Placed, service: Service) -> None:
         """Whether it asks for sources, `set_sources` says, and stays as it is."""
+        self._services[placed.number] = self._entry(placed, service)
+
+    def holds(self, placed: Placed, service: Service) -> bool:
+        """Whether its entry is as it was written."""
+        return bytes(self._services[placed.number]) == bytes(self._entry(placed, service))
+
+    def _entry(self, placed: Placed, service: Service) -> Any:
         vip, options = placed.vip, service.options
         entry = self._struct(
             mode=self._modes[placed.mode],
@@ -77,12 +85,12 @@ class ServiceTable:
             protocol=vip.protocol,
             **{name: getattr(placed, name) for name in _PLACED_FIELDS},
         )
-        entry.options = self._bits(service) | self._services[placed.number].options & self._source_bits
+        entry.options = self._bits(service) | self._of_sources.get(placed.number, 0)
         entry.address[:] = address_words(vip.address)
         entry.set[: len(vip.set)] = vip.set.encode()
         for config, length in service.quic_lengths.items():
             entry.quic_lengths[config] = length
-        self._services[placed.number] = entry
+        return entry
 
     @property
     def _source_bits(self) -> int:
@@ -98,17 +106,18 @@ class ServiceTable:
 
     def set_sources(self, *, some: Set[int], only: Set[int]) -> None:
         """The numbers of the services whose clients are looked up, and of those that refuse who is not found."""
-        for number in self._sourced | some:
-            bits = self._options["OPTION_SOURCES"] * (number in some) | self._options["OPTION_ONLY_SOURCES"] * (
-                number in only
-            )
+        asked = {
+            number: self._options["OPTION_SOURCES"] | self._options["OPTION_ONLY_SOURCES"] * (number in only)
+            for number in some
+        }
+        for number in self._of_sources.keys() | some:
             entry = self._services[number]
-            entry.options = entry.options & ~self._source_bits | bits
-        self._sourced = set(some)
+            entry.options = entry.options & ~self._source_bits | asked.get(number, 0)
+        self._of_sources = asked
 
     def erase(self, placed: Placed) -> None:
         self._services[placed.number] = self._struct()
-        self._sourced.discard(placed.number)
+        self._of_sources.pop(placed.number, None)
 
 
 def _options_asked(options: Options) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from netns_tests.topology import Bed, own_prefix, remaining_namespaces
 from netns_tests.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
 
 PR_SET_CHILD_SUBREAPER = 36
+
+# Of a command in the background, shells ignore Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

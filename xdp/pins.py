@@ -64,6 +64,13 @@ def _escaped(path: Path) -> str:
     return re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(path))
 
 
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
+
+
 def _in_home(home: int, *command: str) -> None:
     done = subprocess.run(
         ["nsenter", f"--mount=/proc/{home}/ns/mnt", *command], capture_output=True, text=True, check=False
@@ -86,8 +93,8 @@ class Pins:
         home = _home()
         if not _is_mounted(self.mount_point, home):
             return None
-        is_ours = _mount_namespace(home) == _mount_namespace(os.getpid())
-        return self.mount_point if is_ours else Path(f"/proc/{home}/root{self.mount_point}")
+        there = Path(f"/proc/{home}/root{self.mount_point}")
+        return self.mount_point if _is_same(self.mount_point, there) else there
 
     def _mount(self) -> Path:
         if not self._root():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lb.balancer import Balancer
+from lb.balancer import Balancer, NoGuard
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
@@ -769,7 +769,7 @@ def test_a_dry_run_of_the_first_attach_says_where_it_would_attach(bed: Bed) -> N
 
 
 @dataclass
-class Calls:
+class Calls(NoGuard):
     """A guard that notes when it is called, and what the balancer runs on then."""
 
     dataplane: MemoryDataplane

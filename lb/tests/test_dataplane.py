@@ -32,7 +32,7 @@ from lb.memory import MemoryDataplane
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.options import Options
 from lb.report import Attachment, Counters, NextHop
-from lb.ring import MEMBER_MASK, TRACK, Plan, current_member, previous_member
+from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf
@@ -894,44 +894,26 @@ def test_verdicts_are_recorded_only_while_somebody_wants_them(kernel: Kernel, st
     assert not stages.records_verdicts
 
 
+def outgrow(grown: Kernel) -> None:
+    grown.serve(service(WEB, A, B), service(TLS, A, C, mode=Mode.DR), *(service(vip, A) for vip in vips(9)))
+
+
 def test_stages_stay_when_the_maps_grow(grown: Kernel) -> None:
     stages = grown.dataplane.stages
     with stage(hand_on_to=(stages, stages.balance), otherwise=XDP_DROP) as program:
         stages.set(stages.filter, program)
-        wanted = [service(WEB, A, B), service(TLS, A, C, mode=Mode.DR), *(service(vip, A) for vip in vips(9))]
-        grown.serve(*wanted)
+        outgrow(grown)
         assert list(grown.dataplane.stages.occupied()) == [stages.filter]
         assert grown.backend_of(vips(9)[8], 4000) == A.address
-        stages.clear(stages.filter)
 
 
-def test_a_process_that_knew_the_smaller_maps_still_changes_stages(grown: Kernel) -> None:
-    stages = grown.dataplane.stages
-    grown.serve(service(WEB, A, B), service(TLS, A, C, mode=Mode.DR), *(service(vip, A) for vip in vips(9)))
-    with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+def test_a_process_that_opened_the_smaller_maps_still_changes_stages(grown: Kernel) -> None:
+    with BpfObject.open(LB_OBJECT) as other, stage(hand_on_to=None, otherwise=XDP_DROP) as program:
+        other.adopt(str(grown.generation))
+        stages = Stages(other)
+        outgrow(grown)
         stages.set(stages.filter, program)
         assert verdict_on(grown, vips(9)[8]) == XDP_DROP
-
-
-def test_a_backend_that_is_down_loses_its_connections_but_not_what_it_has_counted(kernel: Kernel) -> None:
-    kernel.serve(service(WEB, A, B))
-    port = next(port for port in range(4000, 4100) if kernel.backend_of(WEB, port) == A.address)
-    assert kernel.backend_of(WEB, port, "A") == A.address
-    counted = kernel.dataplane.statistics().backends[WEB]
-    kernel.serve(service(WEB, replace(A, down=True), B))
-    assert kernel.backend_of(WEB, port, "A") == B.address
-    after = kernel.dataplane.statistics().backends[WEB]
-    (down,) = (b for b in after if b.address == A.address)
-    assert (after[down], kernel.dataplane.unknown(service(WEB, A, B))) == (counted[down], set())
-
-
-def test_a_backend_that_is_down_is_nobodys_in_transition(kernel: Kernel) -> None:
-    kernel.serve(service(WEB, A, B, mode=Mode.DR))
-    kernel.serve(service(WEB, A, B, C, mode=Mode.DR))
-    number = kernel.dataplane._members.held(kernel.dataplane._placed[WEB])[A.address.packed, 80]
-    assert any(previous_member(word) == number for word in kernel.words(WEB))
-    kernel.serve(service(WEB, replace(A, down=True), B, C, mode=Mode.DR))
-    assert not any(number in (current_member(word), previous_member(word)) for word in kernel.words(WEB))
 
 
 def test_another_process_that_changes_stages_is_waited_for(kernel: Kernel, stages: Stages) -> None:

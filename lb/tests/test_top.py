@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -406,6 +406,11 @@ def on_terminal(tmp_path: Path) -> Iterator[Callable[..., Session]]:
         yield start
 
 
+def own_size(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without that of the terminal of who runs the tests."""
+    return {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
+
+
 @contextmanager
 def _session(readings: Path, words: tuple[str, ...]) -> Iterator[Session]:
     terminal, end = pty.openpty()
@@ -414,7 +419,7 @@ def _session(readings: Path, words: tuple[str, ...]) -> Iterator[Session]:
         stdin=end,
         stdout=end,
         stderr=end,
-        env=os.environ | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
+        env=own_size(os.environ) | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
         start_new_session=True,
     )
     session = Session(process, terminal)
