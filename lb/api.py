@@ -394,7 +394,7 @@ async def events(
     owner: TheOwner,
     last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
 ) -> StreamingResponse:
-    """Server-sent events: change, attach, detach, health, and missed where some are gone for good."""
+    """Server-sent events: change, attach, detach, health, drift, and missed where some are gone for good."""
     return StreamingResponse(
         owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )

@@ -21,6 +21,14 @@ PR_SET_CHILD_SUBREAPER = 36
 # Of a command in the background, shells ignore Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files that take long, the longest first: begun last, one of them would keep a single process busy at the end.
+LONG = ("two_balancers", "filter", "quic", "crashes", "serve", "reconcile", "bad_input", "changes_under_load", "dump")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG) + (item.path.parent.name == "tests")))
+
 
 @pytest.fixture
 def bed() -> Iterator[Callable[..., Bed]]:

@@ -187,11 +187,11 @@ def test_counters_stay_with_their_rule_through_changes_of_others(wire: Wire) -> 
         wire.filter("add", FAR, "drop", f"udp port {port}")
         assert wire.arrived(port, port - 50) == 0
     wire.filter("move", FAR, "3", "1")
-    wire.filter("add", FAR, "count", "arp", "--position", "2")
+    wire.filter("add", FAR, "count", "udp port 1", "--position", "2")
     wire.filter("del", FAR, "3")
     assert [(rule["expression"], rule["packets"]) for rule in wire.rules()] == [
         ("udp port 53", 3),
-        ("arp", 0),
+        ("udp port 1", 0),
         ("udp port 52", 2),
     ]
     wire.filter("add", FAR, "drop", "udp port 51")  # in the slot of the deleted one

@@ -244,12 +244,9 @@ def test_no_connection_breaks_when_flows_move_between_balancers_while_backends_c
     assert second_chances(pair.bed) > before
 
 
-@changes
 @pytest.mark.parametrize("second_chance", [False])
-def test_same_moves_reset_new_connections_and_no_older_ones_where_there_is_no_second_chance(
-    pair: Pair, change: Change
-) -> None:
-    outcome = change_while_flows_move(pair, change(pair.bed))
+def test_same_moves_reset_new_connections_and_no_older_ones_where_there_is_no_second_chance(pair: Pair) -> None:
+    outcome = change_while_flows_move(pair, four_backends(pair.bed))
     assert outcome.older == [{}, {}]
     assert all("ECONNRESET" in reasons for reasons in outcome.newer)
 
