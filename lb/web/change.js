@@ -84,9 +84,11 @@ export class ChangeDialog {
     this.inputs = new Map((this.kind.fields ?? []).map((field) => [field.name, new Field(field, () => this.typed())]));
     this.fields.replaceChildren(...[...this.inputs.values()].map((each) => each.element));
     this.unplanned("Reading the service…");
+    this.fields.inert = true; // what is typed now would be written over
     this.element.showModal();
     await this.guarded(async (signal) => {
       await this.read(signal);
+      this.fields.inert = false;
       const known = this.service.backends.find((each) => each.backend === this.backend);
       this.inputs.get("weight")?.give(known?.weight ?? 1);
       const [first] = this.inputs.values();
