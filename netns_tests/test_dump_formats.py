@@ -244,7 +244,9 @@ def test_progress_is_told_as_tcpdump_tells_it(host: Host, tmp_path: Path) -> Non
         with running(host, program, *words) as dump:
             assert dump.process.stderr
             send(host, [UDP] * 3)
-            told = os.read(dump.process.stderr.fileno(), 100)
+            told = b""
+            while not told.endswith(b"\r"):
+                told += os.read(dump.process.stderr.fileno(), 100)
             _, _, errors = dump.end()
             said.append((told, errors.split("bytes\n")[1]))
     assert said[0] == said[1]
