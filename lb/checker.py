@@ -1,6 +1,6 @@
 """The engine that checks all backends of all services, as a task of the daemon's event loop.
 
-Enters: the desired services, each time they change. Leaves: conditions for Balancer.set_conditions(), each time one
+Enters: the desired services, each time they change. Leaves: conditions for Writer.set_conditions(), each time one
 changes. A task for each backend of each service checks it, at intervals that jitter keeps from falling into step.
 """
 

@@ -60,6 +60,6 @@ def _met(backend: Backend, condition: Condition, scale: int) -> Backend:
     return replace(backend, weight=max(1, backend.weight * scale * condition.share // WHOLE))
 
 
-def differing(before: Conditions, after: Conditions) -> set[Vip]:
+def with_other_conditions(before: Conditions, after: Conditions) -> set[Vip]:
     """The VIPs whose conditions are not the same."""
     return {vip for vip in before.keys() | after.keys() if before.get(vip) != after.get(vip)}

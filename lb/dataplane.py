@@ -97,7 +97,7 @@ class Remembered:
 
 
 class KernelDataplane:
-    """See lb.balancer.Dataplane, which this implements. Every method raises DataplaneError."""
+    """See lb.ports.Dataplane, which this implements. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
         self._pins = pins

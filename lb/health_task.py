@@ -28,7 +28,7 @@ class HealthTask:
 
     async def run(self, owner: Owner) -> None:
         async def put_in_force(conditions: Conditions) -> None:
-            await owner.call(lambda balancer: balancer.set_conditions(conditions))
+            await owner.call(lambda balancer: balancer.writer.set_conditions(conditions))
             for document in turns(self._found, conditions):
                 owner.events.publish("health", document)
             self._found = conditions
@@ -41,7 +41,7 @@ class HealthTask:
 
 
 def _announce(balancer: Balancer) -> None:
-    balancer.checks_run = True
+    balancer.writer.checks_run = True
 
 
 async def _follow(owner: Owner, checker: Checker) -> None:

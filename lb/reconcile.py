@@ -64,7 +64,7 @@ class ReconcileTask:
         """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
         by then is told again if it comes back."""
         found = Found(owner)
-        await found.add(Balancer.reconcile_host)
+        await found.add(_host)
         for service in owner.snapshot.state.services:
             await found.add(_service(service.vip))
         addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
@@ -81,8 +81,8 @@ class ReconcileTask:
     async def _follow(self, owner: Owner, changes: Changes) -> None:
         found = Found(owner)
         if changes.links:
-            await found.add(Balancer.reconcile_host)
-        await found.add_ways(await owner.call(lambda balancer: changes.concerned(balancer.ways())))
+            await found.add(_host)
+        await found.add_ways(await owner.call(lambda balancer: changes.concerned(balancer.repairs.ways())))
         self._tell(found)
         self._told |= frozenset(found.unmended)
 
@@ -119,12 +119,16 @@ class Found:
             await self.add(_ways(waiting[at : at + AT_ONCE]))
 
 
+def _host(balancer: Balancer) -> Report:
+    return balancer.repairs.reconcile_host()
+
+
 def _service(vip: Vip) -> Callable[[Balancer], Report]:
-    return lambda balancer: balancer.reconcile_service(vip)
+    return lambda balancer: balancer.repairs.reconcile_service(vip)
 
 
 def _ways(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
-    return lambda balancer: balancer.follow(addresses)
+    return lambda balancer: balancer.repairs.follow(addresses)
 
 
 def _some(sentences: Sequence[str]) -> list[str]:

@@ -20,8 +20,8 @@ from lb.vip import Vip
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
-    from lb.balancer import Network
     from lb.client import Client
+    from lb.ports import Network
 
 
 def daemon_listens(path: Path) -> bool:

@@ -134,7 +134,7 @@ class Daemon:
     async def _reconcile(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
         """Have the kernel hold what is stored, and the store what the file says."""
         try:
-            _log_report("reconciled", (await owner.change(Balancer.reconcile)).report)
+            _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
             if wanted is not None:
                 _log_report("configured", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
             self.unready = ""

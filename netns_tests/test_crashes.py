@@ -17,16 +17,17 @@ from types import FrameType
 import pytest
 
 from lb import cli
-from lb.balancer import Balancer, open_balancer
+from lb.balancer import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.model import State
 from lb.paths import Paths
 from lb.store import Store
+from lb.writer import Writer
 from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
 from netns_tests.traffic import connections, curl, loading
 
-MODULES = ("balancer", "store", "dataplane", "members", "layout", "neighbours")
+MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
 WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
 POINTS = 4  # spread evenly over a change, its ends included
 WEB = "10.99.1.100:80"
@@ -69,9 +70,9 @@ def stored(bed: Bed) -> State:
 def assert_in_force(bed: Bed) -> None:
     """The kernel holds what is stored, to the last slot, member and interface, and nothing is left over."""
     with bed.lb.entered(), open_balancer(paths_of(bed), write=False) as balancer:
-        dataplane, state = balancer._dataplane, balancer.state
+        dataplane, state = balancer.writer.dataplane, balancer.state
         assert isinstance(dataplane, KernelDataplane)
-        assert dataplane.generation == balancer._store.generation
+        assert dataplane.generation == balancer.writer.store.generation
         assert dataplane.attachments().keys() == {interface.name for interface in state.interfaces}
         assert dataplane.vips() == {service.vip for service in state.services}
         members = {vip: {str(b) for b in found} for vip, found in dataplane.statistics().backends.items()}
@@ -175,7 +176,7 @@ def test_killed_detach_is_completed_by_the_next(bed: Bed) -> None:
 
 def die_after(calls: int) -> None:
     """Have this process killed after so many calls within a change; for -1, print how many there were."""
-    carry_out, seen = Balancer._carry_out, 0
+    carry_out, seen = Writer._carry_out, 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
         nonlocal seen
@@ -193,7 +194,7 @@ def die_after(calls: int) -> None:
             print(seen, file=sys.stderr)
 
     written = tuple(str(REPOSITORY / path) for path in WRITERS)
-    Balancer._carry_out = counted  # type: ignore[assignment,method-assign]
+    Writer._carry_out = counted  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def checked(bed: Bed, balancer: Balancer) -> Iterator[Callable[[Vip], Mapping[st
     stop: list[Callable[[], object]] = []
 
     async def put_in_force(conditions: Conditions) -> None:
-        await asyncio.to_thread(balancer.set_conditions, conditions)
+        await asyncio.to_thread(balancer.writer.set_conditions, conditions)
         found.append(conditions)
 
     async def run() -> None:
@@ -191,7 +191,7 @@ def answering(bed: Bed) -> set[str]:
 @contextlib.contextmanager
 def balancing(bed: Bed) -> Iterator[Balancer]:
     with bed.lb.entered(), open_balancer(Paths(bed.directory / "state", bed.directory / "run", bed.lb.name)) as made:
-        made.checks_run = True
+        made.writer.checks_run = True
         yield made
 
 

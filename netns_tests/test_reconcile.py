@@ -81,7 +81,7 @@ def test_nothing_is_written_where_nothing_has_changed(bed: Bed) -> None:
     before = contents(bed)
     with balancing(bed) as balancer:
         for _ in range(2):
-            report = balancer.reconcile()
+            report = balancer.repairs.reconcile()
             assert (report.notes, report.warnings, report.attached) == ((), (), ())
     assert contents(bed) == before
 
@@ -155,13 +155,13 @@ def test_what_is_changed_in_a_map_by_hand_is_repaired_and_connections_stay(
     change_numbers(bed)
     with connections(bed, "10.99.1.100", count=20) as held, balancing(bed) as balancer:
         labels = [connection.ask() for connection in held]
-        assert not balancer.reconcile().notes
+        assert not balancer.repairs.reconcile().notes
         before = contents(bed)[0], slots(bed)
         with maps(bed) as other:
             tamper(other)
-        assert balancer.reconcile().notes == (TAMPERING[tamper],)
+        assert balancer.repairs.reconcile().notes == (TAMPERING[tamper],)
         assert (contents(bed)[0], slots(bed)) == before
-        assert balancer.reconcile().notes == ()
+        assert balancer.repairs.reconcile().notes == ()
         assert [connection.ask() for connection in held] == labels
     assert answering(bed) == {"b1", "b2"}
 
@@ -200,18 +200,18 @@ def test_a_program_of_someone_else_is_left_alone_and_told(bed: Bed) -> None:
     foreign = program_on(bed, "eth0")
     with balancing(bed) as balancer:
         for _ in range(2):
-            (warning,) = balancer.reconcile().warnings
+            (warning,) = balancer.repairs.reconcile().warnings
             assert warning.startswith("eth0: another XDP program is attached (id ")
             assert program_on(bed, "eth0") == foreign
         bed.lb.run(["ip", "link", "set", "dev", "eth0", "xdp", "off"])
-        assert balancer.reconcile().notes == ("eth0: the program was not there: attached again",)
+        assert balancer.repairs.reconcile().notes == ("eth0: the program was not there: attached again",)
     assert answering(bed) == {"b1", "b2"}
 
 
 def test_an_address_that_is_taken_off_is_put_back(bed: Bed) -> None:
     bed.lb.run(["ip", "addr", "del", "10.99.1.100/32", "dev", "eth0"])
     with balancing(bed) as balancer:
-        assert balancer.reconcile().notes == ("10.99.1.100: was not on eth0: put there again",)
+        assert balancer.repairs.reconcile().notes == ("10.99.1.100: was not on eth0: put there again",)
     assert "10.99.1.100/32" in bed.lb.run(["ip", "addr", "show", "dev", "eth0"]).stdout
 
 
@@ -298,7 +298,7 @@ def test_a_route_that_is_gone_leaves_entries_as_they_were(bed: Bed) -> None:
     before = contents(bed)
     bed.lb.run(["ip", "route", "add", "blackhole", f"{backend.ipv4}/32"])
     with balancing(bed) as balancer:
-        report = balancer.reconcile()
+        report = balancer.repairs.reconcile()
     assert report.notes == ()
     assert report.warnings == (
         f"backend {backend.ipv4}: no route: a blackhole route leads there: see ip route get {backend.ipv4}",

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lb.balancer import Balancer, NoGuard
+from lb.balancer import Balancer
 from lb.errors import AlreadyExists, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.ports import NoGuard
 from lb.report import Attachment, ChangeKind, Counters, Report
 from lb.store import Store
 from lb.vip import Vip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lb import documents, output
-from lb.balancer import UNCHECKED, Balancer
+from lb.balancer import Balancer
 from lb.conditions import Condition
 from lb.errors import DataplaneError
 from lb.health_check import HealthCheck
@@ -20,6 +20,7 @@ from lb.options import Options
 from lb.ring import current_member, previous_member
 from lb.store import Store
 from lb.vip import Vip
+from lb.writer import UNCHECKED
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
 A, B, C = map(Backend.parse, ("10.0.0.11:80", "10.0.0.12:80", "10.0.0.13:80"))
@@ -70,7 +71,7 @@ def host(tmp_path: Path) -> Host:
 def balancer(host: Host) -> Iterator[Balancer]:
     """WEB is served by A, B and C, OTHER by A alone."""
     with host.balancer() as balancer:
-        balancer.checks_run = True
+        balancer.writer.checks_run = True
         balancer.attach([Interface("eth0")], [service(WEB, A, B, C), service(OTHER, A)])
         yield balancer
 
@@ -78,7 +79,7 @@ def balancer(host: Host) -> Iterator[Balancer]:
 def test_a_backend_that_is_down_has_no_slot_at_once_and_nothing_is_stored(host: Host, balancer: Balancer) -> None:
     before = host.stored
     number = host.dataplane.rings[WEB].ids[A]
-    plans = balancer.set_conditions({WEB: {str(A): DOWN}})
+    plans = balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     assert host.owners() == {str(B), str(C)}
     assert number not in host.mentioned()
     assert (host.stored, balancer.state) == (before, before)
@@ -90,17 +91,17 @@ def test_a_backend_that_is_up_again_gets_the_slots_it_had_and_the_others_keep_th
     host: Host, balancer: Balancer
 ) -> None:
     before = host.dataplane.rings[WEB].currents
-    balancer.set_conditions({WEB: {str(A): DOWN}})
-    (plan,) = balancer.set_conditions({}).values()
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
+    (plan,) = balancer.writer.set_conditions({}).values()
     assert host.dataplane.rings[WEB].currents == before
     assert plan.in_transition == host.slots_of(A)  # those of B and C that it takes back
 
 
 def test_a_share_is_a_part_of_the_slots_and_each_step_moves_few(host: Host, balancer: Balancer) -> None:
     whole = host.slots_of(A)
-    balancer.set_conditions({WEB: {str(A): DOWN}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     for share in range(10, 101, 10):
-        (plan,) = balancer.set_conditions({WEB: {str(A): Condition(share=share)}}).values()
+        (plan,) = balancer.writer.set_conditions({WEB: {str(A): Condition(share=share)}}).values()
         # A weight of a tenth that grows by a tenth: 1/21 of the ring at first.
         assert 0 < plan.moved <= SMALL / 15
         assert host.slots_of(A) <= whole
@@ -108,7 +109,7 @@ def test_a_share_is_a_part_of_the_slots_and_each_step_moves_few(host: Host, bala
 
 
 def test_a_change_of_the_desired_state_leaves_the_conditions_in_force(host: Host, balancer: Balancer) -> None:
-    balancer.set_conditions({WEB: {str(A): DOWN}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     balancer.set_weight(WEB, B, 5)
     assert host.owners() == {str(B), str(C)}
     balancer.set_weight(WEB, A, 7)
@@ -119,7 +120,7 @@ def test_a_change_of_the_desired_state_leaves_the_conditions_in_force(host: Host
 
 
 def test_a_plan_knows_of_conditions(balancer: Balancer) -> None:
-    balancer.set_conditions({WEB: {str(A): DOWN}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     (change,) = balancer.set_weight(WEB, A, 7, dry_run=True).changes
     assert change.plan
     assert change.plan.moved == 0
@@ -127,22 +128,22 @@ def test_a_plan_knows_of_conditions(balancer: Balancer) -> None:
 
 def test_only_services_whose_conditions_differ_are_written(host: Host, balancer: Balancer) -> None:
     found = {WEB: {str(A): DOWN}, OTHER: {str(A): DOWN}}
-    assert balancer.set_conditions(found).keys() == {WEB}  # of OTHER nobody is left: it stays as it was
+    assert balancer.writer.set_conditions(found).keys() == {WEB}  # of OTHER nobody is left: it stays as it was
     writes = host.dataplane.fuse.writes
-    assert balancer.set_conditions({vip: dict(each) for vip, each in found.items()}) == {}
+    assert balancer.writer.set_conditions({vip: dict(each) for vip, each in found.items()}) == {}
     assert host.dataplane.fuse.writes == writes
 
 
 def test_conditions_of_what_is_not_served_do_nothing(host: Host, balancer: Balancer) -> None:
     writes = host.dataplane.fuse.writes
-    assert balancer.set_conditions({Vip.parse("10.0.0.9:80"): {str(A): DOWN}, WEB: {"10.0.0.99:80": DOWN}}) == {}
+    assert balancer.writer.set_conditions({Vip.parse("10.0.0.9:80"): {str(A): DOWN}, WEB: {"10.0.0.99:80": DOWN}}) == {}
     assert host.dataplane.fuse.writes == writes
 
 
 def test_conditions_that_are_found_before_the_first_attach_are_in_force_with_it(host: Host) -> None:
     with host.balancer() as balancer:
         balancer.add_service(service(WEB, A, B))
-        assert balancer.set_conditions({WEB: {str(A): DOWN}}) == {}
+        assert balancer.writer.set_conditions({WEB: {str(A): DOWN}}) == {}
         balancer.attach([Interface("eth0")])
         assert host.owners() == {str(B)}
 
@@ -154,9 +155,9 @@ def test_conditions_that_are_cut_short_are_in_force_when_they_are_repeated(
     fuse: Fuse = host.dataplane.fuse
     fuse.fail_after(writes)
     with pytest.raises(DataplaneError):
-        balancer.set_conditions({WEB: {str(A): DOWN}})
+        balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     fuse.mend()
-    balancer.set_conditions({WEB: {str(A): DOWN}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     assert host.owners() == {str(B), str(C)}
 
 
@@ -164,7 +165,7 @@ def test_conditions_that_are_cut_short_are_in_force_when_they_are_repeated(
 
 
 def test_status_tells_who_is_down_why_and_since_when(balancer: Balancer) -> None:
-    balancer.set_conditions({WEB: {str(A): DOWN, str(B): Condition(share=30, since=1_700_000_060)}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN, str(B): Condition(share=30, since=1_700_000_060)}})
     lines = output.status_lines(balancer.status(), colour=False)
     start = lines.index(next(line for line in lines if line.startswith(str(WEB))))
     shown = lines[start : start + 8]
@@ -176,7 +177,7 @@ def test_status_tells_who_is_down_why_and_since_when(balancer: Balancer) -> None
 
 
 def test_status_as_json_tells_it_too_and_is_read_back(balancer: Balancer) -> None:
-    balancer.set_conditions({WEB: {str(A): DOWN}})
+    balancer.writer.set_conditions({WEB: {str(A): DOWN}})
     document = documents.status_document(balancer.status())
     web = next(each for each in document["services"] if each["vip"] == str(WEB))
     keys = ("backend", "state", "share", "why", "since")
@@ -191,5 +192,5 @@ def test_without_a_checker_a_change_of_a_checked_service_says_that_nobody_checks
     with host.balancer() as balancer:
         assert UNCHECKED in balancer.add_service(service(WEB, A)).notes
         assert UNCHECKED not in balancer.add_service(service(OTHER, A, options=Options())).notes
-        balancer.checks_run = True
+        balancer.writer.checks_run = True
         assert UNCHECKED not in balancer.set_weight(WEB, A, 2).notes

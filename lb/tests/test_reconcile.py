@@ -99,7 +99,7 @@ def lead_elsewhere(network: MemoryNetwork, **otherwise: Any) -> None:
 def test_where_nothing_has_changed_nothing_is_written(bed: Bed) -> None:
     with bed.serving() as balancer:
         before = bed.fuse.writes, bed.dataplane.generation
-        report = balancer.reconcile()
+        report = balancer.repairs.reconcile()
         assert (bed.fuse.writes, bed.dataplane.generation) == before
     assert (report.notes, report.warnings, report.attached) == ((), (), ())
 
@@ -107,7 +107,7 @@ def test_where_nothing_has_changed_nothing_is_written(bed: Bed) -> None:
 def test_where_nothing_is_attached_nothing_is_asked_for(bed: Bed) -> None:
     with bed.open() as balancer:
         balancer.add_service(Service(WEB, Mode.NAT, (A,), ring_size=251))
-        assert balancer.reconcile().notes == ()
+        assert balancer.repairs.reconcile().notes == ()
     assert (bed.fuse.writes, bed.dataplane.loaded) == (0, False)
 
 
@@ -116,7 +116,7 @@ def test_programs_that_a_lost_store_has_left_are_not_taken_off(bed: Bed) -> None
         pass
     bed.path.unlink()
     with bed.open() as balancer:
-        balancer.reconcile()
+        balancer.repairs.reconcile()
     assert set(bed.dataplane.attachments()) == {"eth0"}
 
 
@@ -127,14 +127,14 @@ def test_all_that_has_changed_is_found_and_repaired(bed: Bed) -> None:
         bed.network.remove_address("eth0", WEB.address)
         bed.dataplane.published.clear()
         bed.dataplane.rings[WEB].words[3] = 0
-        assert balancer.reconcile().notes == (
+        assert balancer.repairs.reconcile().notes == (
             "eth0: the program was not there: attached again",
             "lookups: changed by someone else",
             "10.0.0.1: was not on eth0: put there again",
             "vip 10.0.0.1:80/tcp: its slots were changed: repaired",
         )
         assert bed.dataplane.generation == generation
-        assert balancer.reconcile().notes == ()
+        assert balancer.repairs.reconcile().notes == ()
     assert set(bed.dataplane.attachments()) == {"eth0"}
 
 
@@ -142,7 +142,7 @@ def test_a_change_that_was_cut_short_is_finished(bed: Bed) -> None:
     with bed.serving() as balancer:
         bed.dataplane.generation = 0
         bed.dataplane.remove(WEB)
-        assert "everything is written anew" in balancer.reconcile().notes[0]
+        assert "everything is written anew" in balancer.repairs.reconcile().notes[0]
         assert bed.dataplane.vips() == {WEB}
 
 
@@ -151,16 +151,16 @@ def test_a_repair_that_the_kernel_refuses_is_made_by_the_next(bed: Bed) -> None:
         bed.dataplane.rings[WEB].words[3] = 0
         bed.fuse.fail_after(1)
         with pytest.raises(DataplaneError):
-            balancer.reconcile()
-        assert "everything is written anew" in balancer.reconcile().notes[0]
-        assert balancer.reconcile().notes == ()
+            balancer.repairs.reconcile()
+        assert "everything is written anew" in balancer.repairs.reconcile().notes[0]
+        assert balancer.repairs.reconcile().notes == ()
 
 
 def test_a_backend_of_direct_routing_that_is_behind_a_gateway_now_keeps_its_entry(bed: Bed) -> None:
     with bed.serving(Mode.DR) as balancer:
         before = dict(bed.dataplane.rings[WEB].hops)
         lead_elsewhere(bed.network, on_link=False)
-        report = balancer.follow({A.address})
+        report = balancer.repairs.follow({A.address})
         assert report.warnings[0].startswith("backend 10.0.0.11:80: mode dr needs a backend on a directly connected")
         assert (report.notes, bed.dataplane.rings[WEB].hops) == ((), before)
 
@@ -168,7 +168,7 @@ def test_a_backend_of_direct_routing_that_is_behind_a_gateway_now_keeps_its_entr
 def test_the_interface_that_a_way_leads_through_now_is_attached_for_nat_replies(bed: Bed) -> None:
     with bed.serving() as balancer:
         lead_elsewhere(bed.network, interface="eth1", ifindex=2)
-        report = balancer.follow({A.address, B.address})
+        report = balancer.repairs.follow({A.address, B.address})
         assert "eth1: attached too: nat replies of 10.0.0.11 and 10.0.0.12 come in there" in report.notes
         assert set(bed.dataplane.attachments()) == {"eth0", "eth1"}
         assert balancer.state.interface("eth1")
@@ -193,7 +193,7 @@ def test_what_has_changed_is_repaired_at_the_next_look_and_told(bed: Bed) -> Non
         async with bed.running(period_s=0.05) as owner:
             await owner.call(lambda _: bed.dataplane.rings[WEB].words.__setitem__(3, 0))
             await until(lambda: drifts(owner))
-            assert await owner.call(lambda balancer: balancer.reconcile().notes) == ()
+            assert await owner.call(lambda balancer: balancer.repairs.reconcile().notes) == ()
             return drifts(owner)
 
     with capture_logs() as said:
