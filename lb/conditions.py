@@ -37,7 +37,9 @@ def in_force(service: Service, conditions: Mapping[str, Condition] | None) -> Se
 
     With nobody left who would get new connections, `fail_closed` decides: nobody does, or all as if they were up.
     """
-    found = {b: (conditions or {}).get(str(b), UP) for b in service.backends}
+    if not conditions:
+        return service
+    found = {b: conditions.get(str(b), UP) for b in service.backends}
     if all(not each.down and each.share == WHOLE for each in found.values()):
         return service
     eligible = [b for b in service.backends if b.ring_weight]

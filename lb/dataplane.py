@@ -106,6 +106,7 @@ class KernelDataplane:
         self._placed: dict[Vip, Placed] = {}
         self._remembered: dict[Vip, Remembered] = {}
         self._announced_writes = 0
+        self._alone = False  # no other generation is pinned, as this process has seen
         if current := pins.current():
             self._adopt(current)
 
@@ -445,8 +446,9 @@ class KernelDataplane:
             self._install(self._new_object(Sizes.of(services)))
         elif (sizes := self._sizes_for(services)) != Sizes.held_by(self._obj):
             self._grow(sizes)
-        if self._pins.others():
+        if not self._alone and self._pins.others():
             self._leave_older_generations()
+        self._alone = True
         self._end_transitions()
 
     def _sizes_for(self, services: Sequence[Service]) -> Sizes:
@@ -481,6 +483,7 @@ class KernelDataplane:
 
     def _install(self, obj: BpfObject) -> None:
         """Pins a loaded object and puts it in force."""
+        self._alone = False
         generation = self._pins.prepare()
         obj.pin(str(generation))
         self._pins.put_in_force(generation)

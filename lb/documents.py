@@ -28,7 +28,7 @@ from lb.report import (
     Status,
 )
 from lb.ring import Plan
-from lb.vip import Vip
+from lb.vip import Vip, parse_address
 
 Document = dict[str, Any]
 
@@ -228,7 +228,7 @@ def total(status: ServiceStatus) -> Counters:
 def read_backend(document: Document) -> Backend:
     """From a `backend_document`."""
     return Backend(
-        ip_address(document["address"]),
+        parse_address(document["address"]),
         document["port"],
         document["weight"],
         document["draining"],

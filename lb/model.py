@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import combinations, pairwise
 
@@ -60,8 +60,10 @@ class Backend:
     draining: bool = False
     server_ids: tuple[str, ...] = ()
     down: bool = False
+    _text: str = field(init=False, repr=False, compare=False)  # an address takes long to write and to hash
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_text", join_port(self.address, self.port))
         object.__setattr__(self, "server_ids", tuple(sorted(set(map(_server_id, self.server_ids)))))
         if not 0 <= self.weight <= MAX_WEIGHT:
             raise InvalidInput(f"backend {self}: weight {self.weight}: out of range 0 to {MAX_WEIGHT}")
@@ -77,7 +79,10 @@ class Backend:
         return cls(address, default_port if port is None else port, int(weight) if at else 1)
 
     def __str__(self) -> str:
-        return join_port(self.address, self.port)
+        return self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
 
     @property
     def ring_weight(self) -> int:

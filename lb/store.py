@@ -401,8 +401,10 @@ def _locked(lock: int) -> bool:
 
 def _name_holder(lock: int) -> None:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"pid {os.getpid()}, {' '.join(command.split())[:80]}".encode(), 0)
+    words = f"pid {os.getpid()}, {' '.join(command.split())[:80]}".encode()
+    if os.pread(lock, len(words) + 1, 0) != words:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, words, 0)
 
 
 def _holder(lock: int) -> str:

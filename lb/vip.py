@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from lb.errors import InvalidInput
@@ -43,6 +44,7 @@ class Protocol(IntEnum):
             raise InvalidInput(f"protocol {text}: not known: use tcp or udp") from None
 
 
+@lru_cache(1 << 16)  # the same machines stand behind many services
 def parse_address(text: str) -> Address:
     try:
         address = ip_address(text)

@@ -42,6 +42,7 @@ class Btf:
         self._strings = raw[header_size + strings_at :][:strings_size]
         self._types = [_Type("void", 0, 0, ()), *self._read(raw[header_size + types_at :][:types_size])]
         self._classes: dict[int, CType] = {}
+        self._sections: dict[str, CType] = {}
 
     def _string(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode()
@@ -72,9 +73,11 @@ class Btf:
 
     def section(self, name: str) -> CType:
         """A data section (.rodata, .data) as a ctypes class with a field for each of its variables."""
-        section = self._types[self._ids[DATASEC, name]]
-        fields = [(self._types[var].name, self._types[var].size_or_type, at * 8) for var, at, _ in section.triples]
-        return self._structure(name, sorted(fields, key=lambda f: f[2]))
+        if name not in self._sections:
+            variables = [(self._types[var], at) for var, at, _ in self._types[self._ids[DATASEC, name]].triples]
+            fields = [(variable.name, variable.size_or_type, at * 8) for variable, at in variables]
+            self._sections[name] = self._structure(name, sorted(fields, key=lambda f: f[2]))
+        return self._sections[name]
 
     def map_types(self, name: str) -> tuple[CType, CType] | None:
         """(key, value) as the map's definition in .maps says; None for a map that is not defined there."""
