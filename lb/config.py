@@ -83,12 +83,12 @@ def _document(text: str, name: str) -> dict[str, object]:
 
 
 @contextmanager
-def _speaking_of(name: str) -> Iterator[None]:
-    """What the model finds wrong, with the place in the file before it."""
+def _speaking_of(name: str, vip: str = "") -> Iterator[None]:
+    """What the model finds wrong, with the place in the file before it, which names `vip` already."""
     try:
         yield
     except LbError as error:
-        raise InvalidInput(f"{name}: {error}") from None
+        raise InvalidInput(f"{name}: {str(error).removeprefix(f'{vip}: ')}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _service(entries: Mapping[str, object], file: str) -> Service:
     mode = _mode(table)
     options = _options(table)
     backends = tuple(_backend(entry, table.name) for entry in table.get("backends", NOTHING))
-    with _speaking_of(table.name):
+    with _speaking_of(table.name, str(vip)):
         return Service(vip, mode, backends, ring_size, flow_timeout_s, options)
 
 
