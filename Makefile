@@ -18,8 +18,8 @@ BIN := .venv/bin
 KERNEL_HEADERS := linux-headers-$(if $(shell grep -x ID=ubuntu /etc/os-release),generic,$(shell dpkg --print-architecture))
 # The web page is tested in it. Ubuntu's package is a snap, which enters no network namespace: playwright has its own there.
 CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
-PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev linux-libc-dev llvm make nftables nginx python3-bpfcc \
-	python3-venv tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
+PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make nftables nginx python3-bpfcc \
+	python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
 .PHONY: help setup system apt-install build lint test demo bench fuzz scale test-kernels wheel clean
 

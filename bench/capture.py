@@ -188,12 +188,17 @@ class CaptureRig:
         words = ["-i", "in", "-nn", "-U", "--immediate-mode", "-w", "-"]
         reader, writer = os.pipe()
         try:
-            self._line.lb.popen([*PROGRAMS[self.way](), *words], stdout=writer, stderr=subprocess.DEVNULL)
-            self._send_until(reader, FILE_HEADER + RECORD, start + FIRST_PACKET_WITHIN_S)
-            return time.monotonic() - start
+            with self._line.lb.popen(
+                [*PROGRAMS[self.way](), *words], stdout=writer, stderr=subprocess.DEVNULL
+            ) as command:
+                try:
+                    self._send_until(reader, FILE_HEADER + RECORD, start + FIRST_PACKET_WITHIN_S)
+                    return time.monotonic() - start
+                finally:
+                    command.kill()  # before the next one comes: an interface has room for one
         finally:
             os.close(writer)
-            os.close(reader)  # and so the command ends
+            os.close(reader)
 
     def _send_until(self, output: int, size: int, deadline: float) -> None:
         """A packet each millisecond, until that many bytes have been written."""

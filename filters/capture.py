@@ -13,6 +13,7 @@ from filters import cbpf, ebpf
 from filters.ebpf import R0, R1, R2, R3, R4, R5, R7, R8, R10, Assembler, Label, Reg
 from filters.emit import ACCEPTED, CONTEXT
 from filters.expr import SNAPLEN
+from filters.fragments import FragmentFlag
 from filters.hook import Field, Hook
 from filters.notes import NOTE_SIZE, Notes
 from filters.program import load_length
@@ -37,7 +38,8 @@ class Capture:
     """Needs Rings. `limit` is how many packets to capture on all CPUs together; None: as many as come.
 
     The fraction of a second is in microseconds, or with `nano` in nanoseconds. Packets are counted in the `account` of
-    that number. With `notes` each packet has one in front, which both lengths in the record count too.
+    that number. With `notes` each packet has one in front, which both lengths in the record count too. With `flag`,
+    for hooks with fragments, packets without any cost less.
     """
 
     rings: Rings
@@ -45,6 +47,7 @@ class Capture:
     limit: int | None = None
     account: int = 0
     notes: Notes | None = None
+    flag: FragmentFlag | None = None
 
     @property
     def _note_size(self) -> int:
@@ -52,7 +55,7 @@ class Capture:
 
     def emit(self, asm: Assembler, hook: Hook) -> None:
         lost, over, done = Label(), Label(), Label()
-        _load_frame_length(asm, hook)
+        self._load_frame_length(asm, hook)
         self._find_ring(asm, done)
         self._count(asm, Account.matched.offset)
         self._reserve(asm, hook, lost)
@@ -69,6 +72,11 @@ class Capture:
             self._count(asm, field.offset)
             asm.jump(done)
         asm.place(done)
+
+    def _load_frame_length(self, asm: Assembler, hook: Hook) -> None:
+        (self.flag.load_length if self.flag else load_length)(asm, hook, _FRAME)
+        if hook.is_tc:
+            _add_tag(asm, hook)
 
     def _find_ring(self, asm: Assembler, missing: Label) -> None:
         asm.call(ebpf.GET_SMP_PROCESSOR_ID)
@@ -149,14 +157,12 @@ class Capture:
         asm.mov(_RECORD, R2)
 
 
-def _load_frame_length(asm: Assembler, hook: Hook) -> None:
-    load_length(asm, hook, _FRAME)
-    if hook.is_tc:
-        untagged = Label()
-        asm.load(R1, CONTEXT, _offset(hook, cbpf.VLAN_TAG_PRESENT), 4)
-        asm.jump_if(ebpf.JEQ, R1, 0, untagged)
-        asm.alu(ebpf.ADD, _FRAME, TAG_SIZE)
-        asm.place(untagged)
+def _add_tag(asm: Assembler, hook: Hook) -> None:
+    untagged = Label()
+    asm.load(R1, CONTEXT, _offset(hook, cbpf.VLAN_TAG_PRESENT), 4)
+    asm.jump_if(ebpf.JEQ, R1, 0, untagged)
+    asm.alu(ebpf.ADD, _FRAME, TAG_SIZE)
+    asm.place(untagged)
 
 
 def _offset(hook: Hook, question: int) -> int:
@@ -173,7 +179,7 @@ def _load_captured_length(asm: Assembler, hook: Hook, to: Reg, none: Label) -> N
         asm.load(R1, CONTEXT, hook.readable, 4)
         _at_most(asm, to, R1)
     _at_most(asm, to, SNAPLEN)
-    asm.jump_if(ebpf.JEQ, to, 0, none)
+    asm.jump_if(ebpf.JLT, to, 1, none)  # of `== 0` Linux 6.1 does not learn that it is not
 
 
 def _at_most(asm: Assembler, value: Reg, bound: Reg | int) -> None:

@@ -144,7 +144,8 @@ def _arithmetic_fault(i: Instruction) -> str | None:
 
 
 def _check_memory(instructions: Sequence[Instruction]) -> None:
-    """Every M[] word is written on each path that reads it (check_load_and_stores)."""
+    """Every M[] word is written on each path that reads it; for the kernel one goes on behind a return
+    (check_load_and_stores)."""
     everything = (1 << MEMORY_WORDS) - 1
     written = [everything] * len(instructions)
     now = 0
@@ -154,7 +155,7 @@ def _check_memory(instructions: Sequence[Instruction]) -> None:
             now |= 1 << i.k
         elif i.cls in (LD, LDX) and i.mode == MEM and not now >> i.k & 1:
             raise InvalidFilter(f"instruction {number}: reads M[{i.k}] before it is written")
-        elif i.cls in (JMP, RET):
+        elif i.cls == JMP:
             for target in targets(i, number):
                 written[target] &= now
             now = everything

@@ -21,6 +21,8 @@ from filters.taps import Request, Tap, Taps
 __all__ = ["Request", "Session"]
 
 _CLOCK_EVERY_S = 1.0
+# For how long packets may lie in the kernel: where they are few, it is fetching them that costs.
+_PATIENCE_S, _PROMPT_S = 0.05, 0.01
 
 
 class Session:
@@ -54,6 +56,10 @@ class Session:
         self._promiscuous.close()
         self._taps.detach()
 
+    def wait(self) -> None:
+        """Until there is something to deliver."""
+        self._rings.wait(_PROMPT_S if self._request.prompt else _PATIENCE_S)
+
     def deliver(self, sink: Sink) -> None:
         """Hands over all that has been captured, in the order of time. Raises as the sink does."""
         self._keep_clock()
@@ -73,7 +79,8 @@ class Session:
     @property
     def is_complete(self) -> bool:
         """Whether as many packets have been captured as were asked for."""
-        return self._request.limit is not None and self.counts().captured >= self._request.limit
+        limit = self._request.limit
+        return limit is not None and self._rings.taken >= limit and self.counts().captured >= limit
 
     def counts(self) -> Counts:
         return self._rings.counts()

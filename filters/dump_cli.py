@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from filters import cbpf
 from filters.cbpf import Instruction
 from filters.dump_options import DIRECTIONS, USAGE, Options, UsageError, parse
-from filters.errors import DumpError, FilterError, NotWritten
+from filters.errors import DamagedFile, DumpError, FilterError, NotWritten
 from filters.expr import ETHERNET, compile_expression, libpcap
 from filters.outputs import Origin, Outputs
 from filters.pcap import FilesFull, record
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # of these a command needs one or the other
     from filters.ring import Counts
     from filters.savefile import Packet, SaveFile
 
-_POLL_S = 0.01
 _PROGRESS_S = 1.0
 _PRINTING_BUFFER = 1 << 21
 _BATCH = 1 << 20  # bytes of records that are written at once
@@ -57,6 +56,8 @@ def run(words: Sequence[str]) -> int:
         return _run(parse(words))
     except UsageError as error:
         _say(f"xdp-dump: {error}\n{_version()}\n{USAGE}")
+    except DamagedFile as error:
+        _say(f"xdp-dump: pcap_loop: {error}")
     except (FilterError, XdpError) as error:
         _say(f"xdp-dump: {error}")
     return 1
@@ -194,6 +195,7 @@ def _session(options: Options, instructions: Sequence[Instruction], interfaces: 
             options.promiscuous,
             options.selftest,
             options.notes,
+            options.is_prompt,
         )
     )
 
@@ -252,7 +254,7 @@ def _deliver(options: Options, session: Session, outputs: Outputs, signals: Sign
     progress = Progress() if options.verbose and not options.prints else None
     try:
         while not signals.ended and not session.is_complete:
-            time.sleep(_POLL_S)
+            session.wait()
             session.deliver(outputs)
             outputs.check()
             if signals.asked:
@@ -318,9 +320,19 @@ def _read(options: Options, path: str) -> int:
         with file_filter(instructions) as accepting:
             found = islice(filter(accepting.accepts, file.packets()), options.count)
             if options.count_only:
-                print(_packets(sum(1 for _ in found)))
+                _count(found)
                 return 0
             return _write_all(options, file, found)
+
+
+def _count(packets: Iterator[Packet]) -> None:
+    """Those in front of what cannot be read, too."""
+    number = 0
+    try:
+        for _ in packets:
+            number += 1
+    finally:
+        print(_packets(number))
 
 
 def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> int:
@@ -343,12 +355,16 @@ def _note_of_a_file() -> bytes:
 
 
 def _batches(packets: Iterator[Packet], note: bytes) -> Iterator[bytes]:
-    """Records, with the same note in front of each packet."""
+    """Records, with the same note in front of each packet; those that come before a file's damage too."""
     batch = bytearray()
-    for packet in packets:
-        batch += record(packet.seconds, packet.fraction, note + packet.data, len(note) + packet.length)
-        if len(batch) > _BATCH:
-            yield bytes(batch)
-            batch.clear()
+    try:
+        for packet in packets:
+            batch += record(packet.seconds, packet.fraction, note + packet.data, len(note) + packet.length)
+            if len(batch) > _BATCH:
+                yield bytes(batch)
+                batch.clear()
+    except DamagedFile:
+        yield bytes(batch)
+        raise
     if batch:
         yield bytes(batch)

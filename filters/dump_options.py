@@ -102,6 +102,11 @@ class Options:
         return self.write is None or self.print_too
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether somebody waits for each packet: what is printed, piped, counted or buffered by the packet."""
+        return self.prints or self.write == "-" or self.count is not None or "-U" in self.decode
+
+    @property
     def writes_blocks(self) -> bool:
         """Whether the file is of the pcapng format: by its name, or because that was asked for."""
         return self.write is not None and (self.pcapng or self.write.endswith(".pcapng"))

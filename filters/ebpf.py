@@ -42,6 +42,7 @@ HELPERS = {
     XDP_LOAD_BYTES: "bpf_xdp_load_bytes",
 }
 
+PSEUDO_KERNEL_FUNCTION = 2  # the source register of a call whose immediate is an id in the kernel's BTF
 PSEUDO_MAP_FD = 1  # the source register of a 64-bit immediate that is a map's file descriptor
 
 _SIZE_CODES = {1: B, 2: H, 4: W, 8: DW}
@@ -157,6 +158,10 @@ class Assembler:
     def call(self, helper: int) -> None:
         self.emit(Instruction(JMP | CALL, imm=helper))
 
+    def call_kernel(self, function: int) -> None:
+        """A function of the kernel that is no helper, by its id in the kernel's BTF."""
+        self.emit(Instruction(JMP | CALL, src=PSEUDO_KERNEL_FUNCTION, imm=function))
+
     def exit(self) -> None:
         self.emit(Instruction(JMP | EXIT))
 
@@ -257,6 +262,8 @@ def _arithmetic_text(i: Instruction) -> str:
 
 
 def _jump_text(i: Instruction) -> str:
+    if i.operation == CALL and i.src == PSEUDO_KERNEL_FUNCTION:
+        return f"call kernel-function#{i.imm}"
     if i.operation == CALL:
         return f"call {HELPERS.get(i.imm, 'helper')}#{i.imm}"
     if i.operation == EXIT:

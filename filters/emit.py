@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from filters import cbpf, ebpf
@@ -50,6 +50,8 @@ CONTEXT, ACCEPTED = R6, R9
 _BUFFER = -8
 _FIRST_SLOT = -16
 _MEMORY_REGISTERS = (R3, R4)
+_MAX_VAR_OFF = 1 << 29  # BPF_MAX_VAR_OFF, <linux/bpf_verifier.h>
+_KEPT_A = "kept A"  # beside M0 to M15
 
 # The jumps of classic BPF, and what jumps where they do not.
 _CONDITIONS = {cbpf.JEQ: ebpf.JEQ, cbpf.JGT: ebpf.JGT, cbpf.JGE: ebpf.JGE, cbpf.JSET: ebpf.JSET}
@@ -139,6 +141,8 @@ class Emitter(ABC):
         """Where an indexed load reads, from the packet's start."""
         self.asm.mov(to, self.x, bits=32)
         self.asm.alu(ebpf.ADD, to, load.offset, bits=32)
+        if load.offset >= _MAX_VAR_OFF:
+            self.asm.alu(ebpf.OR, to, 0, bits=32)  # the verifier forgets how far this is from X, which it would refuse
         if load.header:
             self.asm.jump_if(ebpf.JGT, to, BEYOND - 1, self.exits.reject)
             self.asm.alu(ebpf.ADD, to, load.header)
@@ -236,7 +240,7 @@ class DirectEmitter(Emitter):
     a, x = R0, R9
 
     def __init__(self, graph: Graph, hook: Hook, asm: Assembler, exits: Exits) -> None:
-        graph = split(graph, lambda operation: self.moves_pointer(operation, hook))
+        graph = split(_with_a_kept(graph, hook), lambda operation: self.moves_pointer(operation, hook))
         super().__init__(graph, hook, byte_orders(graph), asm, exits)
         self.guards: Guards = place_guards(graph, lambda operation: self.moves_pointer(operation, hook))
         if not any(calls_helper(o, hook) for block in graph.values() for o in block.operations):
@@ -371,6 +375,20 @@ def calls_helper(operation: Operation, hook: Hook) -> bool:
         case LoadLength():
             return hook.length is None and hook.load_bytes is not None
     return False
+
+
+def _with_a_kept(graph: Graph, hook: Hook) -> Graph:
+    """A helper's answer is in A's register first, also where X shall have it."""
+    if not calls_helper(LoadLength(X), hook):
+        return graph
+    around: Sequence[Operation] = (Copy(_KEPT_A, A), LoadLength(A), Copy(X, A), Copy(A, _KEPT_A))
+    return {
+        number: replace(
+            block,
+            operations=tuple(part for o in block.operations for part in (around if o == LoadLength(X) else (o,))),
+        )
+        for number, block in graph.items()
+    }
 
 
 def emit_beyond(asm: Assembler, hook: Hook, exits: Exits) -> None:

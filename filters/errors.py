@@ -8,6 +8,7 @@ FilterError
 ├── InvalidSet            a file of prefixes that cannot be read or has a line that is none
 ├── SelftestFailed        the translated program answers otherwise than the kernel's own classic BPF
 └── DumpError             a capture cannot begin or go on: an interface, a file; the message is what tcpdump would print
+    ├── DamagedFile       a file ends within a packet, or breaks the rules of its format; what came before is intact
     └── NotWritten        the disk is full, or the like; what was written before it is intact
 """
 
@@ -41,6 +42,10 @@ class SelftestFailed(FilterError):
 
 
 class DumpError(FilterError):
+    pass
+
+
+class DamagedFile(DumpError):
     pass
 
 

@@ -113,7 +113,7 @@ def noted(span: Span) -> Iterator[Noted]:
     for at, seconds, fraction in offsets(span):
         packet, length = unpacked(view, at)
         note = Note.from_buffer_copy(packet)
-        yield Noted(seconds, fraction, length - NOTE_SIZE, note, packet[NOTE_SIZE:])
+        yield Noted(seconds, fraction, length - NOTE_SIZE & cbpf.WORD, note, packet[NOTE_SIZE:])
 
 
 def action_words(action: int) -> str | None:

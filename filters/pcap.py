@@ -20,6 +20,7 @@ _MICROSECONDS, _NANOSECONDS = 0xA1B2C3D4, 0xA1B23C4D
 _VERSION = (2, 4)
 _HEADER = struct.Struct("=IHHiIII")
 _RECORD = struct.Struct("=IIII")  # seconds, fraction, captured length, length
+_WORD = 0xFFFFFFFF
 _MOST_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
 
 Span = memoryview | bytes | bytearray
@@ -31,7 +32,8 @@ def file_header(link_type: int, snaplen: int, *, nano: bool) -> bytes:
 
 
 def record(seconds: int, fraction: int, packet: bytes, length: int) -> bytes:
-    return _RECORD.pack(seconds, fraction, len(packet), length) + packet
+    """Numbers that are too large for the format, or negative, wrap around as in libpcap's pcap_dump()."""
+    return _RECORD.pack(seconds & _WORD, fraction & _WORD, len(packet), length & _WORD) + packet
 
 
 def offsets(span: Span) -> Iterator[tuple[int, int, int]]:

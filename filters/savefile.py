@@ -16,7 +16,7 @@ from typing import Self
 
 from filters import cbpf
 from filters.cbpf import Instruction
-from filters.errors import DumpError
+from filters.errors import DamagedFile, DumpError
 from filters.expr import compile_for, libpcap
 from filters.hook import XDP_FRAGS
 from filters.program import LoadedProgram
@@ -30,7 +30,7 @@ _END = -2
 # BPF_PROG_TEST_RUN at XDP: an Ethernet header at least, at most what one page and 17 fragments of one hold.
 _SHORTEST, _LONGEST = 14, 3520 + 16 * 4096
 # LINKTYPE_ values in files that differ from DLT_ values on Linux; <pcap/dlt.h>, pcap-linktype(7)
-_LINK_TYPES = {12: 101}
+_LINK_TYPES = {11: 100, 12: 101, 15: 102, 16: 103, 19: 106}
 
 
 class _Header(ctypes.Structure):
@@ -82,12 +82,13 @@ class SaveFile:
         return link_type_words(self.link_type)
 
     def packets(self) -> Iterator[Packet]:
+        """Raises DamagedFile behind the last one that can be read."""
         header, data = POINTER(_Header)(), POINTER(c_uint8)()
         while (status := libpcap().pcap_next_ex(self._handle, ctypes.byref(header), ctypes.byref(data))) == 1:
             found = header.contents
             yield Packet(found.seconds, found.fraction, found.length, ctypes.string_at(data, found.caplen))
         if status != _END:
-            raise DumpError(libpcap().pcap_geterr(self._handle).decode(errors="replace"))
+            raise DamagedFile(libpcap().pcap_geterr(self._handle).decode(errors="replace"))
 
 
 def link_type_words(link_type: int) -> str:

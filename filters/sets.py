@@ -86,9 +86,14 @@ def read_prefixes(path: Path) -> Prefixes:
         text = path.read_bytes().decode("latin-1")
     except OSError as error:
         raise InvalidSet(f"set {path}: {error.strerror}") from error
+    return parse_prefixes(text, str(path))
+
+
+def parse_prefixes(text: str, name: str) -> Prefixes:
+    """Of the text of such a file. Raises InvalidSet, for a bad line with its number behind the name."""
     found = Prefixes()
     for number, line in _unusual_lines(text, found):
-        _add_unusual(found, line, f"{path}:{number}")
+        _add_unusual(found, line, f"{name}:{number}")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from filters.capture import Capture
 from filters.cbpf import Instruction
+from filters.fragments import FragmentFlag, fragment_flag
 from filters.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.interfaces import Interface
 from filters.notes import Notes, Place
@@ -39,7 +40,8 @@ _PLACES = {place.words: place for place in Place}
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to capture. `ingress` and `egress` are the ways that packets go; `at` is a place by name, instead of the
-    best one for each. `buffer` is in bytes for each CPU. With `notes`, records say where a packet was seen."""
+    best one for each. `buffer` is in bytes for each CPU. With `notes`, records say where a packet was seen. `prompt`:
+    somebody waits for each packet, and for the first one too, before what makes later ones cheaper."""
 
     instructions: Sequence[Instruction]
     interfaces: Sequence[Interface]
@@ -52,6 +54,7 @@ class Request:
     promiscuous: bool = True
     selftest: bool = True
     notes: bool = False
+    prompt: bool = False
 
 
 @dataclass(slots=True)
@@ -269,10 +272,15 @@ class Taps:
             self._check(hook)
         account = min(next(self._accounts), MOST_ACCOUNTS - 1)
         notes = Notes(place, verdicts) if request.notes else None
-        capture = Capture(self._rings, request.nano, request.limit, account, notes)
+        flag = self._fragment_flag if hook is XDP_FRAGS and not request.prompt else None
+        capture = Capture(self._rings, request.nano, request.limit, account, notes, flag)
         instructions = assemble(hook, [Rule(translation, [capture])], otherwise, entry)
         program = load(_PROGRAM_NAME, hook, instructions, target)
         return Tap(place, self._resources.enter_context(program), account)
+
+    @cached_property
+    def _fragment_flag(self) -> FragmentFlag | None:
+        return fragment_flag()
 
     def _check(self, hook: Hook) -> None:
         """Once a hook. A tracing program cannot be test-run: what it has in common with one at XDP is."""

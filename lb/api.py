@@ -12,15 +12,27 @@ from typing import Annotated, Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
+from lb import api_explain, api_filters, api_stages, page
 from lb import api_models as models
-from lb import page
+from lb.api_common import (
+    ALWAYS,
+    CHANGES,
+    JSON,
+    READS,
+    DryRun,
+    IfMatch,
+    IfNoneMatch,
+    TheOwner,
+    check_unchanged,
+    content,
+    problems,
+)
+from lb.api_errors import HANDLERS
 from lb.api_models import backends_of, options_of, services_of
 from lb.balancer import Balancer
+from lb.beside import Beside
 from lb.documents import (
     backend_document,
     counters_document,
@@ -28,13 +40,13 @@ from lb.documents import (
     status_document,
     total,
 )
-from lb.errors import AlreadyExists, Conflict, InvalidInput, LbError
+from lb.errors import AlreadyExists
 from lb.guard import Caller
 from lb.health_check import Kind
 from lb.metrics import CONTENT_TYPE, exposition
 from lb.model import Backend, Service, State
-from lb.owner import Owner, Rendered, Snapshot, to_bytes
-from lb.problems import MEDIA_TYPE, Place, Problem, of_error, pointer
+from lb.owner import Owner, Rendered, to_bytes
+from lb.problems import Place, Problem, of_error
 from lb.report import Report, Status
 from lb.vip import Vip
 
@@ -42,7 +54,6 @@ DESCRIPTION = """\
 Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
 `/v1/services/10.0.0.100:80%2Ftcp`.
 """
-JSON = "application/json"
 
 
 class _Path:
@@ -59,61 +70,8 @@ class _Path:
 
 VipInPath = Annotated[Vip, Depends(_Path.vip)]
 BackendInPath = Annotated[Backend, Depends(_Path.backend)]
-DryRun = Annotated[bool, Query(description="Say what would change; change nothing")]
-IfMatch = Annotated[str | None, Header(description="Entity tags; another one now: 412")]
-IfNoneMatch = Annotated[str | None, Header(description="Entity tags; one of them now: 304")]
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
-    return {status: {"description": "A problem", "content": content} for status in statuses}
-
-
-ALWAYS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
-CHANGES = ALWAYS | _problems(409, 412)
-READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
 
 router = APIRouter(prefix="/v1")
-
-
-def _owner(request: Request) -> Owner:
-    owner: Owner = request.app.state.owner
-    return owner
-
-
-TheOwner = Annotated[Owner, Depends(_owner)]
-
-
-# Entity tags (RFC 9110, section 13)
-
-
-def _tags(header: str) -> list[str]:
-    return [tag.strip() for tag in header.split(",")]
-
-
-def _check_unchanged(if_match: str | None, etag: str | None, what: str) -> None:
-    """Raises Conflict. `etag` None: it is not there."""
-    if if_match is None or (etag and (if_match.strip() == "*" or etag in _tags(if_match))):
-        return
-    raise Conflict(f"{what}: has changed meanwhile: read it again, and decide anew")
-
-
-def _is_known(if_none_match: str | None, etag: str) -> bool:
-    """The client has it already; weak comparison."""
-    known = [tag.removeprefix("W/") for tag in _tags(if_none_match or "")]
-    return etag in known or known == ["*"]
-
-
-def _content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> Response:
-    if _is_known(if_none_match, etag):
-        return Response(status_code=304, headers={"ETag": etag})
-    return Response(body(), media_type=JSON, headers={"ETag": etag})
-
-
-def _etag_of(balancer: Balancer, snapshot: Snapshot, vip: Vip) -> str | None:
-    """Of the service as it is now; `snapshot` knows it already, as a rule."""
-    found = snapshot.following(balancer.state).services.get(vip)
-    return found.etag if found else None
 
 
 async def _change(
@@ -124,13 +82,13 @@ async def _change(
     if_match: str | None = None,
 ) -> Response:
     """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
-    owner = _owner(request)
+    owner: Owner = request.app.state.owner
 
     def checked(balancer: Balancer) -> Report:
         if if_match is not None:
             now = owner.snapshot.following(balancer.state)
             found = now.services.get(vip) if vip else now
-            _check_unchanged(if_match, found.etag if found else None, f"vip {vip}" if vip else "the configuration")
+            check_unchanged(if_match, found.etag if found else None, f"vip {vip}" if vip else "the configuration")
         return work(balancer)
 
     done = await owner.change(checked)
@@ -159,13 +117,13 @@ def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -
 async def list_services(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
     """All services, as they are desired."""
     now = owner.snapshot
-    return _content(lambda: now.body, now.etag, if_none_match)
+    return content(lambda: now.body, now.etag, if_none_match)
 
 
 @router.get("/services/{vip}", response_model=models.ServiceAnswer, responses=READS)
 async def get_service(vip: VipInPath, owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
     found = _rendered(owner, vip)
-    return _content(lambda: found.body, found.etag, if_none_match)
+    return content(lambda: found.body, found.etag, if_none_match)
 
 
 def _rendered(owner: Owner, vip: Vip) -> Rendered:
@@ -288,7 +246,7 @@ async def delete_backend(
 async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
     """What PUT takes."""
     now = owner.snapshot
-    return _content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
+    return content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
 
 
 OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]
@@ -394,7 +352,7 @@ async def events(
     owner: TheOwner,
     last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
 ) -> StreamingResponse:
-    """Server-sent events: change, attach, detach, health, drift, and missed where some are gone for good."""
+    """Server-sent events: change, attach, detach, health, drift, upgrade, filter, stage; missed: some are gone."""
     return StreamingResponse(
         owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )
@@ -410,8 +368,9 @@ async def whoami(request: Request) -> Response:
 # The application
 
 
-def create_app(owner: Owner, unready: Callable[[], str]) -> FastAPI:
-    """`unready` says why the daemon is not ready, or nothing."""
+def create_app(owner: Owner, unready: Callable[[], str], beside: Beside | None = None) -> FastAPI:
+    """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
+    stages are of; None: there is none."""
     app = FastAPI(
         title="xdp-lb",
         version="1",
@@ -419,20 +378,16 @@ def create_app(owner: Owner, unready: Callable[[], str]) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={
-            Problem: _on_problem,
-            LbError: _on_error,
-            RequestValidationError: _on_invalid,
-            HTTPException: _on_http,
-            Exception: _on_bug,
-        },
+        exception_handlers=HANDLERS,
     )
-    app.state.owner = owner
-    app.include_router(router)
-    app.include_router(page.router)
+    app.state.owner, app.state.beside = owner, beside
+    routers = [router, page.router, *((api_filters.router, api_explain.router, api_stages.router) if beside else ())]
+    for each in routers:
+        app.include_router(each)
+    app.state.routes = [route for each in routers for route in each.routes]
     app.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(_metrics)
     app.get("/healthz", response_model=models.Health)(_healthz)
-    app.get("/readyz", response_model=models.Health, responses=_problems(503))(_readyz(unready))
+    app.get("/readyz", response_model=models.Health, responses=problems(503))(_readyz(unready))
     _describe_problems(app)
     return app
 
@@ -448,12 +403,13 @@ async def _healthz() -> Response:
     return Response(b'{"status":"ok"}', media_type=JSON)
 
 
-def _readyz(unready: Callable[[], str]) -> Callable[[], Awaitable[Response]]:
-    async def readyz() -> Response:
-        """The kernel has what is stored."""
+def _readyz(unready: Callable[[], str]) -> Callable[[Owner], Awaitable[Response]]:
+    async def readyz(owner: TheOwner) -> Response:
+        """The kernel has what is stored. `problem`: why it is not by the installed program."""
         if reason := unready():
             raise Problem(503, reason, headers={"Retry-After": "1"})
-        return Response(b'{"status":"ready"}', media_type=JSON)
+        problem = {"problem": owner.refused} if owner.refused else {}
+        return Response(to_bytes({"status": "ready"} | problem), media_type=JSON)
 
     return readyz
 
@@ -468,55 +424,3 @@ def _describe_problems(app: FastAPI) -> None:
         return document
 
     app.openapi = described  # type: ignore[method-assign]
-
-
-def _response(request: Request, problem: Problem) -> Response:
-    request.scope["state"]["detail"] = problem.document["detail"]
-    return Response(to_bytes(problem.document), problem.status, problem.headers, MEDIA_TYPE)
-
-
-async def _on_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return _response(request, error)
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LbError)
-    return _response(request, of_error(error))
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    """What pydantic has found, the first of it."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where, *steps = first["loc"]
-    if first["type"] == "json_invalid":
-        return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
-    place = pointer(steps) if where == "body" else None
-    named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
-    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=place)
-    return _response(request, wrong)
-
-
-async def _on_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    if error.status_code == 404:
-        detail = "there is nothing at this path: see /openapi.json"
-    elif error.status_code == 405:
-        headers["Allow"] = ", ".join(_allowed(request))
-        detail = f"{request.method} means nothing here: {headers['Allow']} do"
-    else:
-        detail = str(error.detail)
-    return _response(request, Problem(error.status_code, detail, headers=headers))
-
-
-def _allowed(request: Request) -> list[str]:
-    """The methods of all routes at this path."""
-    here = [r for r in (*router.routes, *request.app.routes) if r.matches(request.scope)[0] is not Match.NONE]
-    return sorted(set().union(*(getattr(route, "methods", None) or () for route in here)))
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    # starlette raises the error again behind this, for lb.guard to log
-    return _response(request, Problem(500, "internal error: the log of the daemon has more"))

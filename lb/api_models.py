@@ -315,6 +315,7 @@ class CountersAnswer(Answer):
     reply_packets: int
     reply_bytes: int
     connections: int
+    repeated_syns: int
 
 
 class BackendStats(CountersAnswer):
@@ -361,10 +362,13 @@ class StatusAnswer(Reasons):
     loaded: bool
     interfaces: list[InterfaceAnswer]
     services: list[ServiceStatusAnswer]
+    maps: dict[str, int]
+    outdated: str | None
 
 
 class Health(Answer):
     status: str
+    problem: str | None = None
 
 
 class CallerAnswer(Answer):

@@ -14,6 +14,7 @@ from lb.capabilities import check_may_change
 from lb.conditions import Condition
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
 from lb.filter_guard import FilterGuard
+from lb.health_file import HealthFile
 from lb.model import Backend, Interface, OwnAddress, Service, State
 from lb.options import Options
 from lb.paths import DEFAULT_NETNS, Paths
@@ -24,6 +25,8 @@ from lb.step import reply_interfaces, some
 from lb.store import Store, writer_lock
 from lb.vip import Vip
 from lb.writer import Writer
+
+UPGRADED = "the installed program has taken over from that of xdp-lb {}"
 
 
 class Balancer:
@@ -79,7 +82,21 @@ class Balancer:
         _check_something_to_serve(goal)
         named = services or (() if own_addresses else goal.services)
         goal = self._with_own_addresses(goal, named, own_addresses)
-        return self.writer.change(goal, everything=True, dry_run=dry_run)
+        upgraded = Report() if dry_run else self.upgrade()
+        report = self.writer.change(goal, everything=True, dry_run=dry_run)
+        return replace(report, notes=(*upgraded.notes, *report.notes))
+
+    @property
+    def outdated(self) -> str:
+        """The version of xdp-lb that the program in force is of, where it is not the installed one; else empty."""
+        return self.writer.dataplane.outdated
+
+    def upgrade(self) -> Report:
+        """Have the installed program take over from one that is outdated, with all that its maps hold."""
+        before = self.outdated
+        with self.writer.guard.alone():
+            done = self.writer.dataplane.upgrade()
+        return Report(notes=(UPGRADED.format(before),) if done else ())
 
     def detach(self, names: Sequence[str] = (), *, dry_run: bool = False) -> Report:
         """Serve on `names` no longer, or nowhere (no names). The services stay stored."""
@@ -174,6 +191,8 @@ class Balancer:
             passes=_reasons(statistics, "pass_"),
             answered=_reasons(statistics, "answered_"),
             noted=_reasons(statistics, "noted_"),
+            maps=statistics.maps,
+            outdated=self.outdated if loaded else "",
         )
 
     def _change_service(self, service: Service, dry_run: bool) -> Report:
@@ -276,4 +295,6 @@ def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
         guard = FilterGuard(paths, store, dataplane)
-        yield Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns, guard)
+        balancer = Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns, guard)
+        balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
+        yield balancer

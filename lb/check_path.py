@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from errno import ENODEV
 from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol
@@ -19,6 +20,7 @@ from pyroute2.ethtool.ioctl import IoctlEthtool
 
 from lb.checker import Direct, Key, Way
 from lb.errors import DataplaneError, NoRoute
+from lb.host_events import Changes, WayInForce
 from lb.members import address_words, numbered
 from lb.model import Backend, Mode, Service
 from lb.report import NextHop
@@ -35,6 +37,7 @@ NETWORK4 = IPv4Network("240.76.0.0/16")  # of 240.0.0.0/4, reserved since RFC 11
 NETWORK6 = IPv6Network("100:0:0:1:4c::/112")  # of the dummy prefix, RFC 9780
 MTU = 1280  # so small that it fits through every tunnel
 IFF_NOARP = 0x80
+NOWHERE = 0  # no interface's index
 
 
 class Network(Protocol):
@@ -51,6 +54,7 @@ class RealPath:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._numbers: dict[Key, int] = {}
+        self._taken: tuple[WayInForce, ...] = ()  # also those that lead nowhere
         self._bed: _Bed | None = None
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
@@ -58,7 +62,12 @@ class RealPath:
         direct = [s for s in services if s.mode is not Mode.NAT]
         return {**Direct().find(translated), **self._real(direct)}
 
+    def concerned(self, changes: Changes) -> bool:
+        """MAC addresses do not matter: the kernel itself looks for the neighbours of these packets."""
+        return bool(replace(changes, neighbours={}).concerned(self._taken))
+
     def close(self) -> None:
+        self._taken = ()
         if self._bed:
             self._bed.close()
             self._bed = None
@@ -69,6 +78,10 @@ class RealPath:
             return {}
         self._bed = self._bed or _Bed()
         hops, faults = self._hops({b.address for s in services for b in s.backends})
+        self._taken = (
+            *(WayInForce(address, hop.ifindex, None) for address, hop in hops.items()),
+            *(WayInForce(address, NOWHERE, None) for address in faults),
+        )
         self._bed.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
         if len(backends) > len(MEMBERS):
@@ -127,6 +140,7 @@ class _Bed:
             self._resources = undo
             near, far = self._make_pair()
             self._load(near)
+            tc.release_left(self._object.program("check_in").name)
             undo.enter_context(_hold(far, self._object.program("check_out")))
             self._resources = undo.pop_all()
 

@@ -10,13 +10,14 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lb.conditions import Condition, Conditions
 from lb.errors import LbError
-from lb.health import BackendHealth, steps_of
+from lb.health import BackendHealth, Remembered, steps_of, words_of
 from lb.health_check import Kind
+from lb.host_events import Changes
 from lb.model import Backend, Service
 from lb.probes import CannotCheck, Target, probe
 from lb.vip import Address, Vip
@@ -41,6 +42,9 @@ class Ways(Protocol):
         """For each backend of these services, in the place of all that were found before. Runs in a thread; it may
         take its time. Raises LbError."""
 
+    def concerned(self, changes: Changes) -> bool:
+        """Whether find() might find other ways after these changes in the host's network. Takes no time."""
+
     def close(self) -> None:
         """Leave nothing behind. Runs in a thread, too."""
 
@@ -50,6 +54,9 @@ class Direct:
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
         return {(s.vip, str(b)): Way(b.address) for s in services for b in s.backends}
+
+    def concerned(self, changes: Changes) -> bool:
+        return False
 
     def close(self) -> None:
         pass
@@ -71,17 +78,28 @@ class _Watched:
         source = str(way.source) if way.source else ""
         return cls(service, backend, way, health, Target(health.check, str(way.address), port, source, names))
 
+    @property
+    def not_checked(self) -> str:
+        return f"not checked: {self.way.fault}"
+
+
+def conditions_of(remembered: Mapping[Key, Remembered]) -> Conditions:
+    found: dict[Vip, dict[str, Condition]] = {}
+    for (vip, name), each in remembered.items():
+        found.setdefault(vip, {})[name] = each.condition
+    return found
+
 
 class Checker:
     """`on_change` gets the conditions of all backends that are checked. If it raises LbError, it is called again.
 
-    `previous`: what an earlier process found, so that a backend that was down stays so until it rises."""
+    `previous`: what an earlier process found; what was in force stays so until checks say otherwise."""
 
     def __init__(
         self,
         on_change: Callable[[Conditions], Awaitable[object]],
         ways: Ways | None = None,
-        previous: Conditions | None = None,
+        previous: Mapping[Key, Remembered] | None = None,
     ) -> None:
         self.checks_done = 0
         self._on_change = on_change
@@ -89,7 +107,7 @@ class Checker:
         self._previous = dict(previous or {})
         self._watched: dict[Key, _Watched] = {}
         self._services: tuple[Service, ...] = ()
-        self._told: Conditions = self._previous
+        self._told = conditions_of(self._previous)
         self._news = asyncio.Event()
         self._are_others = False
 
@@ -99,17 +117,33 @@ class Checker:
         self._are_others = True
         self._news.set()
 
+    def look_for_ways(self) -> None:
+        """Once more, since the network is another one. To be called in the event loop, too."""
+        self._are_others = True
+        self._news.set()
+
     @property
     def conditions(self) -> Conditions:
-        """Of those that are checked and known."""
+        """Of those that are known, and of those that there is no way to: they stay as they were."""
         found: dict[Vip, dict[str, Condition]] = {}
         now_s = asyncio.get_running_loop().time()
         for (vip, name), watched in self._watched.items():
             if watched.way.fault:
-                found.setdefault(vip, {})[name] = Condition(why=f"not checked: {watched.way.fault}")
-            elif watched.health.known:
+                found.setdefault(vip, {})[name] = replace(watched.health.condition(now_s), why=watched.not_checked)
+            elif watched.health.is_told:
                 found.setdefault(vip, {})[name] = watched.health.condition(now_s)
         return found
+
+    @property
+    def remembered(self) -> Mapping[Key, Remembered]:
+        """What another process needs to go on from here."""
+        now_s = asyncio.get_running_loop().time()
+        words = {service.vip: words_of(service) for service in self._services}
+        return {
+            (vip, name): Remembered(words[vip], watched.health.condition(now_s), watched.health.ramp)
+            for (vip, name), watched in self._watched.items()
+            if watched.health.is_told and vip in words
+        }
 
     async def run(self) -> None:
         """Until it is cancelled; then nothing of it is left."""
@@ -155,7 +189,7 @@ class Checker:
             ways = await asyncio.to_thread(self._ways.find, services)
         except LbError as error:
             ways, fault = {}, str(error)
-            asyncio.get_running_loop().call_later(RETRY_S, self.watch, services)
+            asyncio.get_running_loop().call_later(RETRY_S, self.look_for_ways)
         else:
             fault = ""
         wanted = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
@@ -173,8 +207,9 @@ class Checker:
         assert check
         old = self._watched.get(key)
         if old is None:
-            condition = self._previous.get(service.vip, {}).get(str(backend), Condition())
-            return _Watched.of(service, backend, way, BackendHealth.resumed(check, condition))
+            left = self._previous.get(key)
+            health = BackendHealth.resumed(check, left, known=left.still_holds(service)) if left else None
+            return _Watched.of(service, backend, way, health or BackendHealth(check))
         old.health.check = check
         new = _Watched.of(service, backend, way, old.health)
         old.service, old.backend, old.way, old.target = service, backend, way, new.target

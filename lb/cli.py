@@ -345,11 +345,12 @@ def status(as_json: bool) -> None:
     """Show interfaces, services and counters.
 
     PACKETS and the BYTES beside them come from clients, REPLIES and the BYTES beside them go back
-    to clients (mode nat: in the others, backends answer directly). Numbers are exact in --json.
+    to clients (mode nat: in the others, backends answer directly). RETRIES, where there are any,
+    are SYNs that came again, since nobody answered. Numbers are exact in --json.
 
     \b
     JSON: {netns, loaded, interfaces, services, answered, drops, passes,
-           noted}
+           noted, maps}
       interfaces  [{name, xdp_mode, attached, program_id}]
       services    [{vip, address, prefix_length, port, last_port, protocol,
                     set, mode, ring_size, flow_timeout_s, options,
@@ -357,11 +358,13 @@ def status(as_json: bool) -> None:
       options     as in vip list
       backends    [{backend, address, port, weight, draining, server_ids,
                     resolved, state, share, why, since, COUNTERS}]
-      COUNTERS    packets, bytes, reply_packets, reply_bytes, connections
+      COUNTERS    packets, bytes, reply_packets, reply_bytes, connections,
+                  repeated_syns
       answered    {reason: packets}, by the balancer itself
       drops       {reason: packets}, dropped
       passes      {reason: packets}, left to the host
       noted       {reason: packets}, forwarded, but worth knowing
+      maps        {name: bytes}, of kernel memory
 
     \b
     Examples:

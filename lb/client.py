@@ -1,7 +1,8 @@
 """The API from Python: values of lb.model in, reports out, as with lb.balancer.
 
 Enters: the Unix socket of a daemon, or a URL and a token. Leaves: what the daemon answers. Its problems become the
-errors of lb.errors that they were made of; DaemonError where there is no answer.
+errors of lb.errors that they were made of; DaemonError where there is no answer. Beside the balancer's methods there
+are those of the firewall in `filters`, of explanations in `explainer`, of users' stages in `stages`.
 
     with Client.unix(Paths.here().socket) as client:
         found = client.service(Vip.parse("10.0.0.100:443/tcp"))
@@ -12,35 +13,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
+from lb.daemon_http import DaemonHttp, Tagged
 from lb.documents import Document, read_report, read_service, read_status
-from lb.errors import DaemonError, LbError
+from lb.explain_client import ExplainClient
+from lb.filter_client import FilterClient
 from lb.model import Backend, Interface, Service
 from lb.options import changed_values
-from lb.problems import MEDIA_TYPE, to_error
 from lb.report import Report, Status
+from lb.ssh import SshConnection, ssh_connection
+from lb.stage_client import StageClient
 from lb.vip import Vip
 
 T = TypeVar("T")
-
-CONNECT_S = 5.0
-ANSWER_S = 300.0  # a whole configuration of a hundred thousand backends takes its time
-
-
-@dataclass(frozen=True, slots=True)
-class Tagged(Generic[T]):
-    """What was read, and the entity tag by which a change can be bound to it."""
-
-    value: T
-    etag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +55,20 @@ class Client:
         token: str | None = None,
         verify: Any = True,
         transport: httpx.BaseTransport | None = None,
+        asked_on: Callable[[], SshConnection | None] = lambda: None,
     ) -> None:
-        """`verify`: as httpx has it: an ssl.SSLContext for a certificate of one's own."""
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            verify=verify,
-            transport=transport,
-            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
-            trust_env=False,
-        )
+        """`verify`: as httpx has it: an ssl.SSLContext for a certificate of one's own. `asked_on`: the connection that
+        no filter rule may end unasked, beside the one that requests go by."""
+        self._http = DaemonHttp(url, token, verify, transport)
+        self.filters = FilterClient(self._http, asked_on)
+        self.explainer = ExplainClient(self._http)
+        self.stages = StageClient(self._http)
 
     @classmethod
     def unix(cls, path: Path) -> Client:
         """Of the daemon that listens at `path`."""
-        return cls("http://xdp-lb", verify=False, transport=httpx.HTTPTransport(uds=str(path)))
+        transport = httpx.HTTPTransport(uds=str(path))
+        return cls("http://xdp-lb", verify=False, transport=transport, asked_on=ssh_connection)
 
     def close(self) -> None:
         self._http.close()
@@ -108,9 +99,8 @@ class Client:
     def events(self, after: str | None = None) -> Iterator[Event]:
         """What happens from now on, or behind the event with the id `after`; until the daemon ends."""
         headers = {"Last-Event-ID": after} if after else {}
-        with _translated(), self._http.stream("GET", "/v1/events", headers=headers, timeout=ANSWER_S) as response:
-            _check(response)
-            yield from _events(response.iter_lines())
+        with self._http.stream("/v1/events", headers) as lines:
+            yield from _events(lines)
 
     # Changes
 
@@ -199,10 +189,7 @@ class Client:
     # How the daemon is spoken to
 
     def _read(self, path: str, read: Callable[[Any], T]) -> Tagged[T]:
-        with _translated():
-            response = self._http.get(path)
-            _check(response)
-            return Tagged(read(response.json()), response.headers.get("etag", ""))
+        return self._http.ask("GET", path, read)
 
     def _change(
         self,
@@ -215,12 +202,8 @@ class Client:
         **query: Any,
     ) -> Report:
         conditions = {**(headers or {}), **({"If-Match": etag} if etag else {})}
-        with _translated():
-            response = self._http.request(
-                method, path, json=body, params={**query, "dry_run": dry_run}, headers=conditions
-            )
-            _check(response)
-            return read_report(response.json())
+        asked = {**query, "dry_run": dry_run}
+        return self._http.ask(method, path, read_report, body=body, query=asked, headers=conditions).value
 
 
 def _path(vip: Vip, backend: Backend | None = None) -> str:
@@ -243,29 +226,6 @@ def _service_body(service: Service) -> Document:
         "options": changed_values(service.options),
         "backends": [_backend_body(backend) for backend in service.backends],
     }
-
-
-def _check(response: httpx.Response) -> None:
-    """Raises the error that the daemon has answered."""
-    if response.is_success:
-        return
-    response.read()
-    if response.headers.get("content-type") == MEDIA_TYPE:
-        raise to_error(response.json())
-    raise DaemonError(f"daemon: answers {response.status_code}, which is none of its own answers")
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Foreign errors become DaemonError here."""
-    try:
-        yield
-    except LbError:
-        raise
-    except httpx.HTTPError as error:
-        raise DaemonError(f"daemon: does not answer: {str(error) or type(error).__name__}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DaemonError(f"daemon: its answer is not understood ({error}): is it of another version?") from error
 
 
 def _events(lines: Iterable[str]) -> Iterator[Event]:

@@ -13,6 +13,7 @@ from lb.model import MAX_WEIGHT, Backend, Service
 from lb.vip import Vip
 
 WHOLE = 100
+SHOWN = 3  # backends, in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,11 @@ Conditions = Mapping[Vip, Mapping[str, Condition]]
 
 
 def in_force(service: Service, conditions: Mapping[str, Condition] | None) -> Service:
-    """`service` itself, as long as no condition makes a difference.
+    """`service` itself, as long as no condition makes a difference, and where it is not to be checked at all.
 
     With nobody left who would get new connections, `fail_closed` decides: nobody does, or all as if they were up.
     """
-    if not conditions:
+    if not (conditions and service.options.health):
         return service
     found = {b: conditions.get(str(b), UP) for b in service.backends}
     if all(not each.down and each.share == WHOLE for each in found.values()):
@@ -60,6 +61,17 @@ def _met(backend: Backend, condition: Condition, scale: int) -> Backend:
     if not backend.weight:
         return backend
     return replace(backend, weight=max(1, backend.weight * scale * condition.share // WHOLE))
+
+
+def left_behind(service: Service, conditions: Mapping[str, Condition] | None) -> str:
+    """A sentence of the backends that conditions keep from their whole share, while nobody checks; empty if none."""
+    if in_force(service, conditions) is service:
+        return ""
+    found = ((b, (conditions or {}).get(str(b), UP)) for b in service.backends)
+    kept = [f"{b} ({'down' if c.down else f'at {c.share} %'})" for b, c in found if c.down or c.share < WHOLE]
+    names = ", ".join(kept[:SHOWN]) + (f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else "")
+    stay, them = ("stays", "it") if len(kept) == 1 else ("stay", "them")
+    return f"{service.vip}: {names} {stay} as health checks left {them}, until xdp-lb serve runs or --health off"
 
 
 def with_other_conditions(before: Conditions, after: Conditions) -> set[Vip]:

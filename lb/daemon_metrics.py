@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 from lb.guard import App, Message, Receive, Send
@@ -35,6 +35,15 @@ class DaemonMetrics:
         self._moved = Counter(
             "xdp_lb_ring_slots_moved", "Ring slots that a change gave another backend.", registry=self._registry
         )
+
+        self._refused = Gauge(
+            "xdp_lb_upgrade_refused",
+            "Whether the installed program could not take over from an older one, which goes on.",
+            registry=self._registry,
+        )
+
+    def upgrade_refused(self, refused: bool) -> None:
+        self._refused.set(refused)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         self._answers.labels(method, route, str(status)).observe(seconds)

@@ -25,8 +25,7 @@ from lb.directory import Directory
 from lb.errors import DataplaneError
 from lb.flow_hash import Sought, recorded_slots
 from lb.host_events import WayInForce
-from lb.layout import FLOW_TABLES, Layout, Placed, Sizes, server_ids
-from lb.lookup import TABLES as LOOKUP_TABLES
+from lb.layout import Layout, Placed, Sizes, server_ids
 from lb.members import MemberKey, MemberTable, member_key, numbered
 from lb.model import Backend, Interface, Mode, Service
 from lb.paths import Paths
@@ -34,19 +33,35 @@ from lb.report import Attachment, NextHop, Statistics
 from lb.services import ServiceTable
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
-from xdp.errors import LoadError, XdpError
+from xdp.errors import CannotCarry, LoadError, XdpError
+from xdp.migrate import Succession, catch_up, check_meanings
 from xdp.netlink import route_socket
-from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
+from xdp.object import (
+    LB_OBJECT,
+    BpfObject,
+    Loaded,
+    PinnedObject,
+    Program,
+    fingerprint,
+    in_one_line,
+    pinned_program,
+    program_name,
+)
 from xdp.pins import Pins
 from xdp.stages import MAPS as STAGE_MAPS
 from xdp.stages import Stages
 
 __all__ = ["KernelDataplane", "route_socket"]
 
-PROGRAM, BEHIND_STAGES = "xdp_lb", "xdp_balance"
+PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
+REFUSED = "the installed program cannot take over, the one in force goes on"
 MOST_EPOCHS = 2**32 - 1
 
 _NS = 1_000_000_000
+MOST_CATCHING_UP_NS = (
+    2 * _NS
+)  # packets that belong to no flow wait no longer than this, whatever becomes of the process
+SETTLE_AGAIN_NS = 600 * _NS  # flows that are open still keep their slots tracked; to look for them takes up to 35 ms
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,14 +116,16 @@ class KernelDataplane:
 
     def __init__(self, pins: Pins) -> None:
         self._pins = pins
-        self._object: BpfObject | None = None
-        self._unusable: LoadError | None = None
+        self._object: Loaded | None = None
+        self._pinned_in: Path | None = None  # the object's generation
+        self._unusable: XdpError | None = None
         self._placed: dict[Vip, Placed] = {}
         self._remembered: dict[Vip, Remembered] = {}
         self._announced_writes = 0
+        self._settle_again_ns: dict[Vip, int] = {}
         self._alone = False  # no other generation is pinned, as this process has seen
-        if current := pins.current():
-            self._adopt(current)
+        if generation := self._generation_in_force():
+            self._adopt(generation)
 
     @classmethod
     @_translated
@@ -211,6 +228,7 @@ class KernelDataplane:
         A new one no packet finds before it is published."""
         if placed.vip in self._placed and change.old != change.new:
             placed = replace(placed, changed_ns=_now_ns())
+            self._settle_again_ns.pop(placed.vip, None)
         self._write_service(placed, service)
         self._write_words(placed, change)
 
@@ -237,16 +255,24 @@ class KernelDataplane:
             return words
         return ring.expire(words, self._tracked_slots(placed))
 
-    def _end_transitions(self) -> None:
-        """Makes stable, in all services, what has been in transition for the flow timeout."""
+    def due(self) -> list[Vip]:
         now = _now_ns()
-        for placed in [p for p in self._placed.values() if p.changed_ns and p.is_due(now)]:
-            old = self._words_of(placed)
-            new = self._expired(placed, old)
-            self._write_words(placed, RingChange({}, old, new))
-            if max(new) <= ring.MEMBER_MASK:
-                self._placed[placed.vip] = replace(placed, changed_ns=0)
-                self._services.set_changed(self._placed[placed.vip])
+        waiting = (p for p in self._placed.values() if p.changed_ns and p.is_due(now))
+        return [p.vip for p in waiting if now >= self._settle_again_ns.get(p.vip, 0)]
+
+    @_translated
+    def settle(self, vip: Vip) -> None:
+        placed = self._placed.get(vip)
+        if placed is None or not (placed.changed_ns and placed.is_due(_now_ns())):
+            return
+        old = self._words_of(placed)
+        new = self._expired(placed, old)
+        self._write_words(placed, RingChange({}, old, new))
+        if max(new) <= ring.MEMBER_MASK:
+            self._placed[vip] = replace(placed, changed_ns=0)
+            self._services.set_changed(self._placed[vip])
+        else:
+            self._settle_again_ns[vip] = _now_ns() + SETTLE_AGAIN_NS
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
@@ -370,6 +396,7 @@ class KernelDataplane:
                 for (address, _), known in self._members.resolved(placed).items()
                 if not known
             },
+            maps={name: self._obj.map(name).memory for name in self._obj.map_names},
         )
 
     def _reasons(self) -> dict[str, int]:
@@ -388,12 +415,11 @@ class KernelDataplane:
         return self._object is not None or self._unusable is not None
 
     @property
-    def _obj(self) -> BpfObject:
+    def _obj(self) -> Loaded:
         if self._unusable:
-            raise DataplaneError(
-                f"the programs in force are of another version of xdp-lb ({self._unusable}):"
-                " xdp-lb detach, then xdp-lb attach IFACE"
-            )
+            can_follow = self._object and not isinstance(self._unusable, CannotCarry)
+            mend = "xdp-lb attach IFACE" if can_follow else "xdp-lb detach, then xdp-lb attach IFACE"
+            raise DataplaneError(f"the programs in force are of another version of xdp-lb ({self._unusable}): {mend}")
         if self._object is None:
             raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
         return self._object
@@ -410,22 +436,27 @@ class KernelDataplane:
     def _control(self) -> Any:
         return self._obj.variable("control")
 
-    def _adopt(self, generation: Path) -> None:
-        """Of pins that another version of xdp-lb has left, only detach() and unload() know what to do."""
-        obj = BpfObject.open(LB_OBJECT)
-        try:
-            obj.adopt(str(generation))
-        except LoadError as error:
-            obj.close()
-            self._unusable = error
-        else:
-            self._use(obj)
+    def _generation_in_force(self) -> Path | None:
+        """The one that balances: a process that was killed may have left it to be made `current`."""
+        current = self._pins.current()
+        if current is None:
+            return None
+        return next((each for each in self._pins.others() if _balances(each)), current)
 
-    def _use(self, obj: BpfObject) -> None:
+    def _adopt(self, generation: Path) -> None:
+        """Of another version's, `upgrade` knows what to do, or if they are incomplete, detach() and unload()."""
+        self._pinned_in = generation
+        try:
+            self._object = PinnedObject.open(str(generation), LB_OBJECT)
+            if self.outdated:
+                _check_meanings(self._object)
+            self._use(self._object)
+        except XdpError as error:
+            self._unusable = error
+
+    def _use(self, obj: Loaded) -> None:
         """Makes a loaded or adopted object the one that all methods work on."""
-        if self._object:
-            self._object.close()
-        self._object = obj
+        self._object, self._unusable = obj, None
         options = obj.types.enum("service_option")
         self._services = ServiceTable(obj.map("services").view(), obj.types.enum("mode"), options)
         self._directory = Directory(obj)
@@ -443,13 +474,14 @@ class KernelDataplane:
     @_translated
     def load(self, services: Sequence[Service]) -> None:
         if not self.loaded:
-            self._install(self._new_object(Sizes.of(services)))
+            self._install(Sizes.of(services))
         elif (sizes := self._sizes_for(services)) != Sizes.held_by(self._obj):
-            self._grow(sizes)
+            self._replace(sizes)
         if not self._alone and self._pins.others():
             self._leave_older_generations()
         self._alone = True
-        self._end_transitions()
+        for vip in self.due():
+            self.settle(vip)
 
     def _sizes_for(self, services: Sequence[Service]) -> Sizes:
         """Those of the maps in force, as long as everything fits."""
@@ -467,49 +499,98 @@ class KernelDataplane:
             and all(self._find_place(trial, service) for service in services)
         )
 
-    @staticmethod
-    def _new_object(sizes: Sizes, keep: BpfObject | None = None) -> BpfObject:
-        """A loaded object; `keep` hands on its stages and control, and tables of flows of the right size."""
-        obj = BpfObject.open(LB_OBJECT)
-        for name, entries in sizes.by_map().items():
-            obj.resize(name, entries)
-            if keep and name in FLOW_TABLES and len(keep.map(name)) == entries:
-                obj.reuse(name, keep.map(name).fd)
-        if keep:
-            for name in STAGE_MAPS:
-                obj.reuse(name, keep.map(name).fd)
+    def _install(self, sizes: Sizes) -> None:
+        """Where there is nothing yet."""
+        obj = _sized(sizes)
         obj.load()
-        return obj
-
-    def _install(self, obj: BpfObject) -> None:
-        """Pins a loaded object and puts it in force."""
         self._alone = False
         generation = self._pins.prepare()
         obj.pin(str(generation))
         self._pins.put_in_force(generation)
+        self._pinned_in = generation
         self._use(obj)
         self._balance_behind_stages()
 
     def _balance_behind_stages(self) -> None:
         self.stages.set(self.stages.balance, self._obj.program(BEHIND_STAGES).fd)
 
-    def _grow(self, sizes: Sizes) -> None:
-        """Larger maps with the same contents, and programs that use them in the place of the old: nothing is dropped.
+    # From one program to the next
 
-        The old program counts on until it is replaced; what it counts between the copy and then is lost.
-        """
-        obj = self._new_object(sizes, keep=self._obj)
-        places = (index for placed in self._placed.values() for index in self._members.places(placed).values())
-        _copy_contents(self._obj, obj, places)
-        self._install(obj)
+    @property
+    def outdated(self) -> str:
+        if self._object is None or self._object.fingerprint == fingerprint(LB_OBJECT):
+            return ""
+        return self._object.version
+
+    @_translated
+    def upgrade(self) -> bool:
+        if not self.outdated:
+            return False
+        assert self._object
+        try:
+            self._replace(Sizes.held_by(self._object))
+        except CannotCarry as error:
+            raise DataplaneError(f"{REFUSED}: {error}: xdp-lb detach, then xdp-lb attach IFACE") from error
+        except XdpError as error:
+            raise DataplaneError(f"{REFUSED}: {in_one_line(error)}") from error
+        return True
+
+    def _replace(self, sizes: Sizes) -> None:
+        """The installed program, on maps of these sizes with the same contents, in the place of the one in force: no
+        packet is lost, and none is counted twice or never. If it fails, nothing has changed."""
+        old, new = self._object, _sized(sizes)
+        assert old
+        self._alone = False
+        generation = None
+        try:
+            succession = Succession(old, new, STAGE_MAPS)
+            new.load()
+            succession.copy()
+            generation = self._pins.prepare()
+            new.pin(str(generation))
+            catch_up(old, new)  # with what came while all was copied: what is left for later takes a moment
+        except BaseException:
+            new.close()
+            if generation:
+                self._pins.discard(generation)
+            raise
+        self._take_over(old, new, succession, generation)
+
+    def _take_over(self, old: Loaded, new: BpfObject, succession: Succession, generation: Path) -> None:
+        """From the relay on, the new program has all packets. A process that is killed before is forgotten; one that is
+        killed behind it, the next one goes on for."""
+        control = new.variable("control")
+        if succession.has_to_catch_up:
+            control.whole_ns = _now_ns() + MOST_CATCHING_UP_NS
+        Stages(old).relay(new.program(BEHIND_STAGES).fd)
+        self._pinned_in = generation
+        self._use(new)
+        self._leave_older_generations()
+        for name, index, more in succession.counted_since():
+            _add(new, name, index, more)
+        old.close()
 
     def _leave_older_generations(self) -> None:
-        """Have all our interfaces run the program in force; also ends a growth that was cut short."""
+        """Have all our interfaces run the program in force; also ends an exchange that was cut short."""
+        assert self._pinned_in
+        if self._pins.current() != self._pinned_in:
+            self._pins.put_in_force(self._pinned_in)
+        self._catch_up()
         for name in self.attachments():
             self.attach(Interface(name))
         self._balance_behind_stages()
+        self.stages.end_relay()
         for generation in self._pins.others():
             self._pins.discard(generation)
+
+    def _catch_up(self) -> None:
+        """With the tables of flows of the generations before."""
+        assert self._pinned_in
+        before = (each for each in self._pins.others() if int(each.name) < int(self._pinned_in.name))
+        for generation in before:
+            with suppress(LoadError), PinnedObject(str(generation)) as old:
+                catch_up(old, self._obj)
+        self._control.whole_ns = 0
 
     def close(self) -> None:
         """Gives up this process's hold; what is pinned and attached stays."""
@@ -521,6 +602,7 @@ class KernelDataplane:
     def unload(self) -> None:
         self.close()
         self._unusable, self._placed, self._remembered = None, {}, {}
+        self._pinned_in = None
         self._pins.remove()
 
     @property
@@ -535,9 +617,11 @@ class KernelDataplane:
     # Interfaces
 
     def _our_programs(self) -> dict[int, Program]:
-        """By id: ours, and what is still pinned of earlier generations."""
-        own = [self._program] if self._object else self._pinned_programs([self._pins.current()])
-        return {program.id: program for program in (*own, *self._pinned_programs(self._pins.others()))}
+        """By id: ours, and what is still pinned of other generations."""
+        own = [self._program] if self._object and not self._unusable else []
+        mine = [self._pinned_in] if own else []
+        pinned = (each for each in (self._pins.current(), *self._pins.others()) if each not in mine)
+        return {program.id: program for program in (*own, *self._pinned_programs(pinned))}
 
     @staticmethod
     def _pinned_programs(generations: Iterable[Path | None]) -> Iterator[Program]:
@@ -613,15 +697,36 @@ def _in_transition(words: array[int]) -> int:
     return sum(word > ring.MEMBER_MASK and ring.previous_member(word) != 0 for word in words)
 
 
-def _copy_contents(old: BpfObject, new: BpfObject, members: Iterable[int]) -> None:
-    """Everything but the tables of flows that both share. members: the places in use, whose counters are copied."""
-    resized = [name for name in FLOW_TABLES if len(old.map(name)) != len(new.map(name))]
-    for name in (*LOOKUP_TABLES, *resized):
-        new.map(name).copy_from(old.map(name))
-    for name in ("services", "rings", "members"):
-        source, target = old.map(name).bytes(), new.map(name).bytes()
-        target[: len(source)] = source[:]
-    for index in members:
-        new.map("counters").set_total(index, old.map("counters").total(index))
-    for reason, packets in enumerate(old.map("reasons").totals()):
-        new.map("reasons").set_total(reason, packets)
+def _sized(sizes: Sizes) -> BpfObject:
+    """The installed object, its maps of these sizes, not loaded yet."""
+    obj = BpfObject.open(LB_OBJECT)
+    for name, entries in sizes.by_map().items():
+        obj.resize(name, entries)
+    return obj
+
+
+def _check_meanings(old: Loaded) -> None:
+    with BpfObject.open(LB_OBJECT) as installed:
+        check_meanings(old.types, installed.types)
+
+
+def _balances(generation: Path) -> bool:
+    """Whether packets that are relayed go to this generation's program."""
+    try:
+        with PinnedObject(str(generation)) as obj:
+            stages = Stages(obj)
+            place = stages.map.get(stages.balance)
+            return place is not None and place.value == obj.program(BEHIND_STAGES).id
+    except LoadError:  # it is not complete, so it was never in force
+        return False
+
+
+def _add(obj: Loaded, name: str, index: int, more: Any) -> None:
+    """To what the program counts, while it does so."""
+    is_reason = name == "reasons"
+    carried = obj.types.struct("carried")(is_reason=is_reason, index=index)
+    if is_reason:
+        carried.more.packets = more
+    else:
+        carried.more = more
+    obj.program(CARRY).run_syscall(carried)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import astuple, fields
-from ipaddress import ip_address
 from typing import Any
 
 from lb.conditions import UP, Condition
@@ -141,13 +140,14 @@ def status_document(status: Status) -> Document:
     """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
     keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
     `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters;
-    `answered`, `drops`, `passes` and `noted`: reason -> packets.
+    `answered`, `drops`, `passes` and `noted`: reason -> packets; `maps`: map -> bytes of kernel memory; `outdated`: the
+    version that the program in force is of, null if it is the installed one.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
     else 100; `why` what was wrong with it, `since` the Unix time since when it is as it is, null if nobody checks it.
 
     Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
-    nat), `connections`. An interface that is not attached has the `xdp_mode` asked for and
+    nat), `connections`, `repeated_syns`. An interface that is not attached has the `xdp_mode` asked for and
     `program_id` null.
     """
     return {
@@ -159,6 +159,8 @@ def status_document(status: Status) -> Document:
         "drops": dict(status.drops),
         "passes": dict(status.passes),
         "noted": dict(status.noted),
+        "maps": dict(status.maps),
+        "outdated": status.outdated or None,
     }
 
 
@@ -207,6 +209,7 @@ def counters_document(counters: Counters) -> Document:
         "reply_packets": counters.reply_packets,
         "reply_bytes": counters.reply_bytes,
         "connections": counters.connections,
+        "repeated_syns": counters.repeated_syns,
     }
 
 
@@ -285,6 +288,8 @@ def read_status(document: Document) -> Status:
         passes=document["passes"],
         answered=document["answered"],
         noted=document["noted"],
+        maps=document["maps"],
+        outdated=document["outdated"] or "",
     )
 
 

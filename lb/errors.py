@@ -12,13 +12,28 @@ LbError
 └── DaemonError        the daemon does not answer, or refuses to
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LbError(Exception):
     """Base of everything this package raises on purpose."""
 
 
 class InvalidInput(LbError):
-    pass
+    """`part`: where the value at fault is in what was given, by keys and positions, as far as that is known."""
+
+    part: tuple[str | int, ...] = ()
+
+
+@contextmanager
+def part(*steps: str | int) -> Iterator[None]:
+    """What is found to be invalid in here is so at these steps."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.part = (*steps, *error.part)
+        raise
 
 
 class NotFound(LbError):

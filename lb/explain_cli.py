@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP
 from typing import TYPE_CHECKING
 
 import click
 
 from lb import completion
 from lb.cli_options import json_option
-from lb.errors import InvalidInput
+from lb.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for
-    from lb.explain import Explanation
-    from lb.explain_facts import Explainer
-    from lb.explain_packet import Flow
+    from lb.explain_request import Asked
 
 PROTOCOLS = ("tcp", "udp", "icmp")
-ETHERNET = 1  # DLT_EN10MB
 
-Explain = Callable[["Explainer"], Iterator["Explanation"]]
+Explain = Callable[["Asked"], Iterator[Document]]
 
 
 @click.command("explain")
@@ -72,11 +67,12 @@ def explain_command(
       reason       as in status; null: the packet did not get to the balancer
       ended_by     [{place, program, program_id, rule}], of filter and stages
       service      {vip, mode, found_by}
-      slot         {hash, number, ring_size, current, previous, tracked}
+      slot         {hash, number, ring_size, current, previous, tracked};
+                   current, previous: a backend, gone or null
       source       ring_current, ring_previous, flow_table, nat_table,
                    nat_reply, connection_id or fragment_table
       affinity     whether slot and flow are those of the client
-      member       {backend, resolved, mac, interface}
+      member       {backend, resolved, mac, source_mac, interface}
       disagreement null, or how program and tables differ: a bug
 
     \b
@@ -93,16 +89,16 @@ def explain_command(
       xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
     """
     from lb import cli, explain_output
-    from lb.explain_facts import open_explainer
+    from lb.explain_request import open_explaining
     from lb.paths import Paths
 
     explain = _explain(protocol, source, destination, syn, flags, interface, pcap, number, digits)
-    with open_explainer(Paths.here()) as explainer:
+    with open_explaining(Paths.here()) as asked:
         if as_json:
-            cli.echo_json([explain_output.document(explanation) for explanation in explain(explainer)])
+            cli.echo_json(list(explain(asked)))
             return
-        for position, explanation in enumerate(explain(explainer)):
-            cli.echo_lines([*[""] * bool(position), *explain_output.lines(explanation, colour=cli.wants_colour())])
+        for position, told in enumerate(explain(asked)):
+            cli.echo_lines([*[""] * bool(position), *explain_output.lines(told, colour=cli.wants_colour())])
 
 
 def _explain(
@@ -135,65 +131,25 @@ def _explain(
 
 
 def _of_words(protocol: str, source: str, destination: str, flags: str, interface: str | None) -> Explain:
-    from lb.explain_packet import parse_flags
+    from lb.explain_packet import parse_flags, parse_flow
 
-    flow, bits = _flow(protocol, source, destination), parse_flags(flags) if protocol == "tcp" else 0
-    return lambda explainer: iter([explainer.flow(flow, bits, interface)])
-
-
-def _flow(protocol: str, source: str, destination: str) -> Flow:
-    from lb.explain_packet import Flow
-    from lb.vip import split_port
-
-    (client, client_port), (vip, vip_port) = split_port(source, source), split_port(destination, destination)
-    if client.version != vip.version:
-        raise InvalidInput(f"{client} and {vip}: not of one address family")
-    for text, port in ((source, client_port), (destination, vip_port)):
-        if (port is None) != (protocol == "icmp"):
-            raise InvalidInput(f"{text}: {'icmp has no ports' if protocol == 'icmp' else 'a port is missing'}")
-    icmp = IPPROTO_ICMP if client.version == 4 else IPPROTO_ICMPV6
-    number = {"tcp": IPPROTO_TCP, "udp": IPPROTO_UDP, "icmp": icmp}[protocol]
-    return Flow(number, client, client_port or 0, vip, vip_port or 0)
+    flow, bits = parse_flow(protocol, source, destination), parse_flags(flags) if protocol == "tcp" else 0
+    return lambda asked: iter([asked.flow(flow, bits, interface)])
 
 
 def _of_digits(digits: str, interface: str | None) -> Explain:
     from lb.explain_packet import check_size, parse_hex
 
     frame = check_size(parse_hex(digits))
-    return lambda explainer: iter([explainer.frame(frame, interface)])
+    return lambda asked: iter([asked.frame(frame, interface)])
 
 
 def _of_file(path: Path, number: int | None, interface: str | None) -> Explain:
-    def explain(explainer: Explainer) -> Iterator[Explanation]:
-        found = 0
-        for found, (frame, length) in enumerate(_packets(path), 1):
-            if number in (None, found):
-                yield explainer.frame(frame, interface, _cut(frame, length))
-            if number == found:
-                return
-        if number:
-            raise InvalidInput(f"{path}: no packet {number}: there are {found}")
+    def explain(asked: Asked) -> Iterator[Document]:
+        from lb.capture_file import open_capture
+        from lb.explain_request import explain_capture
+
+        with open_capture(str(path)) as capture:
+            yield from explain_capture(asked, capture, number, interface)
 
     return explain
-
-
-def _cut(frame: bytes, length: int) -> tuple[str, ...]:
-    if len(frame) == length:
-        return ()
-    return (f"only {len(frame)} of {length} bytes were captured, and the program has seen no more",)
-
-
-def _packets(path: Path) -> Iterator[tuple[bytes, int]]:
-    """What was captured of each packet, and how long it was. Raises InvalidInput."""
-    from filters.errors import FilterError
-    from filters.savefile import SaveFile
-
-    with ExitStack() as resources:
-        try:
-            file = resources.enter_context(SaveFile(str(path), nano=False))
-            if file.link_type != ETHERNET:
-                raise InvalidInput(f"{path}: has no Ethernet frames, but {file.link_type_words}")
-            for packet in file.packets():
-                yield packet.data, packet.length
-        except FilterError as error:
-            raise InvalidInput(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error

@@ -15,16 +15,19 @@ from functools import partial
 
 from filters.sets import Prefixes
 from lb.dataplane import PROGRAM, KernelDataplane
-from lb.errors import DataplaneError, InvalidInput
+from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached
 from lb.explain_packet import Flow, Packet, check_size, make_frame, read
 from lb.explain_probe import Probe, Run, probing
 from lb.explain_tables import KernelTables
+from lb.filter_dataplane import NAME as FILTER
 from lb.filter_dataplane import KernelFilters
 from lb.filter_output import action_words, match_words
 from lb.firewall import clock
 from lb.paths import Paths
 from lb.rules import Action, At, Rule
+from lb.stage import Records
+from lb.stage_source import PROGRAM as USERS
 from lb.store import Store
 from lb.vip import Address
 from xdp import attach as xdp_attach
@@ -92,7 +95,8 @@ class Explainer:
         """That of the packets before it, where the flow is translated already; else the way to its sender, back."""
         if interface and interface not in self._interfaces:
             attached = ", ".join(self._interfaces)
-            raise InvalidInput(f"interface {interface}: xdp-lb is not attached there, but to {attached}")
+            with part("interface"):
+                raise InvalidInput(f"interface {interface}: xdp-lb is not attached there, but to {attached}")
         reply = self._tables.way_to_client(packet, choose(packet, self._tables)) if packet else None
         ifindex, mac = (reply.ifindex, reply.client_mac) if reply else _way_to(packet.flow.source if packet else None)
         name = interface or self._name_of(ifindex)
@@ -179,7 +183,15 @@ class Explainer:
     def _stage(self, place: int, rule: str | None = None) -> Stage:
         names = {self._stages.filter: "filter"}
         where = names.get(place, "in front" if place in self._stages.users else "behind")
-        return Stage(where, self._occupied[place], program_name(self._occupied[place]), rule)
+        return Stage(where, self._occupied[place], self._program_name(place), rule)
+
+    def _program_name(self, place: int) -> str:
+        """Our own are known without the kernel, which takes CAP_SYS_ADMIN to tell."""
+        number = self._occupied[place]
+        if place == self._stages.filter:
+            return FILTER
+        is_of_user = any(record.program_id == number for record in Records(self._paths).all())
+        return USERS if is_of_user else program_name(number)
 
 
 @dataclass(frozen=True, slots=True)

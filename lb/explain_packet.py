@@ -14,9 +14,9 @@ from ipaddress import ip_address
 from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_IPIP, IPPROTO_IPV6, IPPROTO_TCP, IPPROTO_UDP
 from typing import NamedTuple
 
-from lb.errors import InvalidInput
+from lb.errors import InvalidInput, part
 from lb.options import GUE_PORT
-from lb.vip import Address, join_port
+from lb.vip import Address, join_port, split_port
 
 ETHERNET_SIZE = 14
 LEAST_FRAME, MOST_FRAME = ETHERNET_SIZE, 3520 - 64  # what BPF_PROG_TEST_RUN takes in one piece, room left for a mark
@@ -95,13 +95,37 @@ def parse_flags(text: str) -> int:
     return sum({FLAGS[letter] for letter in text.upper()})
 
 
+def flag_letters(flags: int) -> str:
+    """What `parse_flags` reads."""
+    return "".join(letter for letter, bit in FLAGS.items() if flags & bit and letter != ".")
+
+
+def parse_flow(protocol: str, source: str, destination: str) -> Flow:
+    """Of tcp, udp or icmp, and ADDR:PORT or for icmp ADDR. Raises InvalidInput."""
+    with part("source"):
+        client, client_port = _parse_end(protocol, source)
+    with part("destination"):
+        vip, vip_port = _parse_end(protocol, destination)
+        if client.version != vip.version:
+            raise InvalidInput(f"{client} and {vip}: not of one address family")
+    number = {"tcp": IPPROTO_TCP, "udp": IPPROTO_UDP, "icmp": ICMP_OF[client.version]}[protocol]
+    return Flow(number, client, client_port, vip, vip_port)
+
+
+def _parse_end(protocol: str, text: str) -> tuple[Address, int]:
+    address, port = split_port(text, text)
+    if (port is None) != (protocol == "icmp"):
+        raise InvalidInput(f"{text}: {'icmp has no ports' if protocol == 'icmp' else 'a port is missing'}")
+    return address, port or 0
+
+
 def parse_hex(text: str) -> bytes:
     """Bytes in hexadecimal, with spaces, colons or none between them. Raises InvalidInput."""
     digits = "".join(text.replace(":", " ").removeprefix("0x").split())
     try:
         return bytes.fromhex(digits)
     except ValueError:
-        raise InvalidInput(f"--hex: not pairs of hexadecimal digits: {text[:40]}") from None
+        raise InvalidInput(f"hex: not pairs of hexadecimal digits: {text[:40]}") from None
 
 
 def check_size(frame: bytes) -> bytes:

@@ -17,7 +17,8 @@ from lb.paths import Paths
 from lb.rules import Action, At, Rate, parse_duration
 
 if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
-    from lb.firewall import FilterReport, Firewall, Wish
+    from lb.filter_remote import Filters
+    from lb.filter_report import FilterReport, Wish
 
 SIDES = ("src", "dst")
 
@@ -112,7 +113,7 @@ def add(
       # What the host sends
       xdp-lb filter add eth0 drop 'tcp dst port 25' --at tc-out
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     wish = make_wish(interface, action, words, set_path, set_side, at, duration)
     how = How(force=force, selftest=not no_selftest, dry_run=dry_run)
@@ -128,7 +129,7 @@ def make_wish(
     at: str = str(At.XDP),
     duration: str | None = None,
 ) -> Wish:
-    from lb.firewall import Wish
+    from lb.filter_report import Wish
 
     if set_side and set_path is None:
         raise click.UsageError("--set-side needs --set.")
@@ -162,10 +163,11 @@ def list_rules(interface: str | None, as_json: bool) -> None:
       xdp-lb filter list
       xdp-lb filter list eth0 --json | jq '.[] | {number, dropped_packets}'
     """
-    from lb.filter_output import status_document, status_lines
-    from lb.firewall import open_firewall
+    from lb.filter_documents import status_document
+    from lb.filter_output import status_lines
+    from lb.filter_remote import open_filters
 
-    with open_firewall(Paths.here(), write=False) as firewall:
+    with open_filters(Paths.here(), write=False) as firewall:
         rules = firewall.status(interface)
     click.echo(to_json(status_document(rules)) if as_json else "\n".join(status_lines(rules, colour=_wants_colour())))
 
@@ -187,7 +189,7 @@ def move(interface: str, number: int, to: int, force: bool, dry_run: bool, as_js
     Examples:
       xdp-lb filter move eth0 3 1
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     run(lambda firewall: firewall.move(interface, number, to, How(force=force, dry_run=dry_run)), as_json)
 
@@ -208,7 +210,7 @@ def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter del eth0 2
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     run(lambda firewall: firewall.delete(interface, number, How(force=force, dry_run=dry_run)), as_json)
 
@@ -230,7 +232,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
       xdp-lb filter flush eth0
       xdp-lb filter flush --all
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     if everywhere == (interface is not None):
         raise click.UsageError("Name an interface, or say --all.")
@@ -255,7 +257,7 @@ def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter reload eth0 1
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     run(lambda firewall: firewall.reload(interface, number, How(force=force, dry_run=dry_run)), as_json)
 
@@ -276,7 +278,7 @@ def restore(force: bool, dry_run: bool, as_json: bool) -> None:
     Examples:
       xdp-lb filter restore
     """
-    from lb.firewall import How
+    from lb.filter_report import How
 
     run(lambda firewall: firewall.restore(How(force=force, dry_run=dry_run)), as_json)
 
@@ -322,13 +324,14 @@ def test(
       # Before it is added
       xdp-lb filter test --rule 'drop udp port 53' -r web.pcap
     """
-    from lb.filter_output import trial_document, trial_lines
-    from lb.firewall import open_firewall
+    from lb.filter_documents import trial_document
+    from lb.filter_output import trial_lines
+    from lb.filter_remote import open_filters
 
     if bool(rules) == (interface is not None):
         raise click.UsageError("Name an interface, or give rules by --rule.")
     wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
-    with open_firewall(Paths.here(), write=False) as firewall:
+    with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:
             trial = firewall.test_wishes(wishes, path, write_to)
         else:
@@ -348,11 +351,12 @@ def _split(text: str) -> tuple[str, list[str]]:
         raise InvalidInput(f"rule {text!r}: does not begin with drop, pass, count or limit RATE") from None
 
 
-def run(change: Callable[[Firewall], FilterReport], as_json: bool) -> None:
-    from lb.filter_output import report_document, report_lines
-    from lb.firewall import open_firewall
+def run(change: Callable[[Filters], FilterReport], as_json: bool) -> None:
+    from lb.filter_documents import report_document
+    from lb.filter_output import report_lines
+    from lb.filter_remote import open_filters
 
-    with open_firewall(Paths.here(), write=True) as firewall:
+    with open_filters(Paths.here(), write=True) as firewall:
         report = change(firewall)
     for warning in report.warnings:
         click.echo(f"xdp-lb: warning: {warning}", err=True)

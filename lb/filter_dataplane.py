@@ -32,6 +32,7 @@ from filters.translate import Translation, translate
 from lb.dataplane import PROGRAM as BALANCER
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput
+from lb.filter_report import Counts
 from lb.paths import Paths
 from lb.rules import MOST_RULES, Action, At, Rule, Rules
 from lb.vip import Address
@@ -69,7 +70,7 @@ def translated() -> Iterator[None]:
 def ifindex_of(name: str) -> int | None:
     try:
         return socket.if_nametoindex(name)
-    except OSError:
+    except (OSError, ValueError):  # of a name with a zero in it
         return None
 
 
@@ -92,16 +93,6 @@ def own_mac(name: str) -> bytes:
 
 def _about(interface: str, what: str) -> Path:
     return Path("/sys/class/net", interface, what)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What a rule has matched, and of that what it has dropped."""
-
-    packets: int = 0
-    bytes: int = 0
-    dropped_packets: int = 0
-    dropped_bytes: int = 0
 
 
 # Where programs are
@@ -336,23 +327,26 @@ class KernelFilters:
         with translated():
             self._tries[slot] = self._new_tries(slot, prefixes)
 
-    def reload_set(self, slot: int, prefixes: Prefixes) -> tuple[int, int]:
-        """Make the set in force this one, prefix by prefix; what stays is not touched. Added and removed ones."""
+    @contextmanager
+    def reloading_set(self, slot: int, prefixes: Prefixes) -> Iterator[tuple[int, int]]:
+        """Make the set in force this one, prefix by prefix; what stays is not touched. Gives how many were added and
+        removed. If the body fails it is as it was."""
         with translated():
             tries = self._pinned_tries(slot)
             if tries is None:
-                return len(prefixes), 0
+                yield len(prefixes), 0
+                return
             held = tries.held()
             added, gone = prefixes.without(held), held.without(prefixes)
             try:
                 tries.add(added)
                 tries.remove(gone)
+                yield len(added), len(gone)
             except BaseException:
                 with suppress(XdpError):
                     tries.add(gone)
                     tries.remove(added)
                 raise
-            return len(added), len(gone)
 
     def _tries_of(self, rule: Rule) -> Tries:
         if rule.slot not in self._tries:
@@ -407,8 +401,7 @@ class KernelFilters:
             self._at_once(self._exchange(rules, [Front(self._dataplane)], names))
             plain = AtXdp(ifindex)
             if ours := self.in_place(plain):
-                balancer = pinned_program(str(self._balancer_pins.current()), BALANCER)
-                self._resources.callback(os.close, balancer.fd)
+                balancer = self._balancer()
                 xdp_attach.attach(ifindex, balancer.fd, balancer.id, replace_fd=ours.fd)
             self.unpin(plain.pin)
 
@@ -422,15 +415,25 @@ class KernelFilters:
             program = self._program(rules, plain, ())
             assert program
             self.pin(program.fd, plain.pin)
-            xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=self._opened(attachments[name].program_id).fd)
+            replaced = self._running(attachments[name].program_id)
+            xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
             self._at_once(self._exchange(rules, [Front(self._dataplane)], [n for n in attachments if n != name]))
 
     def _at_once(self, exchange: Exchange) -> None:
         exchange.swap()
         exchange.commit()
 
-    def _opened(self, program_id: int) -> Program:
+    def _running(self, program_id: int) -> Program:
+        """The balancer's own, as a rule: any other takes CAP_SYS_ADMIN to open."""
+        pinned = self._balancer()
+        if pinned.id == program_id:
+            return pinned
         program = Program("", libbpf.program_fd_by_id(program_id))
+        self._resources.callback(os.close, program.fd)
+        return program
+
+    def _balancer(self) -> Program:
+        program = pinned_program(str(self._balancer_pins.current()), BALANCER)
         self._resources.callback(os.close, program.fd)
         return program
 

@@ -53,7 +53,7 @@ class FilterGuard:
 
     def _repaired(self, firewall: Firewall) -> tuple[list[str], list[str]]:
         """Each hook by itself: what is wrong with one is no matter of the others."""
-        from lb.firewall import How
+        from lb.filter_report import How
 
         done, failed = [], []
         for hook in firewall.lost():

@@ -1,16 +1,11 @@
-"""Filter rules, reports and trials -> lines for people, documents for programs.
-
-The keys of documents are stable; the help of each command names them.
-"""
+"""Filter rules, reports and trials -> lines for people."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
-from lb.documents import Document
-from lb.firewall import FilterReport, RuleChange, RuleStatus, Trial
+from lb.filter_report import FilterReport, RuleChange, RuleStatus, Trial
 from lb.output import Column, short, table
 from lb.rules import Rule
 
@@ -50,40 +45,11 @@ def match_words(rule: Rule) -> str:
     return " and ".join([*words, *([rule.expression] if rule.expression else [])]) or "all"
 
 
-def rule_document(rule: Rule, number: int) -> Document:
-    return {
-        "interface": rule.interface,
-        "number": number,
-        "at": str(rule.at),
-        "action": str(rule.action),
-        "rate": str(rule.rate) if rule.rate else None,
-        "expression": rule.expression,
-        "set": asdict(rule.set) if rule.set else None,
-    }
-
-
-def status_document(rules: Sequence[RuleStatus]) -> list[Document]:
-    return [
-        {
-            **rule_document(status.rule, status.number),
-            **asdict(status.counts),
-            "in_force": status.in_force,
-            "expired": _is_expired(status),
-            "left_s": None if status.left_ns is None else max(0, status.left_ns // _NS),
-        }
-        for status in rules
-    ]
-
-
-def _is_expired(status: RuleStatus) -> bool:
-    return status.left_ns is not None and status.left_ns <= 0
-
-
 def status_lines(rules: Sequence[RuleStatus], *, colour: bool) -> list[str]:
     if not rules:
         return ["no rules: add one with xdp-lb filter add"]
     lines = [_without_padding(line) for line in table(COLUMNS, [_row(status) for status in rules], colour=colour)]
-    idle = dict.fromkeys(s.rule.interface for s in rules if not s.in_force and not _is_expired(s))
+    idle = dict.fromkeys(s.rule.interface for s in rules if not s.in_force and not s.is_expired)
     if idle:
         lines += ["", f"not in force on {', '.join(idle)}: xdp-lb filter restore puts them there"]
     return lines
@@ -111,18 +77,7 @@ def _row(status: RuleStatus) -> tuple[str, ...]:
 def _left(status: RuleStatus) -> str:
     if status.left_ns is None:
         return ""
-    return "expired" if _is_expired(status) else duration(-(-status.left_ns // _NS))
-
-
-def report_document(report: FilterReport) -> Document:
-    return {
-        "dry_run": report.dry_run,
-        "changes": [
-            {"change": change.what, "detail": change.detail, **rule_document(change.rule, change.number)}
-            for change in report.changes
-        ],
-        "warnings": list(report.warnings),
-    }
+    return "expired" if status.is_expired else duration(-(-status.left_ns // _NS))
 
 
 def report_lines(report: FilterReport) -> list[str]:
@@ -138,17 +93,6 @@ def _sentence(change: RuleChange) -> str:
     return (
         f"{rule.interface}: rule {change.number} {done}{detail}: {action_words(rule)} at {rule.at}: {match_words(rule)}"
     )
-
-
-def trial_document(trial: Trial) -> Document:
-    return {
-        "packets": trial.packets,
-        "dropped": trial.dropped,
-        "untested": trial.untested,
-        "rules": [
-            {**rule_document(rule, number), "matched": trial.matched[rule.slot]} for number, rule in _numbered(trial)
-        ],
-    }
 
 
 def _numbered(trial: Trial) -> Iterator[tuple[int, Rule]]:

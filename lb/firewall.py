@@ -1,9 +1,10 @@
 """The one writer of filter rules: from the rules in force to those that are asked for.
 
-Enters: an operator's wish, in values of lb.rules. Leaves: a FilterReport of what became of it. A change goes validate
--> compile and load -> ask the new programs about the SSH connection -> open the store's transaction -> exchange the
-programs -> commit. An error on the way leaves the old rules in force, in the store and in the kernel. A process that is
-killed in between leaves the old rules in the store; the next change of that hook brings the kernel back to it.
+Enters: an operator's wish, in values of lb.filter_report. Leaves: a FilterReport of what became of it. A change goes
+validate -> compile and load -> ask the new programs about the operator's connection -> open the store's transaction ->
+exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in the kernel. A
+process that is killed in between leaves the old rules in the store; the next change of that hook brings the kernel back
+to it.
 
 The balancer tells when it comes to an interface or leaves it: make_way(), take_over().
 """
@@ -13,25 +14,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from filters import cbpf
 from filters.errors import FilterError
 from filters.expr import compile_expression
 from filters.interfaces import Interface, netmask
-from filters.pcap import file_header, record
-from filters.savefile import Packet, SaveFile
+from filters.savefile import Packet
 from filters.selftest import check
-from filters.sets import Prefixes, read_prefixes
+from filters.sets import Prefixes, parse_prefixes, read_prefixes
 from lb.capabilities import check_may_change
+from lb.capture_file import Keep, open_capture, writer
 from lb.dataplane import KernelDataplane
-from lb.errors import InvalidInput, NotFound
+from lb.errors import InvalidInput, NotFound, part
 from lb.filter_dataplane import (
     HOOKS,
-    Counts,
     HookKey,
     KernelFilters,
     carriers,
@@ -40,13 +39,13 @@ from lb.filter_dataplane import (
     own_mac,
     translated,
 )
+from lb.filter_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
 from lb.paths import Paths
 from lb.rule_store import PackedSet
-from lb.rules import Action, At, Clock, Deadline, Rate, Rule, Rules, SetSource, rebased
-from lb.ssh import SshConnection, ssh_connection
+from lb.rules import At, Clock, Deadline, Rule, Rules, SetSource, rebased, set_file, set_of
+from lb.ssh import Connection, ssh_connection
 from lb.store import Store, writer_lock
 
-ETHERNET = 1  # DLT_EN10MB
 LONGEST_EXPRESSION = 1 << 14
 
 
@@ -55,90 +54,54 @@ def clock() -> Clock:
     return Clock(boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME), time.time_ns())
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A rule as it is typed. `set_path` as it was given; `seconds`: for how long."""
-
-    interface: str
-    action: Action
-    rate: Rate | None = None
-    expression: str = ""
-    set_path: str | None = None
-    set_side: str = "src"
-    at: At = At.XDP
-    seconds: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """How a change is to be made. `force`: also if it ends the SSH connection; `selftest`: of new expressions."""
-
-    force: bool = False
-    selftest: bool = True
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RuleChange:
-    """What became of a rule: added, deleted, moved, reloaded, restored or expired. `number`: the one it has, or had."""
-
-    what: str
-    rule: Rule
-    number: int
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class FilterReport:
-    changes: tuple[RuleChange, ...] = ()
-    warnings: tuple[str, ...] = ()
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RuleStatus:
-    """`left_ns`: of its time, None for a rule without end; `in_force`: a program of ours is where the rule belongs."""
-
-    rule: Rule
-    number: int
-    counts: Counts
-    in_force: bool
-    left_ns: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What rules would do to the packets of a file. `matched`: slot -> packets; `untested`: too short, or too long."""
-
-    rules: tuple[Rule, ...]
-    matched: Mapping[int, int]
-    packets: int
-    dropped: int
-    untested: int
-
-
 class Firewall:
     """The filter rules of one network namespace. Changes are to be made with its lock held. Raises LbError."""
 
     def __init__(
-        self, store: Store, kernel: KernelFilters, *, ssh: Callable[[], SshConnection | None] = ssh_connection
+        self, store: Store, kernel: KernelFilters, *, asked_on: Callable[[], Connection | None] = ssh_connection
     ) -> None:
-        self._store, self._kernel, self._ssh = store, kernel, ssh
+        """`asked_on`: the connection that no change may end unasked."""
+        self._store, self._kernel, self._asked_on = store, kernel, asked_on
 
     # What an operator can ask for
 
     def add(self, wish: Wish, position: int | None = None, how: How | None = None) -> FilterReport:
         """Behind the last rule of its interface, or at a position."""
-        how = how or How()
-        check_interface(wish.interface)
-        now, before = clock(), self._rules()
-        rule, prefixes = _made(wish, before.free_slot(), now)
+        how, before = how or How(), self._rules()
+        rule, prefixes = _new(wish, before.free_slot(), clock(), how)
         goal = before.with_rule(rule, position)
-        if how.selftest:
-            with translated():
-                check(cbpf.decode(rule.instructions), HOOKS[rule.at])
         sets = {} if prefixes is None else {rule.slot: prefixes}
         return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
+
+    def replace(self, interface: str, wishes: Sequence[Wish], how: How | None = None) -> FilterReport:
+        """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
+        of a set may leave out the text of it, which no other may."""
+        how, now, before = how or How(), clock(), self._rules()
+        left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
+        sets: dict[int, Prefixes] = {}
+        for place, wish in enumerate(wishes):
+            with part("rules", place):
+                prefixes = _parsed(wish)
+                rule = next((rule for rule in left if self._is_as_wanted(rule, wish, prefixes)), None)
+                if rule:
+                    left.remove(rule)
+                else:
+                    _check_has_list(wish)
+                    slot = Rules((*before.all, *new)).free_slot()
+                    rule, prefixes = _new(wish, slot, now, how, prefixes)
+                    new.append(rule)
+                    sets |= {} if prefixes is None else {slot: prefixes}
+                wanted.append(rule)
+        goal = before.ordered(interface, wanted)
+        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), how, sets)
+
+    def _is_as_wanted(self, rule: Rule, wish: Wish, prefixes: Prefixes | None) -> bool:
+        own_set = (rule.set.path, rule.set.side) if rule.set else None
+        wanted_set = (wish.set_path, wish.set_side) if wish.set_path is not None else None
+        own = (rule.at, rule.action, rule.rate, rule.expression, own_set, rule.deadline and rule.deadline.unix_s)
+        if own != (wish.at, wish.action, wish.rate, wish.expression, wanted_set, wish.until_s):
+            return False
+        return prefixes is None or prefixes == Prefixes.unpacked(*self._store.rule_set(rule.slot))
 
     def delete(self, interface: str, number: int, how: How | None = None) -> FilterReport:
         rules = self._rules()
@@ -160,21 +123,25 @@ class Firewall:
         changes = [RuleChange("deleted", rule, rules.number(rule)) for rule in gone]
         return self._change(rules.without(gone), [], lambda _: changes, how or How())
 
-    def reload(self, interface: str, number: int, how: How | None = None) -> FilterReport:
-        """Read the file of a rule's set again, and change the set in force where it differs."""
+    def reload(
+        self, interface: str, number: int, how: How | None = None, *, set_list: str | None = None
+    ) -> FilterReport:
+        """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
+        differs."""
         how, rules = how or How(), self._rules()
         rule = rules.numbered(interface, number)
-        if rule.set is None:
-            raise InvalidInput(f"{interface}: rule {number} has no set")
-        prefixes = _read(rule.set.path)
-        now = replace(rule, set=replace(rule.set, prefixes=len(prefixes)))
+        source = set_of(rule, number)
+        prefixes = _read(set_file(rule, number)) if set_list is None else _prefixes(set_list, source.path)
+        now = replace(rule, set=replace(source, prefixes=len(prefixes)))
         goal = rules.replacing(now)
         if not how.force:
-            self._check_ssh(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
+            self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
         if how.dry_run:
             return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
-        with self._store.saving_rules(goal, {rule.slot: prefixes.packed()}):
-            added, gone = self._kernel.reload_set(rule.slot, prefixes)
+        packed = {rule.slot: prefixes.packed()}
+        # Prefixes first: the store is the balancer's too, and should not wait for them.
+        with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
+            pass
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
     def restore(self, how: How | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
@@ -203,20 +170,32 @@ class Firewall:
             for rule in (rules.all if interface is None else rules.of(interface))
         ]
 
+    def wanted(self, interface: str) -> tuple[Rule, ...]:
+        """What is asked for of an interface, but for what is over."""
+        return self._rules().in_time(clock()).of(interface)
+
     def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> Trial:
         """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
+        with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
+            return self.judged(interface, capture.packets(), at, keep)
+
+    def test_wishes(self, wishes: Sequence[Wish], path: str, write_to: str | None = None) -> Trial:
+        """The same for rules that are not there."""
+        with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
+            return self.judged_by(wishes, capture.packets(), keep)
+
+    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> Trial:
         rules = self._rules().in_time(clock())
         if not rules.of(interface):
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         places = [at] if at else [At.XDP, At.TC_IN]
-        return self._try([rules.hook(interface, place) for place in places], path, write_to)
+        return self._try([rules.hook(interface, place) for place in places], packets, keep)
 
-    def test_wishes(self, wishes: Sequence[Wish], path: str, write_to: str | None = None) -> Trial:
-        """The same for rules that are not there."""
+    def judged_by(self, wishes: Sequence[Wish], packets: Iterable[Packet], keep: Keep) -> Trial:
         now = clock()
         made = [_made(wish, slot, now) for slot, wish in enumerate(wishes)]
         sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
-        return self._try([[rule for rule, _ in made]], path, write_to, sets)
+        return self._try([[rule for rule, _ in made]], packets, keep, sets)
 
     # The balancer, coming and going
 
@@ -253,7 +232,7 @@ class Firewall:
             self._kernel.add_set(slot, prefixes)
         exchange = self._kernel.prepare(after, wanted, new)
         if not how.force:
-            self._check_ssh(before, after, wanted, {})
+            self._check_connection(before, after, wanted, {})
         warnings = [f"interface {name}: does not exist: its rules wait" for name in _absent(wanted)]
         if how.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
@@ -267,10 +246,12 @@ class Firewall:
         exchange.commit()
         return FilterReport(changes, (*warnings, *exchange.warnings))
 
-    def _check_ssh(self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]) -> None:
-        """Raises InvalidInput where the rules would drop the connection that the command was typed in, and did not
+    def _check_connection(
+        self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]
+    ) -> None:
+        """Raises InvalidInput where the rules would drop the connection that the change is asked for on, and did not
         before."""
-        connection = self._ssh()
+        connection = self._asked_on()
         if connection is None:
             return
         ends = connection.server, connection.client
@@ -282,13 +263,10 @@ class Firewall:
             culprit = self._dropped(connection, after.hook(name, at), name, at, covering)
             in_force = (name, at) in self._kernel.in_force([(name, at)])
             if culprit and not (in_force and self._dropped(connection, before.hook(name, at), name, at, {})):
-                raise InvalidInput(
-                    f"{name}: rule {after.number(culprit)} ({_short(culprit)}) would drop the SSH connection from"
-                    f" {connection} that this was typed in: --force does it all the same"
-                )
+                raise InvalidInput(f"{name}: rule {after.number(culprit)} ({_short(culprit)}) {connection.refusal}")
 
     def _dropped(
-        self, connection: SshConnection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
+        self, connection: Connection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
     ) -> Rule | None:
         frames = connection.frames(to_server=at is not At.TC_OUT, own_mac=own_mac(name))
         with self._kernel.judge(rules, at, sets) as judge:
@@ -297,36 +275,81 @@ class Firewall:
     def _try(
         self,
         hooks: Sequence[Sequence[Rule]],
-        path: str,
-        write_to: str | None,
+        packets: Iterable[Packet],
+        keep: Keep,
         sets: Mapping[int, Prefixes] | None = None,
     ) -> Trial:
         rules = tuple(rule for hook in hooks for rule in hook)
         with ExitStack() as resources:
             judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
-            file = _opened(path, resources)
-            keep = resources.enter_context(_writer(write_to, file.snaplen))
-            packets = dropped = untested = 0
-            for packet in _packets(file, path):
-                packets += 1
+            count = dropped = untested = 0
+            for position, packet in enumerate(packets):
+                count += 1
                 if not all(judge.can_run(packet.data) for judge in judges):
                     untested += 1
                 elif any(judge.dropped_by(packet.data) for judge in judges):
                     dropped += 1
-                    keep(packet)
+                    keep(position, packet)
             matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
-        return Trial(rules, matched, packets, dropped, untested)
+        return Trial(rules, matched, count, dropped, untested)
 
 
-def _made(wish: Wish, slot: int, now: Clock) -> tuple[Rule, Prefixes | None]:
-    instructions = cbpf.encode(_compiled(wish))
-    prefixes = _read(wish.set_path) if wish.set_path is not None else None
+def _new(wish: Wish, slot: int, now: Clock, how: How, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
+    """`prefixes`: those of its text, where they are known already."""
+    check_interface(wish.interface)
+    rule, found = _made(wish, slot, now, prefixes)
+    if how.selftest:
+        with translated(), part("expression"):
+            check(cbpf.decode(rule.instructions), HOOKS[rule.at])
+    return rule, found
+
+
+def _made(wish: Wish, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
+    with part("expression"):
+        instructions = cbpf.encode(_compiled(wish))
     source = None
-    if wish.set_path is not None and prefixes is not None:
-        source = SetSource(str(Path(wish.set_path).absolute()), wish.set_side, len(prefixes))
-    deadline = Deadline.after(wish.seconds, now) if wish.seconds is not None else None
+    if wish.set_path is not None:
+        path, prefixes = _set(wish.set_path, wish.set_list, prefixes)
+        source = SetSource(path, wish.set_side, len(prefixes))
+    deadline = _deadline(wish, now)
     rule = Rule(slot, wish.interface, wish.at, wish.action, wish.expression, instructions, wish.rate, source, deadline)
     return rule, prefixes
+
+
+def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, Prefixes]:
+    """Its name, and what is in it; a file is read only where there is no text, be it an empty one."""
+    if text is None:
+        file = str(Path(path).absolute())
+        return file, _read(file)
+    with part("set", "list"):
+        return path, _prefixes(text, path) if prefixes is None else prefixes
+
+
+def _deadline(wish: Wish, now: Clock) -> Deadline | None:
+    if wish.until_s is not None:
+        with part("until"):
+            return Deadline.at(wish.until_s, now)
+    return None if wish.seconds is None else Deadline.after(wish.seconds, now)
+
+
+def _parsed(wish: Wish) -> Prefixes | None:
+    """Those of the text that it has; None: it has none."""
+    if wish.set_path is None or wish.set_list is None:
+        return None
+    with part("set", "list"):
+        return _prefixes(wish.set_list, wish.set_path)
+
+
+def _prefixes(text: str, name: str) -> Prefixes:
+    with translated():
+        return parse_prefixes(text, name)
+
+
+def _check_has_list(wish: Wish) -> None:
+    """Raises InvalidInput."""
+    if wish.set_path is not None and wish.set_list is None:
+        with part("set", "list"):
+            raise InvalidInput(f"set {wish.set_path}: list: missing: no rule that is there has this set")
 
 
 def _compiled(wish: Wish) -> tuple[cbpf.Instruction, ...]:
@@ -349,6 +372,22 @@ def _read(path: str) -> Prefixes:
         return read_prefixes(Path(path))
 
 
+def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:
+    """Deleted, moved among those that stay, and added ones."""
+    was, now = before.of(interface), after.of(interface)
+    numbers, places = ({rule.slot: number for number, rule in enumerate(rules, 1)} for rules in (was, now))
+    stay = [[rule for rule in rules if rule.slot in numbers and rule.slot in places] for rules in (was, now)]
+    return [
+        *(RuleChange("deleted", rule, numbers[rule.slot]) for rule in was if rule.slot not in places),
+        *(
+            RuleChange("moved", rule, numbers[rule.slot], f"to {places[rule.slot]}")
+            for other, rule in zip(*stay, strict=True)
+            if other.slot != rule.slot
+        ),
+        *(RuleChange("added", rule, places[rule.slot]) for rule in now if rule.slot not in numbers),
+    ]
+
+
 def _expired(before: Rules, after: Rules, now: Clock) -> Iterator[RuleChange]:
     for rule in before.all:
         if rule.is_expired(now) and rule not in after.all:
@@ -364,47 +403,10 @@ def _short(rule: Rule) -> str:
     return f"{words} --set {rule.set.path}" if rule.set else words
 
 
-# Files
-
-
-def _opened(path: str, resources: ExitStack) -> SaveFile:
-    try:
-        file = resources.enter_context(SaveFile(path, nano=True))
-    except FilterError as error:
-        words = str(error)
-        raise InvalidInput(words if words.startswith(f"{path}: ") else f"{path}: {words}") from error
-    if file.link_type != ETHERNET:
-        raise InvalidInput(f"{path}: has no Ethernet frames, but {file.link_type_words}")
-    return file
-
-
-def _packets(file: SaveFile, path: str) -> Iterator[Packet]:
-    try:
-        yield from file.packets()
-    except FilterError as error:
-        raise InvalidInput(f"{path}: {error}") from error
-
-
 @contextmanager
-def _writer(path: str | None, snaplen: int) -> Iterator[Callable[[Packet], None]]:
-    """What keeps a packet. Raises InvalidInput for a file that cannot be written."""
-    if path is None:
-        yield lambda _: None
-        return
-    try:
-        with open(path, "wb") as out:
-            out.write(file_header(ETHERNET, snaplen, nano=True))
-            yield lambda packet: _keep(out, packet)
-    except OSError as error:
-        raise InvalidInput(f"{path}: {error.strerror}") from error
-
-
-def _keep(out: BinaryIO, packet: Packet) -> None:
-    out.write(record(packet.seconds, packet.fraction, packet.data, packet.length))
-
-
-@contextmanager
-def open_firewall(paths: Paths, *, write: bool) -> Iterator[Firewall]:
+def open_firewall(
+    paths: Paths, *, write: bool, asked_on: Callable[[], Connection | None] = ssh_connection
+) -> Iterator[Firewall]:
     """The filter rules of one network namespace; to `write` is to hold its lock until the end.
 
     Raises Busy, StoreError, DataplaneError.
@@ -416,14 +418,19 @@ def open_firewall(paths: Paths, *, write: bool) -> Iterator[Firewall]:
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        yield stack.enter_context(firewall_of(paths, store, dataplane))
+        yield stack.enter_context(firewall_of(paths, store, dataplane, asked_on))
 
 
 @contextmanager
-def firewall_of(paths: Paths, store: Store, dataplane: KernelDataplane) -> Iterator[Firewall]:
+def firewall_of(
+    paths: Paths,
+    store: Store,
+    dataplane: KernelDataplane,
+    asked_on: Callable[[], Connection | None] = ssh_connection,
+) -> Iterator[Firewall]:
     """For who has the store and the balancer's programs open."""
     with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
-        yield Firewall(store, kernel)
+        yield Firewall(store, kernel, asked_on=asked_on)
 
 
 def _stored_set(store: Store, slot: int) -> Prefixes:

@@ -24,14 +24,19 @@ from lb import page
 from lb.access import Access, Entry, Failures, Role
 from lb.errors import LbError
 from lb.problems import MEDIA_TYPE, Problem
+from lb.ssh import Connection
 
 LARGEST_BODY = 1 << 20
 LARGEST_LOCAL_BODY = 64 << 20  # of who may use the socket: a file of a hundred thousand backends goes through it
+LARGEST_RULES = 64 << 20  # of who may write rules: a million prefixes are 13 to 30 MB
 BODY_S = 10.0  # in all
+RULES_S = 120.0  # for those, which take 5 Mbit/s then
 SEND_S = 60.0  # for the client to take some of the answer
 OPEN_PATHS = ("/healthz", "/readyz", *page.ASSETS)  # tell nothing but yes or no, and the page nothing at all
 READING = ("GET", "HEAD", "OPTIONS")
-READING_PATHS = ("/v1/plan",)  # whatever the method
+READING_PATHS = ("/v1/plan", "/v1/explain", "/v1/filter-test")  # whatever the method
+RULES = "/v1/filters/"
+SET = "/set"  # of a rule: /v1/filters/IFACE/N/set
 
 T = TypeVar("T")
 Message = MutableMapping[str, Any]
@@ -44,10 +49,11 @@ log = structlog.get_logger("xdp-lb")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a connection: `uid` on the Unix socket, else None."""
+    """Who is at the other end of a connection: `uid` on the Unix socket, else `connection`, its ends."""
 
     address: str
     uid: int | None = None
+    connection: Connection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,25 +183,44 @@ def _unauthorized(detail: str, challenge: str = "") -> Problem:
 
 
 async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) -> Receive:
-    """A `receive` that gives all of the body at once. Raises Problem for one that is too large, too slow or no JSON."""
+    """A `receive` that gives all of the body at once. Raises Problem for one that is too large, too slow or of the
+    wrong type."""
     headers = dict(scope["headers"])
-    limit = LARGEST_BODY if scope["state"]["peer"].uid is None else LARGEST_LOCAL_BODY
+    limit, patience_s = _limits(scope)
     if int(headers.get(b"content-length", b"0")) > limit:
         raise _too_large(limit)
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(patience_s):
             body = await _body(receive, limit)
     except TimeoutError:
-        raise Problem(408, f"the body took longer than {BODY_S:g} s", headers={"Connection": "close"}) from None
+        raise Problem(408, f"the body took longer than {patience_s:g} s", headers={"Connection": "close"}) from None
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if body and media_type != b"application/json":
-        raise Problem(415, "the body has to be JSON: Content-Type: application/json")
+    _check_type(body, media_type, is_list=_is_set(scope["path"]))
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return unread.pop() if unread else await receive()
 
     return replay
+
+
+def _limits(scope: MutableMapping[str, Any]) -> tuple[int, float]:
+    """Bytes and seconds."""
+    if scope["path"].startswith(RULES) and scope["state"]["caller"].role is Role.WRITE:
+        return LARGEST_RULES, RULES_S
+    return (LARGEST_BODY if scope["state"]["peer"].uid is None else LARGEST_LOCAL_BODY), BODY_S
+
+
+def _is_set(path: str) -> bool:
+    return path.startswith(RULES) and path.endswith(SET) and path.count("/") == 5
+
+
+def _check_type(body: bytes, media_type: bytes, *, is_list: bool) -> None:
+    """Raises Problem."""
+    if is_list and media_type != b"text/plain":
+        raise Problem(415, "a set is a prefix a line: Content-Type: text/plain")
+    if not is_list and body and media_type != b"application/json":
+        raise Problem(415, "the body has to be JSON: Content-Type: application/json")
 
 
 async def _body(receive: Receive, limit: int) -> bytes:

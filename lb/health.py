@@ -1,7 +1,8 @@
 """From the outcomes of checks to the condition of a backend (pure: no clock, no network).
 
 Enters: outcomes, one after the other, and the time. Leaves: conditions. A backend that nobody knows yet is up, and its
-first outcome decides; from then on `rise` and `fall` do. One that comes back starts slowly, in steps.
+first outcome decides; from then on `rise` and `fall` do. One that comes back starts slowly, in steps. A process that
+takes over from another goes on where that has stopped, as far as it remembers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lb.model import Service
 LEAST_STEP_S = 1.0
 LEAST_STEPS = 10
 SLOTS_PER_STEP = 0.01  # of the ring
+FRESH_S, FRESH_INTERVALS = 60.0, 10  # what is remembered, the larger of both
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Outcome:
 SUCCESS = Outcome()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Ramp:
     """A slow start: from `start_s` on, `steps` steps in `length_s` seconds."""
 
@@ -58,6 +60,29 @@ def steps_of(service: Service, weight: int) -> int:
     return max(1, min(wanted, int(service.options.slow_start_s / LEAST_STEP_S)))
 
 
+def words_of(service: Service) -> str:
+    """What is asked of its backends, and by which way: where that is another, another thing is found."""
+    return f"{service.mode} {service.options.health}"
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What an earlier process has found of a backend. words: see words_of(). age_s: so long ago it was true still.
+    The ramp is on CLOCK_MONOTONIC."""
+
+    words: str
+    condition: Condition
+    ramp: Ramp | None = None
+    age_s: float = 0
+
+    def still_holds(self, service: Service) -> bool:
+        """Or the next check alone decides."""
+        check = service.options.health
+        if check is None or self.words != words_of(service):
+            return False
+        return 0 <= self.age_s <= max(FRESH_S, FRESH_INTERVALS * check.interval_s)
+
+
 @dataclass(slots=True)
 class BackendHealth:
     """One backend of one service. `now_s` is of any clock that never goes back, `time_s` Unix time."""
@@ -72,23 +97,27 @@ class BackendHealth:
     _last: Condition = UP
 
     @classmethod
-    def resumed(cls, check: HealthCheck, condition: Condition) -> BackendHealth:
-        """As an earlier process left it: what was down has to rise."""
-        return cls(check, condition.down, condition.down, 0, condition.why, condition.since)
+    def resumed(cls, check: HealthCheck, left: Remembered, *, known: bool) -> BackendHealth:
+        """As an earlier process left it: what was down has to rise, what was up to fall; if that is not `known` to
+        hold still, one check is enough for either."""
+        condition = left.condition
+        return cls(check, condition.down, known, 0, condition.why, condition.since, left.ramp)
+
+    @property
+    def is_told(self) -> bool:
+        """There is a condition to tell."""
+        return self.known or self.down or self.ramp is not None
 
     def note(self, outcome: Outcome, now_s: float, time_s: float, *, slow_start_s: float = 0, steps: int = 1) -> bool:
         """Whether the backend has gone up or down by this."""
-        if not self.known:
-            self.known = True
-            self.since = time_s
-            return self._turn(outcome, time_s) if not outcome.ok else False
+        was_known, self.known = self.known, True
         if outcome.ok != self.down:
-            self.streak = 0
+            self.streak, self.since = 0, self.since or time_s
             if self.down:
                 self.why = outcome.why
             return False
         self.streak += 1
-        if self.streak < (self.check.rise if self.down else self.check.fall):
+        if was_known and self.streak < (self.check.rise if self.down else self.check.fall):
             return False
         if outcome.ok and slow_start_s:
             self.ramp = Ramp(now_s, slow_start_s, steps)

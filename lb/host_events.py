@@ -105,10 +105,10 @@ class Changes:
 
 
 class HostEvents:
-    """Of the network namespace in which it was opened."""
+    """Of the network namespace in which it was opened. `neighbours`: theirs too, which are by far the most."""
 
-    def __init__(self, settle_s: float = SETTLE_S) -> None:
-        self._settle_s = settle_s
+    def __init__(self, settle_s: float = SETTLE_S, *, neighbours: bool = True) -> None:
+        self._settle_s, self._neighbours = settle_s, neighbours
         self._links: dict[int, tuple[object, ...]] = {}
         self._macs: dict[tuple[int, bytes], bytes] = {}
         self._changes = Changes()
@@ -154,7 +154,8 @@ class HostEvents:
         with suppress(OSError):  # not permitted: more bursts overrun it, and everything is looked at
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_SIZE)
         self._socket.bind((0, 0))
-        for group in (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_NEXTHOP, *GROUPS_OF_IPV4, *GROUPS_OF_IPV6):
+        of_neighbours = (RTNLGRP_NEIGH,) if self._neighbours else ()
+        for group in (RTNLGRP_LINK, *of_neighbours, RTNLGRP_NEXTHOP, *GROUPS_OF_IPV4, *GROUPS_OF_IPV6):
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         self._socket.setblocking(False)
 
@@ -162,7 +163,8 @@ class HostEvents:
         """What is there already, so that changes can be told from it."""
         self._links.clear()
         self._macs.clear()
-        for kind, body in ((RTM_GETLINK, _LINK.pack(0, 0, 0, 0, 0)), (RTM_GETNEIGH, _NEIGHBOUR.pack(0, 0, 0, 0, 0))):
+        of_neighbours = ((RTM_GETNEIGH, _NEIGHBOUR.pack(0, 0, 0, 0, 0)),) if self._neighbours else ()
+        for kind, body in ((RTM_GETLINK, _LINK.pack(0, 0, 0, 0, 0)), *of_neighbours):
             header = _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0)
             self._socket.send(header + body)
             self._drain_until_done()

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lb.errors import DaemonError, InvalidInput
 from lb.guard import Peer
 from lb.problems import MEDIA_TYPE, Problem
+from lb.ssh import Connection
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a request, to the end of its head
 IDLE_S = 75  # between requests
@@ -87,7 +88,9 @@ def peer_of(transport: asyncio.Transport) -> Peer:
     if connection.family == socket.AF_UNIX:
         _, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
         return Peer("unix", uid)
-    return Peer(transport.get_extra_info("peername")[0].partition("%")[0])
+    client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    ends = Connection.parse(f"{client[0]} {client[1]} {server[0]} {server[1]}")
+    return Peer(client[0].partition("%")[0], connection=ends)
 
 
 class Listener(uvicorn.Server):

@@ -231,7 +231,14 @@ class MemberTable:
 
     def _totals(self, index: int) -> Counters:
         total = self._counters.total(index)
-        return Counters(total.packets, total.bytes, total.reply_packets, total.reply_bytes, total.connections)
+        return Counters(
+            total.packets,
+            total.bytes,
+            total.reply_packets,
+            total.reply_bytes,
+            total.connections,
+            total.repeated_syns,
+        )
 
     def is_sourced(self, placed: Placed, options: Options) -> bool:
         """Whether the outer sources that it has are those that are asked for."""

@@ -97,6 +97,8 @@ class MemoryDataplane:
     counters: dict[tuple[Vip, Backend], Counters] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     published: set[Vip] = field(default_factory=set)
+    outdated: str = ""
+    overdue: set[Vip] = field(default_factory=set)  # their transitions have had their time
     _loaded: bool = False
     _generation: int = 0
     _attachments: dict[str, Attachment] = field(default_factory=dict)
@@ -123,6 +125,13 @@ class MemoryDataplane:
         if not self._loaded:
             self.fuse.burn()
             self._loaded = True
+
+    def upgrade(self) -> bool:
+        if not self.outdated:
+            return False
+        self.fuse.burn()
+        self.outdated = ""
+        return True
 
     def unload(self) -> None:
         if self._attachments:
@@ -240,6 +249,15 @@ class MemoryDataplane:
         if published != self.published:
             self.fuse.burn()
             self.published = published
+
+    def due(self) -> list[Vip]:
+        return [vip for vip in self.rings if vip in self.overdue]
+
+    def settle(self, vip: Vip) -> None:
+        held = self.rings.get(vip)
+        if held and vip in self.overdue:
+            self._put_words(held, ring.expire(held.words))
+            self.overdue.discard(vip)
 
     def plan(self, service: Service) -> ring.Plan:
         held = self._alike(service) or _empty_ring(service)

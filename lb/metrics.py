@@ -6,8 +6,8 @@ backend that is removed and added again, a detach from the last interface), whic
 
 Names and labels are stable. Every sample has the label `netns` as well, but for those of the namespace `default`: to
 Prometheus a label that is not there is the empty one, so `by (netns, vip)` serves both. What cannot be known has no
-series: replies in modes whose backends answer the client themselves, neighbours while nothing is in the kernel, the
-health of a backend that nobody checks.
+series: replies in modes whose backends answer the client themselves, SYNs of what is not TCP, neighbours while nothing
+is in the kernel, the health of a backend that nobody checks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lb.conditions import WHOLE
 from lb.model import Mode
 from lb.paths import DEFAULT_NETNS
 from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.vip import Protocol
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("active", "draining", "unresolved", "down")
@@ -70,6 +71,11 @@ def families(status: Status) -> Iterator[Family]:
     yield from _of_services(status)
     yield from _of_backends(status)
     yield from _of_reasons(status)
+    yield _gauge(
+        "xdp_lb_map_memory_bytes",
+        "Memory of the kernel that a map takes.",
+        [(labels(map=name), size) for name, size in status.maps.items()],
+    )
 
 
 def backend_state(status: BackendStatus, *, loaded: bool) -> str:
@@ -145,10 +151,11 @@ def _of_backends(status: Status) -> Iterator[Family]:
         for text, service in ((labels(vip=each.service.vip), each) for each in status.services)
         for backend in service.backends
     ]
-    replies = [each.service.mode is Mode.NAT for each in status.services for _ in each.backends]
+    services = [each.service for each in status.services for _ in each.backends]
     yield from _of_desired_backends(named)
     yield from _of_found_backends(named, loaded=status.loaded)
-    yield from _of_traffic(named, list(compress(named, replies)))
+    yield from _of_traffic(named, list(compress(named, (s.mode is Mode.NAT for s in services))))
+    yield from _of_openings(named, compress(named, (s.vip.protocol is Protocol.TCP for s in services)))
 
 
 def _of_desired_backends(named: Sequence[Named]) -> Iterator[Family]:
@@ -195,10 +202,18 @@ def _of_traffic(named: Sequence[Named], replying: Sequence[Named]) -> Iterator[F
             ((f"{text},{TO_CLIENT}", b.counters.reply_bytes) for text, b in replying),
         ),
     )
+
+
+def _of_openings(named: Iterable[Named], of_tcp: Iterable[Named]) -> Iterator[Family]:
     yield _counter(
         "xdp_lb_backend_connections_total",
         "Connections opened: TCP SYNs, or in mode nat flows.",
         ((text, b.counters.connections) for text, b in named),
+    )
+    yield _counter(
+        "xdp_lb_backend_repeated_syns_total",
+        "SYNs that clients sent again, having heard nothing of the first.",
+        ((text, b.counters.repeated_syns) for text, b in of_tcp),
     )
 
 

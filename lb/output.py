@@ -40,9 +40,17 @@ STYLES = {
     "generic": "yellow",
     "total": "dim",
 }
+OUTDATED = "the program in force is of xdp-lb {}, not the installed one: xdp-lb attach IFACE exchanges it"
 WIDTH = 80  # of text that may be broken
-# Bytes stand right of the packets they belong to.
-COUNTER_HEADINGS = ("CONNS", "PACKETS", "BYTES", "REPLIES", "BYTES")
+# Headings of the counters, by name. Bytes stand right of the packets they belong to.
+COUNTERS = {
+    "connections": "CONNS",
+    "repeated_syns": "RETRIES",
+    "packets": "PACKETS",
+    "bytes": "BYTES",
+    "reply_packets": "REPLIES",
+    "reply_bytes": "BYTES",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +314,8 @@ def _headline(status: Status) -> list[str]:
         return [f"{where}nothing is served: start with xdp-lb attach IFACE --backends A,B"]
     if not status.loaded:
         return [f"{where}nothing is attached: xdp-lb attach IFACE starts what is stored"]
+    if status.outdated:
+        return [f"{where}{OUTDATED.format(status.outdated)}"]
     return [where.removesuffix(": ")] if where else []
 
 
@@ -351,33 +361,28 @@ def _service_headline(status: ServiceStatus) -> str:
 def _backend_status_table(status: ServiceStatus, loaded: bool, width: int, *, colour: bool) -> list[str]:
     if not status.backends:
         return []
+    every = total(status)
+    shown = [name for name in COUNTERS if name != "repeated_syns" or every.repeated_syns]
     columns = [
         Column("BACKEND".ljust(width)),
         Column("WEIGHT", number=True),
         Column("STATE".ljust(len("draining"))),
-        *(Column(heading, number=True) for heading in COUNTER_HEADINGS),
+        *(Column(COUNTERS[name], number=True) for name in shown),
     ]
-    rows = [_backend_status_row(b, loaded) for b in status.backends]
+    rows = [_backend_status_row(b, loaded, shown) for b in status.backends]
     if len(rows) > 1:
-        rows.append(("total", "", "", *_counter_cells(total(status))))
+        rows.append(("total", "", "", *_counter_cells(every, shown)))
     return table(columns, rows, colour=colour)
 
 
-def _backend_status_row(status: BackendStatus, loaded: bool) -> tuple[str, ...]:
+def _backend_status_row(status: BackendStatus, loaded: bool, shown: Iterable[str]) -> tuple[str, ...]:
     backend = status.backend
     state = "down" if status.state == "down" else _state(backend, resolved=status.resolved or not loaded)
-    return str(backend), str(backend.weight), state, *_counter_cells(status.counters)
+    return str(backend), str(backend.weight), state, *_counter_cells(status.counters, shown)
 
 
-def _counter_cells(counters: Counters) -> tuple[str, ...]:
-    numbers = (
-        counters.connections,
-        counters.packets,
-        counters.bytes,
-        counters.reply_packets,
-        counters.reply_bytes,
-    )
-    return tuple(short(n) for n in numbers)
+def _counter_cells(counters: Counters, shown: Iterable[str]) -> tuple[str, ...]:
+    return tuple(short(getattr(counters, name)) for name in shown)
 
 
 def _reasons_table(status: Status, *, colour: bool) -> list[str]:

@@ -21,6 +21,7 @@ from lb import output
 from lb.balancer import Balancer
 from lb.daemon_metrics import DaemonMetrics
 from lb.documents import Document, change_head, plan_document, report_document, service_document
+from lb.errors import LbError
 from lb.events import KEPT, Events
 from lb.model import Service, State
 from lb.report import Report
@@ -98,6 +99,7 @@ class Owner:
         self.events = Events()
         self.metrics = DaemonMetrics()
         self.snapshot = Snapshot()
+        self.refused = ""  # why the installed program is not in force
         self._opened = opener()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="balancer")
         self._balancer: Balancer | None = None
@@ -134,6 +136,24 @@ class Owner:
             return work(self._balancer)
         finally:
             self.snapshot = self.snapshot.following(self._balancer.state)
+            if self.refused and not self._balancer.outdated:
+                self._refuse("")
+
+    async def upgrade(self) -> tuple[str, ...]:
+        """Have the installed program take over; if it cannot, the one in force goes on. What listeners are told."""
+        try:
+            notes = (await self.call(Balancer.upgrade)).notes
+            refused = ""
+        except LbError as error:
+            notes, refused = (str(error),), str(error)
+        self._refuse(refused)
+        for note in notes:
+            self.events.publish("upgrade", {"refused": bool(refused), "summary": note})
+        return notes
+
+    def _refuse(self, why: str) -> None:
+        self.refused = why
+        self.metrics.upgrade_refused(bool(why))
 
     def _made(self, report: Report, state: State) -> Done:
         before, self.snapshot = self.snapshot, self.snapshot.following(state)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_NETNS = "default"
-ROOT_NAMESPACE = Path("/proc/1/ns/net")
+# A file that /proc has once for each network namespace. It takes no privilege to look at; proc_pid_ns(5) does, which
+# the daemon does not have under systemd.
+OWN_NAMESPACE, ROOT_NAMESPACE = Path("/proc/self/net/dev"), Path("/proc/1/net/dev")
 NAMED_NAMESPACES = Path("/run/netns")  # where ip-netns(8) mounts them
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells one namespace from another, by namespaces(7): device and inode of its file."""
+    """What tells one namespace from another: device and inode of its file, or of one that it has for itself."""
     try:
         info = path.stat()
     except OSError:
@@ -34,7 +36,7 @@ def current_netns() -> str:
     """What this process's network namespace is called: `default` if it is that of process 1, else
     by its ip-netns(8) name, else `net-INODE`."""
     own = _identity(Path("/proc/self/ns/net"))
-    if own is None or own == _identity(ROOT_NAMESPACE):
+    if own is None or _identity(OWN_NAMESPACE) == _identity(ROOT_NAMESPACE):
         return DEFAULT_NETNS
     for path in _named_namespaces():
         if path.name != DEFAULT_NETNS and _identity(path) == own:
@@ -81,6 +83,11 @@ class Paths:
     def access(self) -> Path:
         """Tokens of the daemon, and who changed what."""
         return self.state_dir / self.netns / "access.db"
+
+    @property
+    def health(self) -> Path:
+        """What health checks have found last."""
+        return self.run_dir / self.netns / "health.json"
 
     @property
     def socket(self) -> Path:

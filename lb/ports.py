@@ -35,6 +35,14 @@ class Dataplane(Protocol):
     def load(self, services: Sequence[Service]) -> None:
         """Have programs, and maps with room for `services` beside those that are there."""
 
+    @property
+    def outdated(self) -> str:
+        """The version of xdp-lb that the program in force is of, where it is not the installed one; else empty."""
+
+    def upgrade(self) -> bool:
+        """Have the installed program in force on the maps that are there, in the place of one that is outdated: whether
+        there was one. If it fails, that goes on."""
+
     def unload(self) -> None:
         """Give them up, after the last detach."""
 
@@ -72,6 +80,12 @@ class Dataplane(Protocol):
 
     def ways(self) -> Iterable[WayInForce]:
         """Those of all members."""
+
+    def due(self) -> Sequence[Vip]:
+        """The services in whose rings a transition has had its time. Takes next to no time."""
+
+    def settle(self, vip: Vip) -> None:
+        """End the service's transitions that have had their time, but for slots with flows that are open still."""
 
     def plan(self, service: Service) -> Plan:
         """What `put` would do to the ring; nothing is written."""

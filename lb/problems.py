@@ -81,6 +81,8 @@ def of_error(error: LbError, *, field: str | None = None, status: int | None = N
     """The Problem of an error of the balancer. `status`: another than that of its class."""
     kind = next(kind for cls, kind in KINDS.items() if isinstance(error, cls))
     headers = {"Retry-After": "1"} if kind.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+    if field is None and isinstance(error, InvalidInput) and error.part:
+        field = pointer(error.part)
     return Problem(status or kind.status, str(error), kind=kind.name, title=kind.title, field=field, headers=headers)
 
 

@@ -40,13 +40,15 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Totals since the member was created, both directions; `connections` counts TCP SYNs and new UDP nat flows."""
+    """Totals since the member was created, both directions; `connections` counts TCP SYNs and new UDP nat flows,
+    `repeated_syns` those SYNs that clients sent again, having heard nothing."""
 
     packets: int = 0
     bytes: int = 0
     reply_packets: int = 0
     reply_bytes: int = 0
     connections: int = 0
+    repeated_syns: int = 0
 
 
 class ChangeKind(StrEnum):
@@ -114,12 +116,14 @@ class InterfaceStatus:
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What the kernel counts. `reasons` maps the name of each reason that left the balancer without forwarding to
-    its packets; names that start with `drop_` were dropped, with `pass_` handed to the host."""
+    its packets; names that start with `drop_` were dropped, with `pass_` handed to the host. `maps`: the bytes of
+    kernel memory that each map takes."""
 
     backends: Mapping[Vip, Mapping[Backend, Counters]] = field(default_factory=dict)
     slots_in_transition: Mapping[Vip, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
     unresolved: Set[Address] = frozenset()  # backends whose neighbour has not answered
+    maps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +136,5 @@ class Status:
     passes: Mapping[str, int]
     answered: Mapping[str, int] = field(default_factory=dict)  # by the balancer itself
     noted: Mapping[str, int] = field(default_factory=dict)  # counted beside what became of the packet
+    maps: Mapping[str, int] = field(default_factory=dict)  # bytes of kernel memory
+    outdated: str = ""  # the version of xdp-lb that the program in force is of, where it is not the installed one

@@ -110,6 +110,19 @@ class Deadline:
     def after(cls, seconds: int, now: Clock) -> Deadline:
         return cls(now.boot_id, now.boot_ns + seconds * _NS, now.unix_ns + seconds * _NS)
 
+    @classmethod
+    def at(cls, unix_s: int, now: Clock) -> Deadline:
+        """Raises InvalidInput for a time that has passed."""
+        left_ns = unix_s * _NS - now.unix_ns
+        if not 0 < left_ns <= LONGEST_S * _NS:
+            raise InvalidInput(f"until {unix_s}: not within {LONGEST_S // 86400}d from now, in seconds since 1970")
+        return cls(now.boot_id, now.boot_ns + left_ns, unix_s * _NS)
+
+    @property
+    def unix_s(self) -> int:
+        """Rounded up."""
+        return -(-self.unix_ns // _NS)
+
     def left_ns(self, now: Clock) -> int:
         """Negative if it has passed."""
         return self.boot_ns - now.boot_ns if self.boot_id == now.boot_id else self.unix_ns - now.unix_ns
@@ -190,7 +203,7 @@ class Rules:
         place = len(others) + 1 if position is None else position
         if not 1 <= place <= len(others) + 1:
             raise InvalidInput(f"{rule.interface}: position {place}: out of range 1 to {len(others) + 1}")
-        return self._with_order(rule.interface, [*others[: place - 1], rule, *others[place - 1 :]])
+        return self.ordered(rule.interface, [*others[: place - 1], rule, *others[place - 1 :]])
 
     def without(self, gone: Iterable[Rule]) -> Rules:
         slots = {rule.slot for rule in gone}
@@ -199,7 +212,7 @@ class Rules:
     def moved(self, rule: Rule, to: int) -> Rules:
         self.numbered(rule.interface, to)
         others = [other for other in self.of(rule.interface) if other.slot != rule.slot]
-        return self._with_order(rule.interface, [*others[: to - 1], rule, *others[to - 1 :]])
+        return self.ordered(rule.interface, [*others[: to - 1], rule, *others[to - 1 :]])
 
     def replacing(self, rule: Rule) -> Rules:
         return Rules(tuple(rule if other.slot == rule.slot else other for other in self.all))
@@ -207,7 +220,8 @@ class Rules:
     def in_time(self, now: Clock) -> Rules:
         return Rules(tuple(rule for rule in self.all if not rule.is_expired(now)))
 
-    def _with_order(self, interface: str, rules: Sequence[Rule]) -> Rules:
+    def ordered(self, interface: str, rules: Sequence[Rule]) -> Rules:
+        """With these as the rules of an interface."""
         return Rules((*(rule for rule in self.all if rule.interface != interface), *rules))
 
 
@@ -217,3 +231,18 @@ def rebased(rule: Rule, now: Clock) -> Rule:
     if deadline is None or deadline.boot_id == now.boot_id:
         return rule
     return replace(rule, deadline=Deadline(now.boot_id, now.boot_ns + deadline.left_ns(now), deadline.unix_ns))
+
+
+def set_of(rule: Rule, number: int) -> SetSource:
+    """Raises InvalidInput for a rule without a set."""
+    if rule.set is None:
+        raise InvalidInput(f"{rule.interface}: rule {number} has no set")
+    return rule.set
+
+
+def set_file(rule: Rule, number: int) -> str:
+    """The file of its set. Raises InvalidInput where it came by the API, under a name."""
+    path = set_of(rule, number).path
+    if not path.startswith("/"):
+        raise InvalidInput(f"{rule.interface}: rule {number}: set {path}: not read from a file: upload it again")
+    return path

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 UNIT = Path(__file__).with_name("systemd") / "xdp-lb.service"
 UNIT_PROGRAM = "/usr/local/bin/xdp-lb"
+HOMES = (Path("/home"), Path("/root"), Path("/run/user"))  # what ProtectHome= hides, systemd.exec(5)
 ROLES = ("read", "write")
 FILE = click.Path(path_type=Path)
 
@@ -84,22 +85,32 @@ def serve(
     from lb.balancer import open_balancer
     from lb.check_path import RealPath
     from lb.dataplane import route_socket
+    from lb.health_file import HealthFile
     from lb.health_task import HealthTask
     from lb.host_events import HostEvents
     from lb.neighbours import Network
     from lb.reconcile import ReconcileTask
+    from lb.settle import SettleTask
 
     paths = Paths.here()
     logs.configure(as_json=log_format == "json")
     addresses = tuple(map(_listen_address, listen))
-    settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config)
-    checks = HealthTask(lambda: RealPath(Network(route_socket)))
-    server.serve(lambda: open_balancer(paths), settings, [checks, ReconcileTask(HostEvents)])
+    settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config, paths)
+    ways, routes = lambda: RealPath(Network(route_socket)), lambda: HostEvents(neighbours=False)
+    checks = HealthTask(ways, HealthFile(paths.health), routes)
+    server.serve(lambda: open_balancer(paths), settings, [checks, ReconcileTask(HostEvents), SettleTask()])
 
 
 def unit() -> str:
-    """The unit file, with this very program in it."""
-    return UNIT.read_text().replace(UNIT_PROGRAM, str(Path(sys.argv[0]).absolute()))
+    """The unit file, with this very program in it, which has to be seen from within the sandbox."""
+    text = UNIT.read_text().replace(UNIT_PROGRAM, str(Path(sys.argv[0]).absolute()))
+    return text.replace("ProtectHome=yes", "ProtectHome=read-only") if _is_in_a_home() else text
+
+
+def _is_in_a_home() -> bool:
+    """Whether any of it is: the command, Python, or the modules."""
+    places = [Path(name).resolve() for name in (sys.argv[0], sys.base_prefix, __file__)]
+    return any(place.is_relative_to(home) for place in places for home in HOMES)
 
 
 def _listen_address(text: str) -> tuple[str, int]:

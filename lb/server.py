@@ -28,12 +28,14 @@ from lb import config
 from lb.access import Access
 from lb.api import create_app
 from lb.balancer import Balancer
+from lb.beside import Beside
 from lb.daemon_metrics import Measured
 from lb.errors import LbError
 from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.model import Service
 from lb.owner import Owner
+from lb.paths import Paths
 from lb.report import Report
 
 log = structlog.get_logger("xdp-lb")
@@ -50,7 +52,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """socket: of the API, on this host. listen: address and port, for TLS. config: lb.toml, the services wanted."""
+    """socket: of the API, on this host. listen: address and port, for TLS. config: lb.toml, the services wanted. paths:
+    of what the API reaches beside the balancer; None: nothing."""
 
     socket: Path
     access: Path
@@ -58,6 +61,7 @@ class Settings:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     config: Path | None = None
+    paths: Paths | None = None
 
 
 class Daemon:
@@ -109,7 +113,10 @@ class Daemon:
 
     def _listen(self, owner: Owner, access: AccessThread, stack: AsyncExitStack) -> None:
         """Connections are taken from here on; they wait until the balancer is free."""
-        app = Measured(Guard(create_app(owner, lambda: self.unready), access), owner.metrics)
+        beside = Beside(self._settings.paths) if self._settings.paths else None
+        if beside:
+            stack.callback(beside.close)
+        app = Measured(Guard(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))
@@ -121,6 +128,7 @@ class Daemon:
                 log.info("listening", address=_name(each))
 
     async def _beside(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+        await self._upgrade(owner)
         await self._reconcile(owner, wanted)
         self._on_ready()
         notify("READY=1")
@@ -130,6 +138,12 @@ class Daemon:
             group.create_task(_watchdog(owner))
             for task in self._tasks:
                 group.create_task(_kept_running(task, owner))
+
+    async def _upgrade(self, owner: Owner) -> None:
+        """Once: what the verifier refuses now, it will refuse again."""
+        notes = await owner.upgrade()
+        for note in notes:
+            (log.error if owner.refused else log.info)(note)
 
     async def _reconcile(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
         """Have the kernel hold what is stored, and the store what the file says."""

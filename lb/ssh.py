@@ -1,7 +1,8 @@
-"""The SSH connection that a command was typed in, and frames as they travel on it.
+"""The connection that a change is asked for on, and frames as they travel on it.
 
-Enters: the environment, or that of an ancestor process (sudo takes SSH_CONNECTION away). Leaves: the ends of the
-connection; and Ethernet frames of it, in both directions, to ask filter rules about.
+Enters: for a command that is typed over SSH the environment, or that of an ancestor process (sudo takes SSH_CONNECTION
+away); for a request that comes over TCP the ends of its connection. Leaves: Ethernet frames of the connection, in both
+directions, to ask filter rules about.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from pathlib import Path
+from typing import Self
 
 from lb.errors import LbError
 from lb.vip import Address, parse_address
@@ -25,15 +27,17 @@ _UNKNOWN_MAC = bytes.fromhex("020000000001")
 
 
 @dataclass(frozen=True, slots=True)
-class SshConnection:
+class Connection:
+    """`refusal`: how a change that would end it is refused."""
+
     client: Address
     client_port: int
     server: Address
     server_port: int
 
     @classmethod
-    def parse(cls, text: str) -> SshConnection | None:
-        """Of SSH_CONNECTION: client address and port, server address and port (sshd(8)). None for anything else."""
+    def parse(cls, text: str) -> Self | None:
+        """As SSH_CONNECTION: client address and port, server address and port (sshd(8)). None for anything else."""
         words = text.split()
         with suppress(LbError, ValueError):
             client, client_port, server, server_port = words
@@ -41,6 +45,15 @@ class SshConnection:
             if all(0 < port <= 0xFFFF for port in ports):
                 return cls(_address(client), ports[0], _address(server), ports[1])
         return None
+
+    @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        return f"{self.client} {self.client_port} {self.server} {self.server_port}"
+
+    @property
+    def refusal(self) -> str:
+        return f"would drop the connection from {self} that this was asked for on: force=true does it all the same"
 
     def __str__(self) -> str:
         return f"{self.client} port {self.client_port}"
@@ -55,6 +68,16 @@ class SshConnection:
         for flags, payload in segments:
             tcp = struct.pack(">HHIIBBHHH", source_port, port, 1, 1, 5 << 4, flags, 0xFFFF, 0, 0) + payload
             yield macs + _packet(source, destination, tcp)
+
+
+class SshConnection(Connection):
+    """That a command is typed in."""
+
+    __slots__ = ()
+
+    @property
+    def refusal(self) -> str:
+        return f"would drop the SSH connection from {self} that this was typed in: --force does it all the same"
 
 
 def _address(text: str) -> Address:

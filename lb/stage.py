@@ -20,10 +20,12 @@ from pathlib import Path
 
 from lb import stage_kernel
 from lb.capabilities import check_may_change
+from lb.documents import Document
 from lb.errors import Busy, DataplaneError, InvalidInput, NotFound
 from lb.paths import Paths
 from lb.stage_compile import Stage, check_installed, compile_stage, load_bcc
 from lb.stage_kernel import AT_XDP_EXIT, Places, open_places
+from lb.stage_socket import ask_tables
 from lb.stage_source import Chain, Source
 from lb.store import writer_lock
 
@@ -95,6 +97,11 @@ class Records:
 
     def remove(self, record: Record) -> None:
         self._path(record).unlink(missing_ok=True)
+        self.socket(record).unlink(missing_ok=True)
+
+    def socket(self, record: Record) -> Path:
+        """Where its process tells its tables."""
+        return self._path(record).with_suffix(".sock")
 
     def _path(self, record: Record) -> Path:
         return self._folder / f"{record.number}.json"
@@ -237,8 +244,31 @@ def listed(paths: Paths) -> list[tuple[Record, Condition]]:
     return [(record, condition) for record, condition in found if condition is not Condition.GONE]
 
 
-def stop(paths: Paths, numbers: Sequence[int]) -> list[Record]:
-    """Ends these stages, or all (no numbers). Raises NotFound before anything is done, Busy, DataplaneError."""
+def record_document(record: Record, condition: Condition) -> Document:
+    """As `xdp-lb stage list --json` has it."""
+    fields = asdict(record)
+    del fields["born"]
+    return fields | {"program_id": record.program_id or None, "state": str(condition)}
+
+
+def tables(paths: Paths, number: int) -> list[Document]:
+    """What a running stage has found up to now. Raises NotFound, DataplaneError."""
+    record, condition = _running_one(paths, number)
+    if condition is Condition.ORPHANED:
+        raise InvalidInput(f"stage {number}: orphaned: nobody knows its tables any more: xdp-lb stage stop ends it")
+    return ask_tables(Records(paths).socket(record), number)
+
+
+def _running_one(paths: Paths, number: int) -> tuple[Record, Condition]:
+    for record, condition in listed(paths):
+        if record.number == number:
+            return record, condition
+    raise NotFound(f"stage {number}: not running: see xdp-lb stage list")
+
+
+def stop(paths: Paths, numbers: Sequence[int]) -> list[tuple[Record, Condition]]:
+    """Ends these stages, or all (no numbers), and gives them as they were. Raises NotFound before anything is done,
+    Busy, DataplaneError."""
     check_may_change()
     there = {record.number: (record, condition) for record, condition in listed(paths)}
     for number in numbers:
@@ -251,7 +281,7 @@ def stop(paths: Paths, numbers: Sequence[int]) -> list[Record]:
     for record, _ in ended:
         if record.place is not None:
             _take_out_if_left(paths, record)
-    return [record for record, _ in ended]
+    return ended
 
 
 def _end_process(records: Records, record: Record) -> None:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from lb.errors import DataplaneError
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # what is compiled for, other commands do not wait for
-    from lb.stage import Condition, Record, Request
+    from lb.stage import Record, Request
     from lb.stage_source import Source
     from lb.stage_trace import Trace
     from lb.stage_watch import Printer
@@ -124,14 +123,16 @@ def _printer(as_json: bool) -> Printer:
 
 
 def _run(request: Request, interval_s: float, printer: Printer) -> None:
-    from lb.stage import compiled, in_place
+    from lb.stage import Records, compiled, in_place
     from lb.stage_kernel import is_in_force
+    from lb.stage_socket import TableSocket
     from lb.stage_watch import Watch
 
     paths, ended = Paths.here(), _until_signal()
     with compiled(paths, request) as (found, record), _trace(request.source, record) as trace:
-        watch = Watch(found, trace, printer)
-        with in_place(paths, record, found) as warning:
+        asked = TableSocket(Records(paths).socket(record))
+        watch = Watch(found, trace, printer, asked)
+        with closing(asked), in_place(paths, record, found) as warning:
             if warning:
                 _say(f"warning: {warning}")
             _say(f"stage {record.number}: {request.source.path} on {_place(record)}; Ctrl-C ends it")
@@ -194,19 +195,14 @@ def list_stages(as_json: bool) -> None:
       xdp-lb stage list
       xdp-lb stage list --json | jq '.[].file'
     """
-    from lb.stage import listed
+    from lb.stage_remote import open_stages
 
-    found = listed(Paths.here())
-    click.echo(to_json([_document(*each) for each in found]) if as_json else "\n".join(_lines(found)))
-
-
-def _document(record: Record, condition: Condition) -> Document:
-    fields = asdict(record)
-    del fields["born"]
-    return fields | {"program_id": record.program_id or None, "state": str(condition)}
+    with open_stages(Paths.here()) as stages:
+        found = stages.listed()
+    click.echo(to_json(found) if as_json else "\n".join(_lines(found)))
 
 
-def _lines(found: Sequence[tuple[Record, Condition]]) -> list[str]:
+def _lines(found: Sequence[Document]) -> list[str]:
     from lb import cli
     from lb.output import Column, table
 
@@ -215,23 +211,41 @@ def _lines(found: Sequence[tuple[Record, Condition]]) -> list[str]:
     headings = ("STAGE", "INTERFACE", "AT", "PLACE", "FILE", "FUNCTION", "PID", "PROGRAM", "SINCE", "STATE")
     numbers = {"STAGE", "PLACE", "PID", "PROGRAM"}
     columns = [Column(heading, number=heading in numbers) for heading in headings]
-    return table(columns, [_row(*each) for each in found], colour=cli.wants_colour())
+    return table(columns, [_row(each) for each in found], colour=cli.wants_colour())
 
 
-def _row(record: Record, condition: Condition) -> list[str]:
-    cells = (
-        record.number,
-        record.interface,
-        record.at,
-        "-" if record.place is None else record.place,
-        record.file,
-        record.function,
-        record.pid,
-        record.program_id or "-",
-        record.since,
-        condition,
-    )
-    return [str(cell) for cell in cells]
+KEYS = ("number", "interface", "at", "place", "file", "function", "pid", "program_id", "since", "state")
+
+
+def _row(record: Document) -> list[str]:
+    return ["-" if record[key] is None else str(record[key]) for key in KEYS]
+
+
+@stage.command()
+@click.argument("number", type=int, metavar="STAGE")
+@json_option("Print JSON, as above.")
+def tables(number: int, as_json: bool) -> None:
+    """Show what a stage has found up to now.
+
+    It is one that runs, such as in another terminal. Rates are those since the tables were shown
+    there before last.
+
+    \b
+    JSON: [{time, table, kind, entries or histograms}], as of xdp-lb stage run
+
+    \b
+    Examples:
+      xdp-lb stage tables 1
+      xdp-lb stage tables 1 --json | jq '.[].table'
+    """
+    from lb import cli
+    from lb.stage_remote import open_stages
+    from lb.stage_tables import lines
+
+    with open_stages(Paths.here()) as stages:
+        found = stages.tables(number)
+    shown = [line for each in found for line in lines(each, colour=cli.wants_colour())]
+    click.echo(to_json(found) if as_json else "\n".join(shown) or "no tables")
 
 
 @stage.command()
@@ -247,12 +261,13 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
       xdp-lb stage stop 1
       xdp-lb stage stop --all
     """
-    from lb import stage as stages
+    from lb.stage_remote import open_stages
 
     if bool(numbers) == everything:
         raise click.UsageError("Say which stages, or --all.")
-    ended = stages.stop(Paths.here(), numbers)
-    lines = [f"stage {record.number}: stopped, {record.interface}, at {record.at}" for record in ended]
+    with open_stages(Paths.here()) as stages:
+        ended = stages.stop(numbers)
+    lines = [f"stage {record['number']}: stopped, {record['interface']}, at {record['at']}" for record in ended]
     click.echo("\n".join(lines) or "no stages")
 
 

@@ -75,28 +75,28 @@ def _weight(value: Any) -> int:
 # Lines
 
 
-def lines(snapshot: Snapshot, *, colour: bool) -> list[str]:
-    body = _bars(snapshot) if snapshot.is_histogram else _rows(snapshot, colour)
-    return [f"{snapshot.name}{'' if body else ': empty'}", *(f"  {line}" for line in body)]
+def lines(told: Document, *, colour: bool) -> list[str]:
+    """Of a document."""
+    body = _bars(told["histograms"]) if "histograms" in told else _rows(told["entries"], colour)
+    return [f"{told['table']}{'' if body else ': empty'}", *(f"  {line}" for line in body)]
 
 
-def _rows(snapshot: Snapshot, colour: bool) -> list[str]:
-    shown = snapshot.shown
-    if not shown:
+def _rows(entries: Sequence[Document], colour: bool) -> list[str]:
+    if not entries:
         return []
-    left_out = [f"({len(shown) - ROWS} more)"] if len(shown) > ROWS else []
-    cells = [_cells(snapshot, *entry) for entry in shown[:ROWS]]
+    left_out = [f"({len(entries) - ROWS} more)"] if len(entries) > ROWS else []
+    cells = [_cells(**entry) for entry in entries[:ROWS]]
     columns = [Column(name.upper().replace("_", " "), number=_is_number(cell)) for name, cell in cells[0]]
     return [*table(columns, [[_text(cell) for _, cell in row] for row in cells], colour=colour), *left_out]
 
 
-def _cells(snapshot: Snapshot, key: Any, value: Any) -> list[tuple[str, Any]]:
+def _cells(key: Any, value: Any, per_second: Any) -> list[tuple[str, Any]]:
     """A column for each field of a struct."""
     cells = [*_named("key", key), *_named("value", value)]
-    rates = snapshot.per_second(key, value)
-    if rates is None:
+    if per_second is None:
         return cells
-    named = {f"{name}/s": rate for name, rate in rates.items()} if isinstance(rates, dict) else {"per second": rates}
+    is_struct = isinstance(per_second, dict)
+    named = {f"{name}/s": rate for name, rate in per_second.items()} if is_struct else {"per second": per_second}
     return [*cells, *((name, round(rate)) for name, rate in named.items())]
 
 
@@ -108,8 +108,8 @@ def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _bars(snapshot: Snapshot) -> list[str]:
-    return [line for key, buckets in _histograms(snapshot) for line in _bars_of(key, buckets)]
+def _bars(histograms: Sequence[Document]) -> list[str]:
+    return [line for histogram in histograms for line in _bars_of(histogram["key"], histogram["buckets"])]
 
 
 def _bars_of(key: Any, buckets: Sequence[Document]) -> Iterator[str]:

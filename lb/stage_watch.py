@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from lb.stage_compile import Event, Stage
+    from lb.stage_socket import TableSocket
     from lb.stage_trace import Trace
 
 POLL_S = 0.05
@@ -38,13 +40,21 @@ class Printer(Protocol):
     def close(self) -> None: ...
 
 
-class Watch:
-    """Remembers what was shown last."""
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What tables had, and when; 0: never."""
 
-    def __init__(self, stage: Stage, trace: Trace | None, printer: Printer) -> None:
-        self._stage, self._trace, self._printer = stage, trace, printer
-        self._before: dict[str, Sequence[Entry]] = {}
-        self._shown_at: float | None = None
+    at_s: float = 0
+    entries: Mapping[str, Sequence[Entry]] = field(default_factory=dict)
+
+
+class Watch:
+    """Remembers what was shown last, and before that."""
+
+    def __init__(self, stage: Stage, trace: Trace | None, printer: Printer, asked: TableSocket | None = None) -> None:
+        """`asked`: where others ask for the tables."""
+        self._stage, self._trace, self._printer, self._asked = stage, trace, printer, asked
+        self._shown, self._earlier = Shown(), Shown()
         self._lost = 0
 
     def until(self, ended: Callable[[], bool], interval_s: float) -> None:
@@ -52,6 +62,8 @@ class Watch:
         due = time.monotonic() + interval_s
         while not ended():
             time.sleep(POLL_S)
+            if self._asked:
+                self._asked.answer(self.documents)
             self._show_events()
             if time.monotonic() >= due:
                 self._show_tables(final=False)
@@ -73,18 +85,25 @@ class Watch:
             self._lost = self._stage.lost
 
     def _show_tables(self, *, final: bool) -> None:
-        snapshots = list(self._snapshots())
+        snapshots, now = self._snapshots(self._shown)
         if snapshots:
             self._printer.tables(snapshots, final=final)
+        self._earlier, self._shown = self._shown, now
 
-    def _snapshots(self) -> Iterator[Snapshot]:
-        now = time.monotonic()
-        seconds = now - self._shown_at if self._shown_at else 0
-        for table in self._stage.tables:
-            entries = table.read()
-            yield Snapshot(table.name, table.kind, entries, self._before.get(table.name, ()), seconds)
-            self._before[table.name] = entries
-        self._shown_at = now
+    def documents(self) -> list[Document]:
+        """The tables now. Rates are over an interval at least."""
+        snapshots, _ = self._snapshots(self._earlier)
+        return [_timed(stage_tables.document(snapshot)) for snapshot in snapshots]
+
+    def _snapshots(self, before: Shown) -> tuple[list[Snapshot], Shown]:
+        now = Shown(time.monotonic(), {table.name: table.read() for table in self._stage.tables})
+        seconds = now.at_s - before.at_s if before.at_s else 0
+        kinds = {table.name: table.kind for table in self._stage.tables}
+        snapshots = [
+            Snapshot(name, kinds[name], entries, before.entries.get(name, ()), seconds)
+            for name, entries in now.entries.items()
+        ]
+        return snapshots, now
 
 
 # Printers
@@ -117,8 +136,11 @@ class JsonPrinter:
         pass
 
     def _write(self, document: Document) -> None:
-        time_and = {"time": _now().isoformat(timespec="milliseconds"), **document}
-        print(json.dumps(time_and), file=self._out, flush=True)
+        print(json.dumps(_timed(document)), file=self._out, flush=True)
+
+
+def _timed(document: Document) -> Document:
+    return {"time": _now().isoformat(timespec="milliseconds"), **document}
 
 
 class LinePrinter:
@@ -186,7 +208,8 @@ class ScreenPrinter:
 
 
 def _block(snapshots: Sequence[Snapshot], *, colour: bool) -> list[str]:
-    shown = [line for snapshot in snapshots for line in stage_tables.lines(snapshot, colour=colour)]
+    documents = map(stage_tables.document, snapshots)
+    shown = [line for document in documents for line in stage_tables.lines(document, colour=colour)]
     return [_now().strftime("%H:%M:%S"), *shown]
 
 

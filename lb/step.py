@@ -33,6 +33,12 @@ class Step:
     warnings: tuple[str, ...] = ()
 
     @property
+    def moves_programs(self) -> bool:
+        """Whether the balancer comes to an interface or leaves one."""
+        before, goal = self.before.interfaces, self.goal.interfaces
+        return bool(self.interfaces) or before != goal or not goal
+
+    @property
     def addresses_off(self) -> tuple[OwnAddress, ...]:
         return differing(addresses_in_force(self.goal), addresses_in_force(self.before))
 

@@ -41,6 +41,7 @@ class Rates:
     bits: float = 0
     reply_packets: float = 0
     reply_bits: float = 0
+    repeated_syns: float = 0
 
     def __add__(self, other: Rates) -> Rates:
         return Rates(
@@ -49,6 +50,7 @@ class Rates:
             self.bits + other.bits,
             self.reply_packets + other.reply_packets,
             self.reply_bits + other.reply_bits,
+            self.repeated_syns + other.repeated_syns,
         )
 
     def by(self, order: Order) -> float:
@@ -88,13 +90,15 @@ class ReasonRow:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """interfaces: name -> XDP mode, None: detached. measured: rates are known: from the second Status on."""
+    """interfaces: name -> XDP mode, None: detached. measured: rates are known: from the second Status on. repeats:
+    some backend has ever had a SYN twice."""
 
     netns: str
     interfaces: Mapping[str, str | None]
     services: tuple[ServiceRow, ...]
     reasons: tuple[ReasonRow, ...]
     measured: bool
+    repeats: bool
 
     @property
     def total(self) -> Rates:
@@ -136,6 +140,7 @@ class Meter:
             services,
             tuple(ReasonRow(name, self._reason_rate(name, n, seconds), n) for name, n in reasons.items()),
             measured=seconds > 0,
+            repeats=any(each.counters.repeated_syns for service in status.services for each in service.backends),
         )
         self._remember(status, reasons, now_s)
         return view
@@ -184,6 +189,7 @@ def _rates(before: Counters, after: Counters, seconds: float) -> Rates:
         8 * (after.bytes - start.bytes) / seconds,
         (after.reply_packets - start.reply_packets) / seconds,
         8 * (after.reply_bytes - start.reply_bytes) / seconds,
+        (after.repeated_syns - start.repeated_syns) / seconds,
     )
 
 
@@ -195,4 +201,5 @@ def _is_new(before: Counters, after: Counters) -> bool:
         or after.reply_packets < before.reply_packets
         or after.reply_bytes < before.reply_bytes
         or after.connections < before.connections
+        or after.repeated_syns < before.repeated_syns
     )

@@ -41,11 +41,12 @@ class Column:
 
 STATE = Column("STATE", 11, number=False, dispensable=1)
 CONNECTIONS = Column("CONN/S", 6, dispensable=2)
+RETRIES = Column("RETRY/S", 7, dispensable=4)
 PACKETS = Column("PKT/S", 5)
 BITS = Column("BIT/S", 5)
 REPLIES = Column("REPLY/S", 7, dispensable=3)
 REPLY_BITS = Column("BIT/S", 5, dispensable=3)
-COLUMNS = (STATE, CONNECTIONS, PACKETS, BITS, REPLIES, REPLY_BITS)
+COLUMNS = (STATE, CONNECTIONS, RETRIES, PACKETS, BITS, REPLIES, REPLY_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _cells(row: Row, view: View) -> dict[Column, str]:
     service, backend = row
     rates = backend.rates if backend else service.rates
     replies = (rates.reply_packets, rates.reply_bits) if service.mode == Mode.NAT else ()
-    figures = (rates.connections, rates.packets, rates.bits, *replies)
+    figures = (rates.connections, rates.repeated_syns, rates.packets, rates.bits, *replies)
     texts = (figure(rate) if view.measured else "-" for rate in figures)
     return {STATE: backend.state if backend else _condition(service), **dict(zip(COLUMNS[1:], texts, strict=False))}
 
@@ -138,7 +139,8 @@ def lay_out(view: View, width: int | None = None, *, ascii_only: bool = False) -
     """The columns for so many characters; None: as many as it takes."""
     name_width = max([len(NAME), *_name_widths(view)])
     has_replies = any(service.mode == Mode.NAT for service in view.services)
-    columns = tuple(column for column in COLUMNS if has_replies or column not in (REPLIES, REPLY_BITS))
+    needless = {*(() if has_replies else (REPLIES, REPLY_BITS)), *(() if view.repeats else (RETRIES,))}
+    columns = tuple(column for column in COLUMNS if column not in needless)
     if width is None:
         return Layout(name_width, columns)
     while _taken(name_width, columns) > width and (worst := max(column.dispensable for column in columns)):

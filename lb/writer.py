@@ -14,10 +14,10 @@ the store's transaction -> dataplane -> commit -> acknowledge:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from lb.conditions import Condition, Conditions, in_force, with_other_conditions
+from lb.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.model import Interface, Service, State
 from lb.ports import Dataplane, Guard, Network
@@ -104,6 +104,11 @@ class Writer:
         with self.rewriting():
             return {service.vip: self.dataplane.put(service, {}) for service in wanted}
 
+    def settle(self, vip: Vip) -> None:
+        """Each slot is written as a whole: cut short, the next call ends the rest."""
+        if self.in_step(self.state):
+            self.dataplane.settle(vip)
+
     @contextmanager
     def rewriting(self) -> Iterator[None]:
         """Services of the state in force may be put within. Cut short, the next change writes everything."""
@@ -172,7 +177,13 @@ class Writer:
             hops,
             tuple(i for i in interfaces if i not in absent),
             differing(addresses_in_force(known), addresses_in_force(goal)),
-            (*notes, *taken_along, *notes_of_addresses(before, goal), *self._notes_of_checks(before, goal)),
+            (
+                *notes,
+                *taken_along,
+                *notes_of_addresses(before, goal),
+                *self._notes_of_checks(before, goal),
+                *self._notes_of_conditions(services),
+            ),
             tuple(ABSENT.format(i.name) for i in absent),
         )
 
@@ -222,15 +233,23 @@ class Writer:
         if not self.checks_run and any(s.options.health for s in changed(before.services, goal.services)):
             yield UNCHECKED
 
+    def _notes_of_conditions(self, services: Sequence[Service]) -> Iterator[str]:
+        if not self.checks_run:
+            yield from filter(None, (left_behind(s, self.conditions.get(s.vip)) for s in services))
+
     # How it is carried out
 
     def _execute(self, step: Step) -> Outcome:
-        with self.guard.alone():
-            try:
+        try:
+            with self._guarded(step):
                 return self._carry_out(step)
-            except BaseException as error:
-                self._go_back(step, error)
-                raise
+        except BaseException as error:
+            self._go_back(step, error)
+            raise
+
+    def _guarded(self, step: Step) -> AbstractContextManager[None]:
+        """Changes of backends wait for nobody: filter rules, of which a large set takes seconds, are beside them."""
+        return self.guard.alone() if step.moves_programs else nullcontext()
 
     def _carry_out(self, step: Step) -> Outcome:
         with self.store.saving(step.goal):
@@ -249,7 +268,9 @@ class Writer:
             self._release_unused(step.hops.keys())
             return
         try:
-            self._carry_out(self._prepare(step.goal, step.before, everything=True))
+            back = self._prepare(step.goal, step.before, everything=True)
+            with self._guarded(back):
+                self._carry_out(back)
         except LbError as second:
             raise DataplaneError(
                 f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"

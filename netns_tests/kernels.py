@@ -39,8 +39,8 @@ SHOWN_OF_CONSOLE = 20
 WIDTH = 120  # kernels have long names
 # Large, and nothing that the tests import; of Python itself, not the packages that the host has installed for it.
 LEFT_OUT = re.compile(
-    r"\.git|\.hypothesis|\.kernels|\..*_cache|PIL|ensurepip|fontTools|idlelib|kiwisolver|lib2to3|matplotlib|mypy|mypyc"
-    r"|.*__mypyc\..*|numpy|.*\.libs|pip|ruff|test"
+    r"\.git|\.hypothesis|\.kernels|\..*_cache|PIL|config-3\..*|ensurepip|fontTools|idlelib|kiwisolver|lib2to3"
+    r"|matplotlib|mypy|mypyc|.*__mypyc\..*|numpy|.*\.libs|pip|playwright|ruff|test"
 )
 
 # The archive lies on the shared file system; each of its folders hides the one that it was made from, but the modules

@@ -46,6 +46,7 @@ SECOND_NS = 1_000_000_000
 HASHED_TRIES = 16
 LOOKED_AT = 4
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
+SEEN_BITS, SIGNATURES = 11, 16  # places for SYNs: lines, and in each line
 NOT_RECORDED = "NOTED_SYN_NOT_RECORDED"
 
 State = Literal["established", "client-fin", "backend-fin", "reset"]
@@ -209,6 +210,7 @@ class Count:
     reply_packets: int = 0
     reply_bytes: int = 0
     connections: int = 0
+    repeated_syns: int = 0
 
 
 class Undetermined(Exception):
@@ -297,6 +299,7 @@ class Model:
         self.replies: dict[Flow, Reply] = {}
         self.fragments: dict[tuple[Flow, bytes], FirstFragment] = {}
         self.syn_times: dict[object, int] = {}
+        self.seen_syns: dict[tuple[int, int], int] = {}
         self.done: dict[tuple[str, int], int] = {}
         self.counts: dict[CounterName, Count] = {}
         self._noted = ""
@@ -389,7 +392,16 @@ class Model:
         count.packets += 1
         count.bytes += len(packet.frame)
         count.connections += opens
+        count.repeated_syns += packet.opens and self._was_seen(member, packet)
         return member.hop.ifindex
+
+    def _was_seen(self, member: Member, packet: Packet) -> bool:
+        """Whether it is the latest SYN in its place, there being so many."""
+        sequence = machine_word(bytes(packet.frame[packet.l4 + 4 : packet.l4 + 8]))
+        seen = mix(self._hash(packet.flow) ^ (member.uid << 32 | sequence))
+        place, signature = (seen >> 64 - SEEN_BITS, seen >> 32 & SIGNATURES - 1), seen & MASK32
+        before, self.seen_syns[place] = self.seen_syns.get(place), signature
+        return before == signature
 
     # What a service asks of a packet
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from socket import AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6
@@ -89,7 +90,7 @@ class LoadedProgram:
         self._control.epoch += 1
 
     def forget(self) -> None:
-        """Empty every table of flows, the limits, and the counters of members."""
+        """Empty every table of flows, the limits, the SYNs that were seen, and the counters of members."""
         self._clear(*FLOW_TABLES, "source_syn_times")
         for name in ("counters", "paces"):
             counters = self.bpf.map(name)
@@ -97,6 +98,8 @@ class LoadedProgram:
                 counters.set_total(index, counters.value_type())
         for number in range(SERVICES):
             self.bpf.map("syn_times")[number] = 0
+        seen = self.bpf.map("seen_syns")
+        seen.put_raw(array("I", range(len(seen))).tobytes(), bytes(len(seen) * seen.value_stride))
 
     def forget_replies(self) -> None:
         """As if every translation's reply direction had been evicted."""

@@ -390,7 +390,7 @@ def segment_of(sent: Sent, flow: Flow) -> bytes:
     else:
         options = TCP_OPTIONS[sent.tcp_options] if sent.tcp_options < len(TCP_OPTIONS) else b""
         offset = 0x50 + len(options) * 4
-        before = ports + struct.pack("!IIBBH", 0x01020304, 0x05060708, offset, sent.tcp_flags, 0x2000)
+        before = ports + struct.pack("!IIBBH", 0x01020304 + sent.datagram, 0x05060708, offset, sent.tcp_flags, 0x2000)
         after = bytes(2) + options + payload
     return before + checksum_of(sent, flow, before + after) + after
 

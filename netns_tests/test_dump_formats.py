@@ -15,6 +15,7 @@ import pytest
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapNgReader
 
+from filters.tests.foreign_pcap import DAMAGED, FILES, FIRST
 from netns_tests.test_dump import (
     FAR,
     LAST,
@@ -144,6 +145,40 @@ def fill_disk(host: Host, file: Path) -> None:
     assert said
     assert errors.endswith(f"xdp-dump: {file}: No space left on device\n")
     assert (status, len(noted(file))) == (1, int(said[1]))
+
+
+# Files that others have written
+
+
+@pytest.mark.parametrize("words", [["-w", "-"], ["-n", "-tttt", "--nano"]], ids=" ".join)
+@pytest.mark.parametrize("name", FILES)
+def test_file_of_others_is_read_as_tcpdump_reads_it(host: Host, tmp_path: Path, name: str, words: list[str]) -> None:
+    (tmp_path / "file").write_bytes(FILES[name][0])
+    ours, theirs = (reading(host, program, tmp_path / "file", *words) for program in (XDP_DUMP, "tcpdump"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("words", [["-w", "-"], ["-n", "-tttt", "udp"], ["--count"]], ids=" ".join)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_packets_in_front_of_damage_are_read_as_tcpdump_reads_them(
+    host: Host, tmp_path: Path, name: str, words: list[str]
+) -> None:
+    (tmp_path / "file").write_bytes(DAMAGED[name][0])
+    ours, theirs = (reading(host, program, tmp_path / "file", *words) for program in (XDP_DUMP, "tcpdump"))
+    assert ours == theirs
+    assert ours[0] == 1
+
+
+def test_packets_in_front_of_damage_go_into_blocks(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DAMAGED["pcap cut"][0])
+    status, _, _ = command(host, XDP_DUMP, "-r", str(tmp_path / "file"), "-w", str(tmp_path / "ours.pcapng"))
+    assert (status, [data for data, *_ in noted(tmp_path / "ours.pcapng")]) == (1, [FIRST])
+
+
+def reading(host: Host, program: Path | str, file: Path, *words: str) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error; bytes that are no text as they are."""
+    status, out, errors = command(host, program, "-r", str(file), *words, encoding="latin-1")
+    return status, out, errors.replace("xdp-dump: ", "tcpdump: ")
 
 
 # JSON

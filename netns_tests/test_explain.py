@@ -355,7 +355,7 @@ BAD = {
     "tcp 192.0.2.1:70000 10.99.1.100:80": "192.0.2.1:70000: port 70000: not a number from 0 to 65535",
     "tcp 192.0.2.1:5 10.99.1.100:80 --flags SX": "flags SX: X: not one of F S R P A U E W",
     "tcp 192.0.2.1:5 10.99.1.100:80 --in lo": "interface lo: xdp-lb is not attached there, but to eth0, eth1",
-    "--hex 0g": "--hex: not pairs of hexadecimal digits: 0g",
+    "--hex 0g": "hex: not pairs of hexadecimal digits: 0g",
     "--hex 0102": "packet of 2 bytes: not from 14 to 3456, Ethernet header on",
     "--pcap nowhere.pcap": "nowhere.pcap: No such file or directory",
     "--pcap /dev/null": "/dev/null: truncated dump file; tried to read 4 file header bytes, only got 0",

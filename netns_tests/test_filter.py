@@ -21,7 +21,8 @@ from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.firewall import Firewall, Wish, open_firewall
+from lb.filter_report import Wish
+from lb.firewall import Firewall, open_firewall
 from lb.paths import Paths
 from lb.rules import Action, At
 from lb.store import Store, writer_lock

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lb.balancer import Balancer, open_balancer
-from lb.check_path import FAR, NEAR, RealPath
+from lb.check_path import FAR, NEAR, OBJECT, RealPath
 from lb.checker import Checker
 from lb.conditions import Condition, Conditions
 from lb.health_check import HealthCheck
+from lb.host_events import Changes, HostEvents
 from lb.model import Backend, Mode, Service
 from lb.neighbours import Network
 from lb.options import Options
@@ -25,11 +31,14 @@ from lb.vip import Vip
 from netns_tests import lanes
 from netns_tests.lanes import LANES, Lane
 from netns_tests.servers import start_http
+from netns_tests.test_serve import THREE, UNDER, WITHOUT_CODE, effective, end, start
 from netns_tests.topology import Bed, Host, wait_until
 from netns_tests.traffic import connections, curl
 from netns_tests.tunnelled import run_on
 from netns_tests.tunnels import GUE_PORT
+from xdp import tc
 from xdp.netlink import route_socket
+from xdp.object import BpfObject
 
 every_lane = pytest.mark.parametrize("lane", LANES, ids=lanes.name, indirect=True)
 STRICT = ("net.ipv4.conf.all.rp_filter", "net.ipv4.conf.default.rp_filter")
@@ -135,6 +144,78 @@ def test_the_hosts_other_traffic_is_left_alone_by_checks(lanes_bed: Bed) -> None
         backend = lanes_bed.backends[0]
         assert curl(lanes_bed.lb, f"http://{backend.ipv4}/") == "b1"
         assert lanes_bed.lb.pings(backend.ipv6)
+
+
+def test_a_program_that_a_killed_process_left_at_tc_is_taken_off_and_those_of_others_stay(lanes_bed: Bed) -> None:
+    """As it is before Linux 6.6, where no link takes it off."""
+    host = lanes_bed.lb
+    with BpfObject.open(OBJECT) as obj, host.entered():
+        obj.load()
+        ours, other = obj.program("check_in"), obj.program("check_out")
+        for name in ("eth0", "eth1"):
+            index = socket.if_nametoindex(name)
+            tc.hold(index, ours.fd, ours.id, ours.name, egress=False)
+        kept = tc.hold(index, other.fd, other.id, other.name, egress=False)
+    assert [filters_on(host, name) for name in ("eth0", "eth1")] == [{"check_in"}, {"check_in", "check_out"}]
+    with paths_to(Lane(lanes_bed, "dr", "ipv4", "ipv4")) as why:
+        assert why("tcp", "b1") == ""
+        assert [filters_on(host, name) for name in ("eth0", "eth1")] == [set(), {"check_out"}]
+    with host.entered():
+        kept.close()
+    assert "clsact" not in host.run(["tc", "qdisc"]).stdout
+
+
+def test_only_changes_on_the_way_to_a_backend_make_checks_look_for_another(lanes_bed: Bed) -> None:
+    lane = Lane(lanes_bed, "ipip", "ipv4", "ipv4")
+    backends = tuple(Backend.parse(address, 80) for address in (lane.backends(lanes_bed.backends)[0], "192.0.2.7"))
+    service = Service(
+        Vip.parse(lane.http_service), Mode.IPIP, backends, options=Options(health=HealthCheck.parse("tcp"))
+    )
+    ways = RealPath(Network(route_socket))
+    with lanes_bed.lb.entered(), contextlib.closing(ways):
+        towards, elsewhere = map(socket.if_nametoindex, ("eth1", "eth0"))
+        found = ways.find([service])
+        assert [bool(way.fault) for way in found.values()] == [False, True]
+        no_route = int.from_bytes(socket.inet_aton("192.0.2.0"), "big") >> 8
+        for changes, concerned in (
+            (Changes(links={towards}), True),
+            (Changes(links={elsewhere}), False),
+            (Changes(prefixes={(32, 24): {no_route}}), True),  # a way to where there was none
+            (Changes(prefixes={(32, 24): {no_route + 1}}), False),
+            (Changes(prefixes={(32, 0): {0}}), True),
+            (Changes(neighbours={(towards, backends[0].address.packed): None}), False),  # which the kernel looks for
+            (Changes(), False),
+        ):
+            assert ways.concerned(changes) is concerned, changes
+    assert not ways.concerned(Changes(everything=True))  # nothing is checked any more
+
+
+def test_changes_without_neighbours_are_of_links_and_routes_alone(lanes_bed: Bed) -> None:
+    host = lanes_bed.lb
+
+    async def listen() -> Changes:
+        with host.entered():
+            events = HostEvents(neighbours=False)
+        with events:
+            for command in (
+                "neigh add 10.99.2.77 lladdr 02:00:00:00:00:77 dev eth1",
+                "route add 192.0.2.0/24 dev eth1",
+            ):
+                await asyncio.to_thread(host.run, ["ip", *command.split()])
+            return await events.next(20)
+
+    try:
+        changes = asyncio.run(listen())
+    finally:
+        host.run(["ip", "route", "del", "192.0.2.0/24", "dev", "eth1"])
+        host.run(["ip", "neigh", "del", "10.99.2.77", "dev", "eth1"])
+    assert (changes.neighbours, changes.everything) == ({}, False)
+    assert changes.prefixes == {(32, 24): {int.from_bytes(socket.inet_aton("192.0.2.0"), "big") >> 8}}
+
+
+def filters_on(host: Host, interface: str) -> set[str]:
+    said = host.run(["tc", "filter", "show", "dev", interface, "ingress"]).stdout
+    return {name for name in ("check_in", "check_out") if name in said}
 
 
 # With the balancer
@@ -256,3 +337,143 @@ def test_with_all_servers_down_a_service_fails_closed_if_asked_to(bed: Callable[
 def curl_fails(bed: Bed) -> None:
     done = bed.client.run(["curl", "-s", "--max-time", "1", f"http://{bed.vip4}/"], check=False)
     assert done.returncode != 0
+
+
+# With the daemon
+
+
+@pytest.fixture
+def web(bed: Callable[..., Bed]) -> Bed:
+    """Three servers, behind a router for answers."""
+    made = bed(backends=3, router=True)
+    for host in made.backends:
+        start_http(made, host)
+    return made
+
+
+def found_of(bed: Bed) -> dict[tuple[str, str], dict[str, Any]]:
+    """By VIP and backend."""
+    services = json.loads(bed.xdp_lb("status", "--json").stdout)["services"]
+    return {(each["vip"], b["backend"]): b for each in services for b in each["backends"]}
+
+
+def states(bed: Bed) -> list[str]:
+    return [each["state"] for each in found_of(bed).values()]
+
+
+def served_with_a_silent_one(bed: Bed) -> tuple[str, str]:
+    """The VIP, and of three backends the one that answers no more, which the daemon knows. A check takes long to find
+    that, and so does a client."""
+    vip, silent = f"{bed.vip4}:80", bed.backends[2]
+    words = ("--backends", ",".join(host.ipv4 for host in bed.backends))
+    bed.xdp_lb("attach", "eth0", "--vip", vip, *words, "--health", "tcp interval=200ms timeout=3s fall=1")
+    wait_until(lambda: all(each["since"] for each in found_of(bed).values()), "all checked", timeout_s=20)
+    assert answering(bed) == {"b1", "b2", "b3"}
+    silent.run(["ip", "route", "add", "blackhole", bed.lb.interfaces[-1].ipv4])
+    wait_until(lambda: states(bed) == ["active", "active", "down"], "the fault found", timeout_s=30)
+    return vip, f"{silent.ipv4}:80"
+
+
+def packets_for(bed: Bed, backend: str) -> int:
+    return next(int(each["packets"]) for (_, name), each in found_of(bed).items() if name == backend)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_backend_that_is_down_gets_no_packet_while_the_daemon_dies_and_starts_again(
+    web: Bed, number: signal.Signals
+) -> None:
+    process = start(web)
+    vip, silent = served_with_a_silent_one(web)
+    before = found_of(web)[f"{vip}/tcp", silent]
+    end(process, number)
+    assert answering(web) == {"b1", "b2"}
+    process = start(web)
+    assert answering(web) == {"b1", "b2"}  # its first check takes three seconds
+    after = found_of(web)[f"{vip}/tcp", silent]
+    assert [after[key] for key in ("state", "since", "packets")] == ["down", before["since"], before["packets"]]
+    web.backends[2].run(["ip", "route", "del", "blackhole", web.lb.interfaces[-1].ipv4])
+    wait_until(lambda: states(web) == ["active"] * 3, "it found up again", timeout_s=20)
+    assert end(process) == 0
+
+
+def test_a_backend_that_is_down_stays_so_without_the_daemon_until_somebody_says_otherwise(web: Bed) -> None:
+    process = start(web)
+    vip, silent = served_with_a_silent_one(web)
+    end(process, signal.SIGKILL)
+    before = packets_for(web, silent)
+    stays = f"{vip}/tcp: {silent} (down) stays as health checks left it, until xdp-lb serve runs or --health off"
+    for words in (("backend", "weight", vip, web.backends[0].ipv4, "3"), ("attach", "eth0")):
+        assert stays in web.xdp_lb(*words).stdout
+        assert answering(web) == {"b1", "b2"}
+    said = web.xdp_lb("status").stdout
+    assert f"{silent}: down since " in said
+    assert "; not checked since " in said
+    assert packets_for(web, silent) == before
+    assert "stays" not in web.xdp_lb("vip", "set", vip, "--health", "off").stdout
+    assert states(web) == ["active"] * 3
+    web.backends[2].run(["ip", "route", "del", "blackhole", web.lb.interfaces[-1].ipv4])
+    assert answering(web) == {"b1", "b2", "b3"}
+
+
+VIPS = {f"10.99.1.{101 + n}": mode for n, mode in enumerate(("dr", "ipip", "gue"))} | {
+    f"[fd99:1::{101 + n}]": mode for n, mode in enumerate(("dr", "ipip", "gue"))
+}
+
+
+def test_the_real_path_of_every_mode_is_checked_under_three_capabilities(web: Bed) -> None:
+    for host in web.backends[:2]:
+        owned = ",".join(vip.strip("[]") for vip in VIPS)
+        run_on(web, host, "attach", "eth0", "--vip", owned, "--setup-vip")
+    mount_point = web.directory / "run" / "bpf"
+    mount_point.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(mount_point)], check=True)
+    process = start(web, under=[*UNDER, "--no-new-privs", *WITHOUT_CODE])
+    assert effective(process) == THREE
+    web.xdp_lb("apply", "-f", str(checked_services(web)))
+    web.xdp_lb("attach", "eth0")
+    wait_until(lambda: all(each["since"] for each in found_of(web).values()), "all checked", timeout_s=20)
+    assert states(web) == ["active"] * 12
+    run_on(web, web.backends[1], "detach", "eth0")
+    wait_until(lambda: states(web).count("down") == 6, "tunnels and VIPs missed", timeout_s=20)
+    second = {f"{web.backends[1].ipv4}:80", f"[{web.backends[1].ipv6}]:80"}
+    assert {name for (_, name), each in found_of(web).items() if each["state"] == "down"} == second
+    assert end(process) == 0
+
+
+def checked_services(bed: Bed) -> Path:
+    path = bed.directory / "checked.toml"
+    services = []
+    for vip, mode in VIPS.items():
+        backends = [f"[{host.ipv6}]" if ":" in vip else host.ipv4 for host in bed.backends[:2]]
+        check = "http interval=200ms timeout=1s"
+        services.append(
+            f'[[service]]\nvip = "{vip}:80"\nmode = "{mode}"\nhealth = "{check}"\nring_size = 251\n'
+            f"backends = {json.dumps(backends)}\n"
+        )
+    path.write_text("".join(services))
+    return path
+
+
+def test_checks_follow_a_route_that_leads_elsewhere(web: Bed) -> None:
+    """From the back network to the front one, whose router leads to the backends as well."""
+    first, vip = web.backends[0], f"{web.vip4}:80"
+    run_on(web, first, "attach", "eth0", "--vip", web.vip4, "--setup-vip")
+    process = start(web)
+    check = ("--health", "http interval=200ms timeout=1s rise=1 fall=1")
+    web.xdp_lb("attach", "eth0", "--vip", vip, "--mode", "ipip", "--backends", first.ipv4, *check)
+    wait_until(lambda: all(each["since"] for each in found_of(web).values()), "checked", timeout_s=20)
+    assert states(web) == ["active"]
+    web.lb.run(["ip", "link", "set", "eth1", "down"])
+    wait_until(lambda: states(web) == ["down"] or not_checked(web), "the way lost", timeout_s=20)
+    web.lb.run(["ip", "route", "add", first.ipv4, "via", router_on_the_front(web)])
+    wait_until(lambda: states(web) == ["active"] and not not_checked(web), "the other way found", timeout_s=20)
+    assert end(process) == 0
+
+
+def not_checked(bed: Bed) -> bool:
+    return any(each["why"].startswith("not checked") for each in found_of(bed).values())
+
+
+def router_on_the_front(bed: Bed) -> str:
+    assert bed.router
+    return bed.router.interfaces[0].ipv4

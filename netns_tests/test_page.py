@@ -17,7 +17,7 @@ from lb.tests.test_server import Certificate
 from netns_tests.servers import start_http
 from netns_tests.test_serve import end, start
 from netns_tests.topology import Bed, Host, wait_until
-from netns_tests.traffic import loading
+from netns_tests.traffic import deaf, loading, trying
 
 VIP = "10.99.1.100:80"
 FIRST, SECOND, THIRD = "10.99.2.11:80", "10.99.2.12:80", "10.99.2.13:80"
@@ -211,6 +211,12 @@ def test_traffic_is_seen_to_move_when_a_backend_is_drained_by_keyboard(site: Sit
         operator.page.get_by_role("button", name="End the drain").click()
         wait_until(lambda: operator.rate(SECOND) > 1, "traffic here again", WAIT_S)
     assert configured(site) == {FIRST: (1, False), SECOND: (1, False)}
+
+
+def test_a_backend_that_hears_no_syn_is_seen_by_what_clients_repeat(site: Site, operator: Visit) -> None:
+    with deaf(site.bed.backends[1]), trying(site.bed, VIP.partition(":")[0]):
+        expect(operator.row(SECOND).locator('[data-label="retry/s"]')).to_have_text(re.compile(r"^[1-9]"))
+        expect(operator.row(FIRST).locator('[data-label="retry/s"]')).to_have_text("0")
 
 
 def test_escape_closes_the_dialog_and_changes_nothing(site: Site, operator: Visit) -> None:

@@ -161,6 +161,23 @@ def test_without_them_it_does_not_begin(bed: Bed) -> None:
     assert not socket_of(bed).exists()
 
 
+def test_a_transition_that_has_had_its_time_ends_by_itself(bed: Bed) -> None:
+    bed.xdp_lb(*SERVE)
+    bed.xdp_lb(
+        "vip", "add", "10.99.1.101:80", "--mode", "dr", "--flow-timeout", "1", "--backends", "10.99.2.11,10.99.2.12"
+    )
+    bed.xdp_lb("backend", "drain", "10.99.1.101:80", "10.99.2.12")
+    assert slots_in_transition(bed, "10.99.1.101:80/tcp") > 0
+    process = start(bed)
+    wait_until(lambda: slots_in_transition(bed, "10.99.1.101:80/tcp") == 0, "the transition over", timeout_s=20)
+    assert end(process) == 0
+
+
+def slots_in_transition(bed: Bed, vip: str) -> int:
+    services = json.loads(bed.xdp_lb("status", "--json").stdout)["services"]
+    return next(int(each["slots_in_transition"]) for each in services if each["vip"] == vip)
+
+
 def test_a_client_in_another_namespace_comes_in_by_tls_and_token(bed: Bed) -> None:
     certificate, key = bed.directory / "lb.pem", bed.directory / "lb.key"
     subject = ["-subj", "/CN=lb", "-addext", f"subjectAltName=IP:{bed.lb.ipv4}"]
@@ -193,7 +210,7 @@ def test_a_backend_that_is_down_is_found_and_left_out_by_the_daemon_alone(bed: B
     assert {curl(bed.client, f"http://{WEB}/") for _ in range(8)} <= {"b1", "b2"}
     assert "10.99.2.11:8080: down since" in bed.xdp_lb("status").stdout
     assert end(process) == 0
-    assert states(bed) == ["active", "active", "active"]
+    assert states(bed) == ["active", "down", "active"]  # as it is in force
 
 
 def states(bed: Bed) -> list[str]:

@@ -224,6 +224,30 @@ def connections(bed: Bed, address: str, port: int = 80, count: int = 60) -> Iter
 
 
 @contextlib.contextmanager
+def deaf(host: Host) -> Iterator[None]:
+    """A host that hears no SYN meanwhile."""
+    chain = "add table inet deaf; add chain inet deaf in { type filter hook input priority 0; }"
+    host.run(["nft", f"{chain}; add rule inet deaf in tcp flags syn drop"])
+    try:
+        yield
+    finally:
+        host.run(["nft", "delete table inet deaf"])
+
+
+@contextlib.contextmanager
+def trying(bed: Bed, address: str, port: int = 80, count: int = 40) -> Iterator[None]:
+    """So many connections that the client tries to open, as long as it lasts."""
+    with contextlib.ExitStack() as closing, bed.client.entered():
+        for _ in range(count):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            opened = closing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            opened.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                opened.connect((address, port))
+        yield
+
+
+@contextlib.contextmanager
 def udp_flows(bed: Bed, address: str, port: int, count: int = 60) -> Iterator[list[UdpFlow]]:
     """So many source ports of the client."""
     with contextlib.ExitStack() as closing:

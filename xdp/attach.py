@@ -7,10 +7,7 @@ process without a further pin.
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from errno import EBUSY, EEXIST, ENODEV, EPERM
@@ -27,10 +24,6 @@ XDP_FLAGS_SKB_MODE = 1 << 1
 XDP_FLAGS_DRV_MODE = 1 << 2
 XDP_FLAGS_HW_MODE = 1 << 3
 XDP_FLAGS_REPLACE = 1 << 4
-
-# include/uapi/linux/sockios.h, ethtool.h
-SIOCETHTOOL = 0x8946
-ETHTOOL_GTXCSUM = 0x16
 
 _MODE_FLAG = {NATIVE: XDP_FLAGS_DRV_MODE, GENERIC: XDP_FLAGS_SKB_MODE, OFFLOAD: XDP_FLAGS_HW_MODE}
 _ID_ATTRIBUTE = {
@@ -225,24 +218,16 @@ def _checksum_warning(link: _Link) -> str | None:
         return None
     if link.peer is None:
         return f"{link.name}: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
+    from xdp import ethtool  # whose imports take their time
+
     try:
         peer = socket.if_indextoname(link.peer)
-        offloads = _leaves_checksums_out(peer)
     except OSError:  # it has just left the namespace
         return None
-    if not offloads:
+    if not ethtool.offloads(peer).leave_checksums_out:
         return None
     return f"{link.name}: packets from its peer {peer} lack checksums: ethtool -K {peer} tx off"
 
 
 def _join(*warnings: str | None) -> str | None:
     return "; ".join(filter(None, warnings)) or None
-
-
-def _leaves_checksums_out(name: str) -> bool:
-    """Whether transmit checksum offload is on: struct ethtool_value {u32 cmd, data} by an ifreq."""
-    value = array("I", [ETHTOOL_GTXCSUM, 0])
-    request = struct.pack("16sP16x", name.encode(), value.buffer_info()[0])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, SIOCETHTOOL, request)
-    return bool(value[1])

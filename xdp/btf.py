@@ -3,6 +3,9 @@
 Enters: raw BTF (Documentation/bpf/btf.rst). Leaves: one ctypes class for each struct, with big-endian fields where the
 header says __be16 or __be32, name -> value for enums, and the (key, value) types of maps. Only what shared structs use
 is known: integers, arrays, structs, enums.
+
+Of an older object the types can be asked for as a newer one has them: a number that a struct lacks is zero, and stays
+it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from xdp.errors import NotSupported
+
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, TYPEDEF, VAR, DATASEC = 1, 2, 3, 4, 5, 6, 8, 14, 15
+DATA_SECTIONS = (".rodata", ".data", ".bss")
 _MODIFIERS = {9, 10, 11, 18}  # volatile, const, restrict, type tag
 _EXTRA_BYTES = {INT: 4, ARRAY: 12, VAR: 4, 17: 4}
 _EXTRA_BYTES_EACH = {STRUCT: 12, UNION: 12, ENUM: 8, 13: 8, DATASEC: 12, 19: 12}
@@ -34,10 +40,33 @@ class _Type:
         return list(zip(self.extra[::3], self.extra[1::3], self.extra[2::3], strict=True))
 
 
-class Btf:
-    """The types of one object, by name."""
+def layout(kind: CType) -> object:
+    """What two types have in common whose values are the same bytes with the same meaning."""
+    if hasattr(kind, "_fields_"):
+        fields = ((name, getattr(kind, name).offset, layout(of)) for name, of, *_ in kind._fields_)
+        return ctypes.sizeof(kind), tuple(fields)
+    if hasattr(kind, "_length_"):
+        return kind._length_, layout(kind._type_)
+    return ctypes.sizeof(kind), is_big_endian(kind)
 
-    def __init__(self, raw: bytes) -> None:
+
+def is_big_endian(kind: CType) -> bool:
+    """Of an integer of more than one byte."""
+    return kind is not kind.__ctype_le__
+
+
+class Enumerators(dict[str, int]):
+    """Name -> value. Raises NotSupported for a name that the object does not know."""
+
+    def __missing__(self, name: str) -> int:
+        raise NotSupported(f"{name}: unknown to the program in force, which is older")
+
+
+class Btf:
+    """The types of one object, by name. `expected`: those of a newer one, whose fields are to be found here too."""
+
+    def __init__(self, raw: bytes, expected: Btf | None = None) -> None:
+        self.raw, self._expected = raw, expected
         header_size, types_at, types_size, strings_at, strings_size = struct.unpack_from("=4x5I", raw)
         self._strings = raw[header_size + strings_at :][:strings_size]
         self._types = [_Type("void", 0, 0, ()), *self._read(raw[header_size + types_at :][:types_size])]
@@ -68,8 +97,23 @@ class Btf:
 
     def enum(self, name: str) -> dict[str, int]:
         """Name -> value, in the order of the header. Raises KeyError."""
-        extra = self._types[self._ids[ENUM, name]].extra
-        return {self._string(n): value for n, value in zip(extra[::2], extra[1::2], strict=True)}
+        return self._enumerators(self._types[self._ids[ENUM, name]])
+
+    def _enumerators(self, enum: _Type) -> Enumerators:
+        pairs = zip(enum.extra[::2], enum.extra[1::2], strict=True)
+        return Enumerators({self._string(n): value for n, value in pairs})
+
+    def enums_of(self, name: str) -> dict[str, dict[str, int]]:
+        """Of the fields of `struct name` that are enums: their enumerators, by the enum's name."""
+        fields = (self._types[type_id] for _, type_id, _ in self._types[self._ids[STRUCT, name]].triples)
+        return {field.name: self._enumerators(field) for field in fields if field.kind == ENUM}
+
+    @property
+    def map_names(self) -> list[str]:
+        """Those of .maps, and the data sections that are maps too."""
+        sections = [t.name for t in self._types if t.kind == DATASEC]
+        maps = (self._types[self._ids[DATASEC, ".maps"]].triples) if ".maps" in sections else []
+        return [*(self._types[var].name for var, _, _ in maps), *(name for name in sections if name in DATA_SECTIONS)]
 
     def section(self, name: str) -> CType:
         """A data section (.rodata, .data) as a ctypes class with a field for each of its variables."""
@@ -112,4 +156,31 @@ class Btf:
         for field, _, bit in members:
             if getattr(made, field).offset * 8 != bit:
                 raise TypeError(f"struct {name}: field {field} is not where C has it")
+        self._add_lacking(made)
         return made
+
+    def _add_lacking(self, made: CType) -> None:
+        name = made.__name__
+        if self._expected is None or (STRUCT, name) not in self._expected._ids:
+            return
+        known = {field for field, *_ in made._fields_}
+        for field, kind, *_ in self._expected.struct(name)._fields_:
+            if field not in known:
+                setattr(made, field, _lacking(name, field, kind))
+
+
+def _lacking(struct_name: str, field: str, kind: CType) -> property:
+    """What is there in the place of a field."""
+    why = f"struct {struct_name} has no {field} in the program in force, which is older"
+    is_number = issubclass(kind, ctypes._SimpleCData)
+
+    def read(_: object) -> int:
+        if not is_number:
+            raise NotSupported(why)
+        return 0
+
+    def write(_: object, value: int) -> None:
+        if value:
+            raise NotSupported(why)
+
+    return property(read, write)

@@ -2,6 +2,7 @@
 
 XdpError
 ├── LoadError             a program or its maps cannot be loaded
+│   └── CannotCarry       what the maps in force hold has no place in those of another version
 ├── MapError              a map cannot be read or written
 ├── AttachError           a program cannot be put on an interface or taken off
 │   ├── NoSuchInterface   the interface is not there (any more)
@@ -16,6 +17,10 @@ class XdpError(Exception):
 
 
 class LoadError(XdpError):
+    pass
+
+
+class CannotCarry(LoadError):
     pass
 
 

@@ -42,6 +42,15 @@ class Map:
         """The size of an array; how many entries any other map can hold."""
         return int(self.info.max_entries)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the kernel that it takes; before Linux 6.4, what its size says."""
+        try:
+            with open(f"/proc/self/fdinfo/{self.fd}", encoding="ascii") as facts:
+                return next(int(line.split()[1]) for line in facts if line.startswith("memlock:"))
+        except OSError as error:
+            raise self._failed("measure", error) from error
+
     def _key(self, key: Any) -> Any:
         return key if isinstance(key, self.key_type) else self.key_type(key)
 
@@ -93,9 +102,41 @@ class Map:
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """All entries of a hash map, as arrays of keys and of values; what comes and goes meanwhile may be missed."""
+        return self._batches(self.value_type)
+
+    def raw_batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """All entries of any map, an array too: keys one after the other, and values that fill `value_stride` each."""
+        for keys, values in self._batches(ctypes.c_uint8 * self.value_stride):
+            yield bytes(keys), bytes(values)
+
+    def total_of(self, raw: bytes) -> Any:
+        """The sum over CPUs of an entry as `raw_batches` gives it."""
+        each = self.value_stride // self.values_each
+        return _sum(self.value_type, [self.value_type.from_buffer_copy(raw, at) for at in range(0, len(raw), each)])
+
+    @cached_property
+    def values_each(self) -> int:
+        """How many values an entry has: one for each CPU, in per-CPU maps."""
+        return int(libbpf.possible_cpus()) if self.info.type in _PER_CPU_TYPES else 1
+
+    @property
+    def value_stride(self) -> int:
+        """Bytes of all values of an entry; those of per-CPU maps are padded to 8."""
+        size = ctypes.sizeof(self.value_type)
+        return size if self.values_each == 1 else (size + 7 & ~7) * self.values_each
+
+    def put_raw(self, keys: bytes, values: bytes) -> None:
+        """Writes entries as `raw_batches` gives them, one or many, in the place of those that are there."""
+        count = ctypes.c_uint32(len(keys) // ctypes.sizeof(self.key_type))
+        try:
+            libbpf.update_batch(self.fd, keys, values, ctypes.byref(count), None)
+        except OSError as error:
+            raise self._failed("copy", error) from error
+
+    def _batches(self, value_type: CType) -> Iterator[tuple[Any, Any]]:
         size, token, first = _BATCH, (ctypes.c_uint8 * max(ctypes.sizeof(self.key_type), 8))(), True
         while True:
-            keys, values, count = (self.key_type * size)(), (self.value_type * size)(), ctypes.c_uint32(size)
+            keys, values, count = (self.key_type * size)(), (value_type * size)(), ctypes.c_uint32(size)
             try:
                 start = None if first else token
                 libbpf.lookup_batch(self.fd, start, token, keys, values, ctypes.byref(count), None)

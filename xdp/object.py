@@ -1,22 +1,27 @@
 """A compiled BPF object: open, set its constants and sizes, load (or adopt what an earlier process pinned), use.
 
 Enters: a .bpf.o made by xdp/Makefile. Leaves: programs that can be attached or test-run, typed maps, live global
-variables. What a process has loaded dies with it unless it is pinned or attached.
+variables. What a process has loaded dies with it unless it is pinned or attached. What is pinned says itself which
+object it comes from and what its maps hold, so that another version can read it: see Description.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import json
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Self
 
 from xdp import libbpf
-from xdp.btf import Btf, CType
+from xdp.btf import Btf, CType, layout
 from xdp.errors import LoadError, NotPermitted, XdpError
 from xdp.maps import Map, map_info
 
@@ -24,6 +29,8 @@ LB_OBJECT = Path(__file__).with_name("bpf") / "lb.bpf.o"
 
 _LOG_LINES_SHOWN = 12
 _NOT_PERMITTED = "not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)"
+_DESCRIPTION = "description"
+_MAP_TYPE_ARRAY = 2
 _OUTPUT_ROOM = 512  # what a program may add in front of a frame, with room to spare
 
 
@@ -113,19 +120,61 @@ def pinned_program(directory: str, name: str) -> Program:
         raise LoadError(f"pin {directory}/prog_{name}: {error.strerror}") from error
 
 
-class BpfObject:
-    """One object file, and after load() or adopt() its programs and maps."""
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is pinned beside programs and maps: the SHA-256 of their object file, the version of xdp-lb that pinned
+    them, the names of the programs, and the object's BTF. (The kernel gives a map's own to CAP_SYS_ADMIN only.)"""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handle: int | None = _open(path)
+    sha256: str
+    version: str
+    programs: tuple[str, ...]
+    btf: bytes
+
+    @classmethod
+    def read(cls, directory: str) -> Description:
+        """Raises LoadError."""
+        fd = _pinned(directory, _DESCRIPTION)
+        try:
+            info = map_info(fd)
+            value = ctypes.create_string_buffer(info.value_size)
+            libbpf.lookup(fd, ctypes.byref(ctypes.c_uint32()), value)
+        finally:
+            os.close(fd)
+        (size,) = struct.unpack_from("=I", value.raw)
+        head = json.loads(value.raw[4 : 4 + size])
+        return cls(head["sha256"], head["version"], tuple(head["programs"]), value.raw[4 + size :])
+
+    def pin(self, directory: str) -> None:
+        head = json.dumps({"sha256": self.sha256, "version": self.version, "programs": self.programs}).encode()
+        value = struct.pack("=I", len(head)) + head + self.btf
+        fd = libbpf.map_create(_MAP_TYPE_ARRAY, _DESCRIPTION.encode(), 4, len(value), 1, None)
+        try:
+            libbpf.update(fd, ctypes.byref(ctypes.c_uint32()), value, 0)
+            libbpf.pin(fd, os.fsencode(f"{directory}/{_DESCRIPTION}"))
+        finally:
+            os.close(fd)
+
+
+def _pinned(directory: str, name: str) -> int:
+    try:
+        return int(libbpf.get_pinned(os.fsencode(f"{directory}/{name}")))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise NotPermitted(_NOT_PERMITTED) from None
+        raise LoadError(f"pin {directory}/{name}: {error.strerror}") from error
+
+
+class Loaded:
+    """Programs and maps in the kernel, and what their object's BTF says of them."""
+
+    types: Btf
+    fingerprint: str  # SHA-256 of the object file
+    version: str  # of xdp-lb
+
+    def __init__(self) -> None:
         self._adopted: list[int] = []
         self._map_fds: dict[str, int] = {}
         self._program_fds: dict[str, int] = {}
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        return cls(path)
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +187,104 @@ class BpfObject:
         for fd in self._adopted:
             os.close(fd)
         self._adopted.clear()
+
+    @property
+    def map_names(self) -> Sequence[str]:
+        return tuple(self._map_fds)
+
+    def program(self, name: str) -> Program:
+        return Program(name, self._program_fds[name])
+
+    def map(self, name: str) -> Map:
+        return Map(name, self._map_fds[name], *self.map_types(name))
+
+    def variable(self, name: str) -> Any:
+        """A global variable of .data as a live ctypes struct."""
+        section = self.types.section(".data")
+        return getattr(section.from_buffer(self.map(".data").bytes()), name)
+
+    def map_types(self, name: str) -> tuple[CType, CType]:
+        """Of keys and of values; of a data section, as a map with one value."""
+        if name.startswith("."):
+            return ctypes.c_uint32, self.types.section(name)
+        types = self.types.map_types(name)
+        if types is None:
+            raise LoadError(f"map {name}: not there")
+        return types
+
+    def _get_pinned(self, directory: str, name: str) -> int:
+        fd = _pinned(directory, name)
+        self._adopted.append(fd)
+        return fd
+
+    def _check_shape(self, name: str, fd: int, whose: str) -> None:
+        info, (key, value) = map_info(fd), self.map_types(name)
+        alignment = ctypes.alignment(value) if name.startswith(".") else 1  # a section ends with its last variable
+        value_size = -(-info.value_size // alignment) * alignment
+        if (info.key_size, value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
+            raise LoadError(f"map {name}: of another shape than in {whose}")
+
+
+class PinnedObject(Loaded):
+    """What pin() left in a directory, of whatever version. Raises LoadError where it is incomplete.
+
+    `expected`: of a newer version, whose fields are to be found in structs here too, as zeros (see xdp.btf).
+    """
+
+    @classmethod
+    def open(cls, directory: str, path: Path) -> Self:
+        """As the object at `path` expects it."""
+        if Description.read(directory).sha256 == fingerprint(path):
+            return cls(directory)
+        with BpfObject.open(path) as installed:
+            return cls(directory, installed.types)
+
+    def __init__(self, directory: str, expected: Btf | None = None) -> None:
+        super().__init__()
+        description = Description.read(directory)
+        self.fingerprint, self.version = description.sha256, description.version
+        self.types = Btf(description.btf, expected)
+        try:
+            for name in self.types.map_names:
+                fd = self._map_fds[name] = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
+                self._check_shape(name, fd, "its description")
+            for name in description.programs:
+                self._program_fds[name] = self._get_pinned(directory, f"prog_{name}")
+        except LoadError:
+            self.close()
+            raise
+
+    def map(self, name: str) -> Map:
+        if name not in self._map_fds:
+            raise LoadError(f"map {name}: not there in the version in force")
+        return super().map(name)
+
+
+class BpfObject(Loaded):
+    """One object file, and after load() or adopt() its programs and maps."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._handle: int | None = _open(path)
+        self.fingerprint = fingerprint(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        return cls(path)
+
+    def close(self) -> None:
+        super().close()
         if self._handle:
             libbpf.object_close(self._handle)
         self._handle = None
 
     @cached_property
-    def types(self) -> Btf:
+    def version(self) -> str:  # type: ignore[override]
+        return installed_version("xdp-lb")
+
+    @cached_property
+    def types(self) -> Btf:  # type: ignore[override]
         size = ctypes.c_uint32()
         data = libbpf.btf_raw_data(libbpf.object_btf(self._handle), ctypes.byref(size))
         return Btf(ctypes.string_at(data, size.value))
@@ -170,13 +311,18 @@ class BpfObject:
         for field, value in values.items():
             setattr(target, field, value)
 
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Type, flags and number of entries of a map as they are set, before load() too."""
+        handle = self._map_handles[name]
+        return libbpf.map_type(handle), libbpf.map_flags(handle), libbpf.map_max_entries(handle)
+
     def resize(self, name: str, entries: int) -> None:
         """Sets how many entries a map holds, before load()."""
         libbpf.map_set_max_entries(self._map_handles[name], entries)
 
     def reuse(self, name: str, fd: int) -> None:
         """Takes an existing map in the place of a new one, before load(). LoadError if it is of another shape."""
-        self._check_shape(name, fd)
+        self._check_shape(name, fd, self.path.name)
         libbpf.map_reuse_fd(self._map_handles[name], fd)
 
     def load(self) -> None:
@@ -191,22 +337,12 @@ class BpfObject:
 
     def adopt(self, directory: str) -> None:
         """Takes programs and maps from what pin() left. Raises LoadError if it is of another version or incomplete."""
+        pinned = Btf(Description.read(directory).btf)
         for name in self._map_handles:
-            fd = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
-            self._check_shape(name, fd)
-            self._map_fds[name] = fd
+            self._check_alike(name, pinned)
+            self._map_fds[name] = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
         for name in self._program_handles():
             self._program_fds[name] = self._get_pinned(directory, f"prog_{name}")
-
-    def _get_pinned(self, directory: str, name: str) -> int:
-        try:
-            fd: int = libbpf.get_pinned(os.fsencode(f"{directory}/{name}"))
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.EACCES):
-                raise NotPermitted(_NOT_PERMITTED) from None
-            raise LoadError(f"pin {directory}/{name}: {error.strerror}") from error
-        self._adopted.append(fd)
-        return fd
 
     def pin(self, directory: str) -> None:
         """Pins every map and program in a directory of a bpffs: maps as map_NAME, programs as prog_NAME."""
@@ -214,6 +350,7 @@ class BpfObject:
             libbpf.pin(fd, os.fsencode(f"{directory}/map_{name.removeprefix('.')}"))
         for name, fd in self._program_fds.items():
             libbpf.pin(fd, os.fsencode(f"{directory}/prog_{name}"))
+        Description(self.fingerprint, self.version, tuple(self._program_fds), self.types.raw).pin(directory)
 
     def _program_handles(self) -> dict[str, int]:
         handles, handle = {}, libbpf.object_next_program(self._handle, None)
@@ -222,31 +359,20 @@ class BpfObject:
             handle = libbpf.object_next_program(self._handle, handle)
         return handles
 
-    def _map_types(self, name: str) -> tuple[CType, CType]:
-        if name.startswith("."):
-            return ctypes.c_uint32, self.types.section(name)
-        types = self.types.map_types(name)
-        if types is None:
-            raise XdpError(f"map {name}: not in {self.path.name}")
-        return types
-
-    def _check_shape(self, name: str, fd: int) -> None:
-        info, (key, value) = map_info(fd), self._map_types(name)
-        alignment = ctypes.alignment(value) if name.startswith(".") else 1  # a section ends with its last variable
-        value_size = -(-info.value_size // alignment) * alignment
-        if (info.key_size, value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
+    def _check_alike(self, name: str, pinned: Btf) -> None:
+        """An object that has no such map, or one of another shape, is of another version."""
+        theirs = pinned.map_types(name) if not name.startswith(".") else None
+        if theirs is not None and [*map(layout, theirs)] != [*map(layout, self.map_types(name))]:
             raise LoadError(f"map {name}: of another shape than in {self.path.name}")
 
-    def program(self, name: str) -> Program:
-        return Program(name, self._program_fds[name])
 
-    def map(self, name: str) -> Map:
-        return Map(name, self._map_fds[name], *self._map_types(name))
-
-    def variable(self, name: str) -> Any:
-        """A global variable of .data as a live ctypes struct."""
-        section = self.types.section(".data")
-        return getattr(section.from_buffer(self.map(".data").bytes()), name)
+def fingerprint(path: Path) -> str:
+    """The SHA-256 of an object file. Raises LoadError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror}") from error
 
 
 def _open(path: Path) -> int:
@@ -265,6 +391,12 @@ def _load_error(path: Path, error: OSError, said: list[str]) -> XdpError:
         return NotPermitted(_NOT_PERMITTED)
     lines = [line for message in said for line in message.splitlines() if line.strip()]
     return LoadError(f"{path.name}: the kernel refuses it: {error.strerror}{useful_tail(lines)}")
+
+
+def in_one_line(error: XdpError) -> str:
+    """What failed, and the last thing that the verifier said."""
+    first, *log = str(error).splitlines()
+    return f"{first}: {log[-1].strip()}" if log else first
 
 
 def useful_tail(lines: list[str]) -> str:

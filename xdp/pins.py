@@ -1,7 +1,7 @@
 """Where programs and maps outlive the process: a bpffs of our own, a folder a network namespace and generation.
 
     RUN_DIR/bpf/NETNS/current -> 3     the generation in force (a symbolic link, replaced atomically)
-    RUN_DIR/bpf/NETNS/3/map_*, prog_*
+    RUN_DIR/bpf/NETNS/3/map_*, prog_*, description
 
 `ip netns exec` gives each command a mount namespace of its own, whose mounts die with it, and hides /sys/fs/bpf in it.
 So the bpffs is mounted in the mount namespace of our oldest ancestor that we may look at (as a rule, init's), and where

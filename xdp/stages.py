@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from xdp.object import BpfObject
+from xdp.object import Loaded
 from xdp.pins import run_dir
 
-MAPS = ("stages", "verdicts", ".data")  # the same as long as the balancer is loaded: others refer to them
+MAPS = ("stages", "verdicts")  # the same as long as a balancer is loaded: others refer to them
 USERS = 4  # places for users' own stages, in front and behind
 
 
 class Stages:
     """The stages of a loaded object. Methods raise XdpError."""
 
-    def __init__(self, obj: BpfObject) -> None:
+    def __init__(self, obj: Loaded) -> None:
         places, self._flags = obj.types.enum("stage"), obj.types.enum("stages_in_use")
         self.filter, self.balance = places["STAGE_FILTER"], places["STAGE_BALANCE"]
         self.users = range(places["STAGE_USER"], places["STAGE_USER"] + USERS)
@@ -58,6 +58,17 @@ class Stages:
                 del self.map[place]
             self._announce()
 
+    def relay(self, program_fd: int) -> None:
+        """Have another balancer take over: from one packet to the next it has them all, whatever interface they come in
+        on. To be called on the stages of the one that goes, until the interfaces have the other."""
+        with self.alone():
+            self._control.stages |= self._flags["STAGES_RELAY"]
+            self.map[self.balance] = program_fd
+
+    def end_relay(self) -> None:
+        with self.alone():
+            self._control.stages &= ~self._flags["STAGES_RELAY"]
+
     def occupied(self) -> dict[int, int]:
         """Place -> program id, without the balancer's own."""
         return {place: self.map[place].value for place in (self.filter, *self.users, *self.exits) if place in self.map}
@@ -77,7 +88,8 @@ class Stages:
         places = self.occupied()
         in_front = self._flags["STAGES_IN_FRONT"] * any(place < self.balance for place in places)
         behind = self._flags["STAGES_BEHIND"] * any(place > self.balance for place in places)
-        self._control.stages = self._control.stages & self._flags["STAGES_RECORD"] | in_front | behind
+        others = self._flags["STAGES_RECORD"] | self._flags["STAGES_RELAY"]
+        self._control.stages = self._control.stages & others | in_front | behind
 
 
 def _lock() -> int:

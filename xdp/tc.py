@@ -35,6 +35,7 @@ class Place:
 
 # Between them stay the programs of hold().
 FIRST_IN = Place(egress=False, priority=0x4C)
+_HELD = 0x4D
 LAST_IN, LAST_OUT = Place(egress=False, priority=0x4E), Place(egress=True, priority=0x4E)
 
 
@@ -79,11 +80,30 @@ class Held:
 
 def hold(ifindex: int, program_fd: int, program_id: int, name: str, *, egress: bool) -> Held:
     """For kernels without tcx. Behind attach()'s program; each by the handle that is its own id. Raises XdpError."""
-    place = Place(egress, FIRST_IN.priority + 1).words | {"handle": program_id}
+    place = Place(egress, _HELD).words | {"handle": program_id}
     with route_socket() as ipr, _refusals(f"interface {ifindex}: cannot attach {name}"):
         _add_clsact(ipr, ifindex)
         ipr.tc("add-filter", "bpf", ifindex, fd=program_fd, name=name, direct_action=True, **place)
     return Held(ifindex, place)
+
+
+def release_left(name: str) -> None:
+    """Take off what processes that were killed have left of hold() under this name, on whatever interface."""
+    with route_socket() as ipr, _refusals(f"programs {name} that were left"):
+        indices = {message["index"] for message in ipr.get_qdiscs() if message.get_attr("TCA_KIND") == "clsact"}
+        left = [(index, place) for index in indices for place in _places_of(ipr, index, name)]
+    for index, place in left:
+        _remove(index, place)
+
+
+def _places_of(ipr: IPRoute, ifindex: int, name: str) -> Iterator[dict[str, Any]]:
+    for egress in (False, True):
+        words = Place(egress, _HELD).words
+        for message in ipr.get_filters(index=ifindex, parent=words["parent"]):
+            options = message.get_attr("TCA_OPTIONS")
+            is_held = message["info"] >> 16 == _HELD and options
+            if is_held and options.get_attr("TCA_BPF_NAME") == name:
+                yield words | {"handle": message["handle"]}
 
 
 def is_attached(ifindex: int, place: Place = FIRST_IN) -> bool:

@@ -16,12 +16,15 @@ from errno import EPERM
 from typing import Self
 
 from xdp import libbpf
-from xdp.btf import STRUCT
+from xdp.btf import ENUM, STRUCT
 from xdp.errors import NotPermitted, NotSupported
 from xdp.object import program_info
 
 _TYPE = struct.Struct("=III")  # struct btf_type: name, kind and number of members, size
 _MEMBER = struct.Struct("=III")  # struct btf_member: name, type, offset in bits
+_VALUE = struct.Struct("=Ii")  # struct btf_enum: name, value
+_FUNCTION = 12  # BTF_KIND_FUNC
+_ANONYMOUS = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +78,47 @@ class KernelTypes:
         libbpf.btf_free(self._btf)
 
     def offset(self, struct_name: str, member: str) -> int:
-        """In bytes. Raises NotSupported."""
-        try:
-            at = libbpf.btf_type(self._btf, libbpf.btf_find(self._btf, struct_name.encode(), STRUCT))
-        except OSError as error:
-            raise NotSupported(f"struct {struct_name}: not in the kernel's BTF") from error
-        for name, bits in self._members(at):
-            if name == member:
-                return bits // 8
-        raise NotSupported(f"struct {struct_name}: has no {member} in the kernel's BTF")
+        """In bytes, also of a member of an anonymous struct or union in it. Raises NotSupported."""
+        found = self._offset(self._id("struct", struct_name, STRUCT), member)
+        if found is None:
+            raise NotSupported(f"struct {struct_name}: has no {member} in the kernel's BTF")
+        return found // 8
 
-    def _members(self, at: int) -> Iterator[tuple[str, int]]:
+    def constant(self, enum_name: str, name: str) -> int:
+        """Of an enum. Raises NotSupported."""
+        for found, value in self._parts(self._id("enum", enum_name, ENUM), _VALUE):
+            if self._name(found) == name:
+                return int(value)
+        raise NotSupported(f"enum {enum_name}: has no {name} in the kernel's BTF")
+
+    def function(self, name: str) -> int:
+        """Its id, by which programs call it. Raises NotSupported."""
+        return self._id("function", name, _FUNCTION)
+
+    def _id(self, what: str, name: str, kind: int) -> int:
+        try:
+            return int(libbpf.btf_find(self._btf, name.encode(), kind))
+        except OSError as error:
+            raise NotSupported(f"{what} {name}: not in the kernel's BTF") from error
+
+    def _offset(self, type_id: int, member: str) -> int | None:
+        """In bits."""
+        for name, inner, bits in self._parts(type_id, _MEMBER):
+            at = bits & 0xFFFFFF  # above it: the size of a bit field
+            if self._name(name) == member:
+                return int(at)
+            within = self._offset(inner, member) if name == _ANONYMOUS else None
+            if within is not None:
+                return int(at + within)
+        return None
+
+    def _parts(self, type_id: int, form: struct.Struct) -> Iterator[tuple[int, ...]]:
+        at = libbpf.btf_type(self._btf, type_id)
         _, info, _ = _TYPE.unpack(ctypes.string_at(at, _TYPE.size))
-        raw = ctypes.string_at(at + _TYPE.size, (info & 0xFFFF) * _MEMBER.size)
-        for name, _, bits in _MEMBER.iter_unpack(raw):
-            yield libbpf.btf_name(self._btf, name).decode(), bits & 0xFFFFFF  # above it: the size of a bit field
+        yield from form.iter_unpack(ctypes.string_at(at + _TYPE.size, (info & 0xFFFF) * form.size))
+
+    def _name(self, at: int) -> str:
+        return str(libbpf.btf_name(self._btf, at).decode())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The loops of filters.merge and filters.pcapng in C: merge.so and pcapng.so, through ctypes.
+"""The loops of filters.merge, filters.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so, through ctypes.
 
 Without them, which `make build` compiles and the wheel carries, it is done in Python, thirty times slower.
 """
@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_size_t, c_uint32, c_void_p
+from ctypes import c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 
 class _Source(ctypes.Structure):
     _fields_ = (("at", c_void_p), ("end", c_void_p))
+
+
+class Ring(ctypes.Structure):
+    """struct ring, wait.c: addresses of three fields of a filters.ring.Line."""
+
+    _fields_ = (("head", c_void_p), ("tail", c_void_p), ("wrap", c_void_p))
 
 
 class Table(ctypes.Structure):
@@ -57,8 +63,16 @@ def _load_blocks() -> Any:
     return found
 
 
+def _load_wait() -> Any:
+    if found := _load("wait.so"):
+        found.wait_for_records.argtypes = (c_void_p, c_uint32, c_uint64, c_uint64, c_uint32)
+        found.wait_for_records.restype = None
+    return found
+
+
 library: Any = _load_merge()
 blocks_library: Any = _load_blocks()
+wait_library: Any = _load_wait()
 
 # Beyond a record: the rest of the block's head, its size once more, what aligns the packet, a flag, the end of options.
 _MOST_BESIDE_COMMENT = 12 + 4 + 3 + 8 + 4

@@ -16,12 +16,14 @@ from filters.capture import Capture
 from filters.cbpf import Instruction
 from filters.errors import FilterError
 from filters.expr import compile_expression
+from filters.fragments import FragmentFlag, fragment_flag
 from filters.hook import HOOKS, XDP, XDP_FRAGS, Hook
 from filters.pcap import offsets
 from filters.program import Drop, LoadedProgram, Rule, assemble, load
 from filters.ring import LARGEST_RECORD, LEAST_SIZE, Counts, Rings
 from filters.tests.packets import FRAMES
 from filters.translate import translate
+from xdp.tests.kernels import KERNEL_CONTEXT
 
 UDP = FRAMES["udp"]
 EVERYTHING = (Instruction(cbpf.RET, k=262144),)
@@ -44,10 +46,15 @@ def one_cpu() -> Iterator[None]:
 
 
 def capturing(
-    rings: Rings, hook: Hook = XDP, expression: str = "", snaplen: int = 262144, limit: int | None = None
+    rings: Rings,
+    hook: Hook = XDP,
+    expression: str = "",
+    snaplen: int = 262144,
+    limit: int | None = None,
+    flag: FragmentFlag | None = None,
 ) -> LoadedProgram:
     instructions = compile_expression(expression, snaplen=snaplen)
-    rule = Rule(translate(instructions, hook), [Capture(rings, limit=limit)])
+    rule = Rule(translate(instructions, hook), [Capture(rings, limit=limit, flag=flag)])
     return load("capture", hook, assemble(hook, [rule]))
 
 
@@ -100,6 +107,16 @@ def test_packet_in_fragments_is_captured_whole(rings: Rings) -> None:
     with capturing(rings, XDP_FRAGS) as program:
         program.test_run(frame)
     assert packets(rings) == [(frame, len(frame))]
+
+
+@KERNEL_CONTEXT
+@pytest.mark.parametrize("snaplen", [40, 4000, 262144])
+def test_flag_of_fragments_leaves_the_records_as_they_are(rings: Rings, snaplen: int) -> None:
+    frames = [UDP, UDP + bytes(n & 0xFF for n in range(3000)), UDP + bytes(n * 7 & 0xFF for n in range(20000))]
+    with capturing(rings, XDP_FRAGS, snaplen=snaplen, flag=fragment_flag()) as program:
+        for frame in frames:
+            program.test_run(frame)
+    assert packets(rings) == [(frame[:snaplen], len(frame)) for frame in frames]
 
 
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=str)

@@ -89,6 +89,14 @@ def test_memory_word_must_be_written_on_every_way_to_where_it_is_read() -> None:
     cbpf.check((STORE_MEMORY, *one_way))
 
 
+def test_what_stands_behind_a_return_is_looked_at_as_if_it_were_reached() -> None:
+    unreachable = (ACCEPT, LOAD_MEMORY, ACCEPT)
+    assert we_refuse(unreachable)
+    assert kernel_refuses(unreachable)
+    cbpf.check((STORE_MEMORY, *unreachable))
+    assert not kernel_refuses((STORE_MEMORY, *unreachable))
+
+
 def test_text_of_every_code_is_libpcaps() -> None:
     offsets = [0, 20, cbpf.NET_OFF, cbpf.LL_OFF, *range(cbpf.AD_OFF, cbpf.AD_OFF + 68, 4)]
     for i in (Instruction(code, 1, 2, k) for code in range(0x100) for k in offsets):

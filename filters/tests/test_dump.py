@@ -14,6 +14,7 @@ from pyroute2 import netns
 
 from filters import selftest, taps
 from filters.dump import Request, Session
+from filters.ebpf import disassemble
 from filters.errors import DumpError, NotWritten, SelftestFailed
 from filters.expr import compile_expression
 from filters.interfaces import Interface, all_interfaces, chosen, netmask
@@ -22,6 +23,7 @@ from filters.ring import Counts
 from filters.tests.packets import FRAMES
 from xdp.errors import NotSupported
 from xdp.netlink import route_socket
+from xdp.tests.kernels import KERNEL_CONTEXT
 
 DEADLINE_S = 5
 
@@ -90,6 +92,26 @@ def test_session_delivers_what_the_filter_takes() -> None:
         session.finish(sink)
         assert session.settled() == Counts(matched=2, captured=2)
     assert sink.taken.count(FRAMES["udp"]) == sink.records == 2
+
+
+@KERNEL_CONTEXT
+@pytest.mark.parametrize("prompt", [True, False])
+def test_only_who_can_wait_pays_for_the_kernels_types(prompt: bool) -> None:
+    with Session(request(ingress=True, egress=False, prompt=prompt)) as session:
+        session.start()
+        (tap,) = session.taps
+        assert ("kernel-function" in disassemble(tap.program.instructions)) is not prompt
+
+
+def test_session_is_complete_when_as_many_are_captured_as_were_asked_for() -> None:
+    with Session(request(limit=2)) as session:
+        session.start()
+        send([FRAMES["udp"]])
+        until_matched(session, 1)
+        assert not session.is_complete
+        send([FRAMES["udp"], FRAMES["udp"]])
+        until_matched(session, 3)
+        assert session.is_complete
 
 
 def test_without_tcx_programs_hang_on_clsact(monkeypatch: pytest.MonkeyPatch) -> None:

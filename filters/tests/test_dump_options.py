@@ -90,6 +90,22 @@ def test_packets_are_printed_unless_they_are_written(words: list[str], prints: b
 
 
 @pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        ([], True),
+        (["-w", "f"], False),
+        (["-w", "f", "-C", "1"], False),
+        (["-w", "-"], True),
+        (["-w", "f", "-U"], True),
+        (["-w", "f", "-c", "1"], True),
+        (["-w", "f", "--print"], True),
+    ],
+)
+def test_only_a_file_can_wait(words: list[str], prompt: bool) -> None:
+    assert parse(words).is_prompt is prompt
+
+
+@pytest.mark.parametrize(
     ("words", "blocks", "notes"),
     [
         (["-w", "a.pcapng"], True, True),

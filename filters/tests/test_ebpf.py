@@ -72,6 +72,7 @@ def test_text_is_like_the_verifiers() -> None:
     asm.load_map(R1, 9)
     asm.call(ebpf.SKB_LOAD_BYTES)
     asm.call(12345)
+    asm.call_kernel(54321)
     asm.jump_if(ebpf.JGT, R1, R7, end)
     asm.jump_if(ebpf.JNE, R0, 0x800, end, bits=32)
     asm.jump(end)
@@ -89,8 +90,9 @@ def test_text_is_like_the_verifiers() -> None:
         "8: (18) r1 = map[fd:9]",
         "10: (85) call bpf_skb_load_bytes#26",
         "11: (85) call helper#12345",
-        "12: (2d) if r1 > r7 goto pc+2",
-        "13: (56) if w0 != 0x800 goto pc+1",
-        "14: (05) goto pc+0",
-        "15: (95) exit",
+        "12: (85) call kernel-function#54321",
+        "13: (2d) if r1 > r7 goto pc+2",
+        "14: (56) if w0 != 0x800 goto pc+1",
+        "15: (05) goto pc+0",
+        "16: (95) exit",
     ]

@@ -6,11 +6,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from pyroute2 import netns
 
 from filters.expr import compile_expression
 from filters.hook import TC_IN, Hook
@@ -18,7 +16,7 @@ from filters.program import Count, Rule, assemble, counters, load
 from filters.tests.packets import FRAMES
 from filters.translate import translate
 from xdp import tc
-from xdp.netlink import route_socket
+from xdp.tests.namespaces import FAR, NEAR, namespace_with_veth
 
 # A packet socket makes frames of more than a page with nothing but the Ethernet header in the linear area.
 NOT_LINEAR = FRAMES["large udp"][:42] + bytes(n * 7 & 0xFF for n in range(8000))
@@ -27,18 +25,9 @@ DEADLINE_S = 5
 
 @pytest.fixture
 def far() -> Iterator[int]:
-    """The index of the end of a veth that receives what is sent on the other one, `near`."""
-    name = f"filters-{os.getpid()}"
-    with ExitStack() as cleanup:
-        netns.create(name)
-        cleanup.callback(netns.remove, name)
-        netns.pushns(name)
-        cleanup.callback(netns.popns)
-        ipr = cleanup.enter_context(route_socket())
-        ipr.link("add", ifname="near", kind="veth", mtu=9000, peer={"ifname": "far", "mtu": 9000})
-        for end in ("near", "far"):
-            ipr.link("set", index=ipr.link_lookup(ifname=end)[0], state="up")
-        yield int(ipr.link_lookup(ifname="far")[0])
+    """The index of the end of a veth that receives what is sent on the other one, NEAR."""
+    with namespace_with_veth("filters", mtu=9000):
+        yield socket.if_nametoindex(FAR)
 
 
 def matched(far: int, hook: Hook, expressions: list[str], frame: bytes) -> list[str]:
@@ -52,7 +41,7 @@ def matched(far: int, hook: Hook, expressions: list[str], frame: bytes) -> list[
     with load("filter", hook, assemble(hook, rules)) as program:
         tc.attach(far, program.fd, "filter")
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
-            sender.bind(("near", 0))
+            sender.bind((NEAR, 0))
             sender.send(frame)
         deadline = time.monotonic() + DEADLINE_S
         while counted.total(len(expressions)).packets == 0:

@@ -242,6 +242,57 @@ def test_values_survive_a_question_that_calls_the_kernel(hook: Hook) -> None:
         assert loaded_program.test_run(FRAMES["udp"]).verdict == 40000 + 53
 
 
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=str)
+def test_accumulator_survives_a_length_that_goes_into_x(hook: Hook) -> None:
+    program = (
+        Instruction(cbpf.LD | cbpf.B | cbpf.ABS, k=14),
+        Instruction(cbpf.LDX | cbpf.LEN),
+        Instruction(cbpf.ALU | cbpf.ADD | cbpf.X),
+        Instruction(cbpf.RET | cbpf.A),
+    )
+    with load_bare(program, hook) as loaded_program:
+        assert loaded_program.test_run(FRAMES["udp"]).verdict == 0x45 + len(FRAMES["udp"])
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=str)
+def test_length_goes_into_x_where_nothing_is_in_the_accumulator(hook: Hook) -> None:
+    program = (
+        Instruction(cbpf.LDX | cbpf.LEN),
+        Instruction(cbpf.MISC | cbpf.TXA),
+        Instruction(cbpf.RET | cbpf.A),
+    )
+    with load_bare(program, hook) as loaded_program:
+        assert loaded_program.test_run(FRAMES["udp"]).verdict == len(FRAMES["udp"])
+
+
+@pytest.mark.parametrize("offset", [1 << 29, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF0])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=str)
+def test_offset_from_x_may_be_larger_than_what_the_verifier_adds_to_a_pointer(hook: Hook, offset: int) -> None:
+    """The sum wraps around: here to 14 less than the length of the frame."""
+    program = (
+        Instruction(cbpf.LD | cbpf.LEN),
+        Instruction(cbpf.ALU | cbpf.SUB, k=14 + offset & cbpf.WORD),
+        Instruction(cbpf.MISC | cbpf.TAX),
+        Instruction(cbpf.LD | cbpf.B | cbpf.IND, k=offset),
+        Instruction(cbpf.ALU | cbpf.ADD, k=1),
+        Instruction(cbpf.RET | cbpf.A),
+    )
+    frame = FRAMES["udp"]
+    with load_bare(program, hook) as loaded_program:
+        assert loaded_program.test_run(frame).verdict == frame[-14] + 1
+
+
+@pytest.mark.parametrize("hook", [XDP_FRAGS, TC_IN], ids=str)
+def test_large_offset_from_a_register_that_the_verifier_knows_by_another_is_accepted(hook: Hook) -> None:
+    program = (
+        Instruction(cbpf.LDX | cbpf.LEN),
+        Instruction(cbpf.LD | cbpf.B | cbpf.IND, k=0x80000000),
+        Instruction(cbpf.RET | cbpf.A),
+    )
+    with load_bare(program, hook) as loaded_program:
+        assert loaded_program.test_run(FRAMES["udp"]).verdict == 0
+
+
 def test_question_for_xor_is_arithmetic() -> None:
     xor = Instruction(cbpf.LD | cbpf.ABS, k=cbpf.AD_OFF + cbpf.ALU_XOR_X)
     program = (

@@ -238,3 +238,23 @@ def test_struct_that_the_kernel_does_not_have_is_named() -> None:
             types.offset("nonesuch", "member")
         with pytest.raises(NotSupported, match=r"^struct xdp_buff: has no member in the kernel's BTF$"):
             types.offset("xdp_buff", "member")
+
+
+def test_member_of_a_struct_without_a_name_counts_from_the_outer_one() -> None:
+    """struct iphdr keeps its addresses in such a one, in a union (<linux/ip.h>)."""
+    with kernel_types() as types:
+        assert [types.offset("iphdr", member) for member in ("check", "saddr", "daddr")] == [10, 12, 16]
+
+
+def test_constant_of_an_enum_is_its_value() -> None:
+    with kernel_types() as types:
+        assert types.constant("xdp_action", "XDP_REDIRECT") == 4
+        with pytest.raises(NotSupported, match=r"^enum nonesuch: not in the kernel's BTF$"):
+            types.constant("nonesuch", "XDP_REDIRECT")
+        with pytest.raises(NotSupported, match=r"^enum xdp_action: has no XDP_LOST in the kernel's BTF$"):
+            types.constant("xdp_action", "XDP_LOST")
+
+
+def test_function_that_the_kernel_does_not_have_is_named() -> None:
+    with kernel_types() as types, pytest.raises(NotSupported, match=r"^function nonesuch: not in the kernel's BTF$"):
+        types.function("nonesuch")

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lb.balancer import Balancer
-from lb.errors import AlreadyExists, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
+from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.ports import NoGuard
@@ -805,6 +805,23 @@ def test_guard_is_called_before_the_balancer_comes_and_before_it_goes(bed: Bed) 
         ("take_over", "eth1", True),
         ("take_over", "eth0", True),
     ]
+
+
+def test_changes_of_backends_do_not_wait_for_filter_rules(bed: Bed) -> None:
+    calls = Calls(bed.dataplane)
+    with Store.open(bed.path, write=True) as store:
+        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        balancer.attach([Interface("eth0")], [service(WEB, A, mode=Mode.DR)])
+        calls.alone = refuse  # type: ignore[assignment, method-assign]
+        balancer.add_backends(WEB, [B])
+        balancer.set_weight(WEB, A, 7)
+        balancer.remove_service(WEB)
+        with pytest.raises(Busy):
+            balancer.detach()
+
+
+def refuse() -> AbstractContextManager[None]:
+    raise Busy("somebody changes the rules")
 
 
 def test_guard_takes_over_where_an_attach_fails(bed: Bed) -> None:

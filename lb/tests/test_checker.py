@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from lb.checker import Checker, Key, Way
 from lb.conditions import Condition, Conditions
 from lb.errors import DataplaneError
+from lb.health import Ramp, Remembered, words_of
 from lb.health_check import HealthCheck
+from lb.host_events import Changes
 from lb.model import Backend, Service
 from lb.options import Options
 from lb.vip import Vip, parse_address
@@ -34,6 +36,9 @@ class Loopback:
         if self.error:
             raise DataplaneError(self.error)
         return {(s.vip, str(b)): Way(LOOPBACK, fault=self.faults.get(str(b), "")) for s in services for b in s.backends}
+
+    def concerned(self, changes: Changes) -> bool:
+        return False
 
     def close(self) -> None:
         self.is_closed = True
@@ -91,7 +96,7 @@ def service(server: Server, *backends: Backend, slow_start_s: int = 0) -> Servic
 
 @asynccontextmanager
 async def checking(
-    told: Told, *services: Service, ways: Loopback | None = None, previous: Conditions | None = None
+    told: Told, *services: Service, ways: Loopback | None = None, previous: Mapping[Key, Remembered] | None = None
 ) -> AsyncIterator[Checker]:
     checker = Checker(told.note, ways or Loopback(), previous)
     checker.watch(services)
@@ -124,7 +129,7 @@ def test_a_slow_start_is_told_step_by_step() -> None:
     async def run() -> list[int]:
         told, server = Told(), Server()
         await server.up()
-        was_down = {WEB: {str(A): Condition(down=True, why="it was")}}
+        was_down = {(WEB, str(A)): Remembered("nat tcp", Condition(down=True, why="it was"))}
         async with checking(told, service(server, A, B, slow_start_s=2), previous=was_down):
             await told.until(lambda: told.now(WEB).get(str(A), Condition(down=True)).share < 100)
             await told.until(lambda: told.now(WEB)[str(A)].share == 100)
@@ -208,6 +213,102 @@ def test_ways_that_cannot_be_found_are_looked_for_again() -> None:
         await server.down()
 
     asyncio.run(run())
+
+
+def test_a_backend_that_was_down_stays_down_while_there_is_no_way_to_it() -> None:
+    async def run() -> Condition:
+        told, server, ways = Told(), Server(), Loopback()
+        await server.up()
+        port = server.port
+        await server.down()
+        server.port = port
+        async with checking(told, service(server), ways=ways) as checker:
+            await told.until(lambda: told.down() == {str(A)})
+            ways.faults[str(A)] = "no route"
+            checker.look_for_ways()
+            await told.until(lambda: told.now(WEB)[str(A)].why == "not checked: no route")
+            assert told.down() == {str(A)}
+            ways.faults.clear()
+            await server.up()
+            checker.look_for_ways()
+            await told.until(lambda: not told.down())
+        await server.down()
+        return told.now(WEB)[str(A)]
+
+    assert asyncio.run(run()).why == ""
+
+
+def test_a_search_for_ways_that_is_repeated_is_for_what_is_wanted_by_then() -> None:
+    async def run() -> set[str]:
+        told, server, ways = Told(), Server(), Loopback(error="netlink: no")
+        await server.up()
+        async with checking(told, service(server, A), ways=ways) as checker:
+            await told.until(lambda: bool(told.all))
+            ways.error = ""
+            checker.watch([service(server, B)])
+            await told.until(lambda: told.now(WEB).keys() == {str(B)})
+            finds = ways.finds
+            while ways.finds == finds:
+                await asyncio.sleep(0.01)
+            await told.until(lambda: told.now(WEB).keys() == {str(B)})
+            watched = {name for _, name in checker.remembered}
+        await server.down()
+        return watched
+
+    assert asyncio.run(run()) == {str(B)}
+
+
+# From one process to the next
+
+
+def test_what_one_process_remembers_is_in_force_in_the_next_before_its_first_check() -> None:
+    async def run() -> list[Conditions]:
+        told, server = Told(), Server()
+        await server.up()
+        await server.down()
+        async with checking(told, service(server)) as checker:
+            await told.until(lambda: told.down() == {str(A)})
+            left = dict(checker.remembered)
+        before, told = told.all[-1], Told()
+        async with checking(told, service(server), previous=left) as checker:
+            while checker.checks_done < 2:
+                assert checker.conditions in ({}, before)  # at first nobody is watched
+                await asyncio.sleep(0)
+            assert checker.conditions == before
+        return told.all
+
+    assert asyncio.run(run()) == []  # nothing new
+
+
+def test_a_slow_start_goes_on_from_where_the_last_process_was() -> None:
+    async def run() -> list[int]:
+        told, server = Told(), Server()
+        await server.up()
+        half_way = Ramp(asyncio.get_running_loop().time() - 1, length_s=2, steps=4)
+        starting = Remembered(words_of(service(server)), Condition(share=60, since=7), half_way)
+        async with checking(told, service(server), previous={(WEB, str(A)): starting}):
+            await told.until(lambda: str(A) in told.now(WEB) and told.now(WEB)[str(A)].share == 100)
+        await server.down()
+        return [each[WEB][str(A)].share for each in told.all]
+
+    shares = asyncio.run(run())
+    assert shares == sorted(shares)
+    assert set(shares) <= {60, 80, 100}
+
+
+def test_what_is_too_old_to_hold_is_decided_by_one_check() -> None:
+    async def run(age_s: float) -> int:
+        told, server = Told(), Server()
+        await server.up()
+        was_down = Remembered(words_of(service(server)), Condition(down=True, why="it was", since=7), age_s=age_s)
+        async with checking(told, service(server), previous={(WEB, str(A)): was_down}) as checker:
+            await told.until(lambda: str(A) in told.now(WEB) and not told.down())
+            done = checker.checks_done
+        await server.down()
+        return done
+
+    assert asyncio.run(run(1e6)) == 1
+    assert asyncio.run(run(1)) >= 2  # as `rise` has it
 
 
 def test_only_services_with_a_check_are_watched() -> None:

@@ -264,7 +264,7 @@ def test_forwarded_packet_in_lines() -> None:
     choice = Choice(served(), Source.RING_CURRENT, member(1), Slot(0xABCD, 17, IN_TRANSITION))
     names = ("10.1.0.11:443", "10.1.0.12:443")
     told = explanation(choice, sent_to(1), slot_members=names, hop_interface="eth1")
-    assert lines(told, colour=False) == [
+    assert lines(document(told), colour=False) == [
         "packet     02:00:00:00:00:10 > 02:00:00:00:00:02",
         "           IPv4 192.0.2.7 > 203.0.113.10, ttl 64, TCP 40000 > 443 [S]",
         "in         eth0",
@@ -282,7 +282,7 @@ def test_forwarded_packet_in_lines() -> None:
 
 def test_dropped_packet_in_lines_has_a_fix() -> None:
     told = explanation(Choice(served()), Outcome("drop", "drop_no_backend", b""))
-    assert lines(told, colour=False)[3:] == [
+    assert lines(document(told), colour=False)[3:] == [
         "verdict    dropped: the service has no backend for it",
         "reason     drop_no_backend",
         "fix        xdp-lb backend list, then backend add, or give one a weight above 0",
@@ -293,7 +293,7 @@ def test_dropped_packet_in_lines_has_a_fix() -> None:
 def test_rule_that_stopped_a_packet_in_lines_and_json() -> None:
     stage = Stage("filter", 7, "xdp_lb_filter", "rule 2: drop tcp")
     told = explanation(Choice(), Outcome("drop", None, b"", stages=(stage,)))
-    assert lines(told, colour=False)[3:] == [
+    assert lines(document(told), colour=False)[3:] == [
         "verdict    dropped by a program that is not the balancer's",
         "ended by   filter rule 2: drop tcp",
         "fix        xdp-lb filter list",
@@ -305,5 +305,5 @@ def test_rule_that_stopped_a_packet_in_lines_and_json() -> None:
 
 def test_disagreement_is_shown_as_a_bug() -> None:
     told = explanation(Choice(served(), Source.RING_CURRENT, member(1)), sent_to(2), disagreement="this is not that")
-    assert lines(told, colour=False)[-1] == "BUG        this is not that: please report this"
+    assert lines(document(told), colour=False)[-1] == "BUG        this is not that: please report this"
     assert document(told)["disagreement"] == "this is not that"

@@ -163,7 +163,7 @@ def test_hexadecimal_digits_may_have_spaces_or_colons_between_them(text: str) ->
 
 @pytest.mark.parametrize("text", ["012", "zz", "01-02"])
 def test_what_is_not_hexadecimal_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInput, match="--hex: not pairs of hexadecimal digits"):
+    with pytest.raises(InvalidInput, match="hex: not pairs of hexadecimal digits"):
         parse_hex(text)
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from lb.filter_dataplane import Counts
-from lb.filter_output import duration, report_document, report_lines, status_document, status_lines, trial_lines
-from lb.firewall import FilterReport, RuleChange, RuleStatus, Trial
+from lb.filter_documents import read_report, read_status, read_trial, report_document, status_document, trial_document
+from lb.filter_output import duration, report_lines, status_lines, trial_lines
+from lb.filter_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
 from lb.rules import Action, At, Rate, Rule, SetSource
 
 NS = 1_000_000_000
@@ -68,7 +68,7 @@ def test_document_of_a_rule_has_all_its_keys() -> None:
         "dropped_bytes": 500,
         "in_force": True,
         "expired": False,
-        "left_s": 1,
+        "left_s": 2,
     }
 
 
@@ -91,3 +91,20 @@ def test_trial_says_what_became_of_each_packet() -> None:
     trial = Trial((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
     assert trial_lines(trial)[-1] == "10 packets: 3 dropped, 6 go on, 1 not tested (too short or too long)"
     assert trial_lines(trial)[1].split()[:4] == ["1", "xdp", "drop", "3"]
+
+
+def test_what_is_read_of_documents_prints_as_what_they_were_made_of() -> None:
+    rules = [
+        status(DROP, 1, Counts(5, 500, 5, 500), left_ns=1_500_000_000),
+        status(LIMIT, 1, Counts(), in_force=False),
+        status(DROP, 2, Counts(), left_ns=-1),
+    ]
+    read = read_status(status_document(rules))
+    assert status_lines(read, colour=False) == status_lines(rules, colour=False)
+    assert status_document(read) == status_document(rules)
+    report = FilterReport((RuleChange("moved", DROP, 3, "to 1"), RuleChange("added", LIMIT, 2)), ("careful",), True)
+    assert report_lines(read_report(report_document(report))) == report_lines(report)
+    assert report_document(read_report(report_document(report))) == report_document(report)
+    trial = Trial((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
+    assert trial_lines(read_trial(trial_document(trial))) == trial_lines(trial)
+    assert trial_document(read_trial(trial_document(trial))) == trial_document(trial)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lb.conditions import UP, Condition, in_force
-from lb.health import SUCCESS, BackendHealth, Outcome, Ramp, steps_of
+from lb.conditions import UP, Condition, in_force, left_behind
+from lb.health import SUCCESS, BackendHealth, Outcome, Ramp, Remembered, steps_of, words_of
 from lb.health_check import HealthCheck
 from lb.model import Backend, Service
 from lb.options import Options
@@ -61,11 +61,60 @@ def test_condition_says_why_and_since_when() -> None:
     assert after("+---++").condition(5) == Condition(share=9, since=1005)
 
 
-def test_what_an_earlier_process_found_down_has_to_rise() -> None:
-    health = BackendHealth.resumed(CHECK, DOWN)
+def left(condition: Condition, ramp: Ramp | None = None, *, known: bool = True) -> BackendHealth:
+    """By an earlier process."""
+    return BackendHealth.resumed(CHECK, Remembered("nat tcp", condition, ramp), known=known)
+
+
+@pytest.mark.parametrize(("outcomes", "down"), [("+", True), ("++", False), ("+-+", True)])
+def test_what_an_earlier_process_found_down_has_to_rise(outcomes: str, down: bool) -> None:
+    health = left(DOWN)
     assert health.condition(0) == DOWN
-    assert after("+", health).condition(0).down
-    assert not after("+", health).condition(0).down
+    assert after(outcomes, health).condition(0).down is down
+
+
+@pytest.mark.parametrize(("outcomes", "down"), [("-", False), ("--", False), ("---", True)])
+def test_what_an_earlier_process_found_up_has_to_fall(outcomes: str, down: bool) -> None:
+    up = Condition(since=7)
+    assert left(up).condition(0) == up
+    assert after(outcomes, left(up)).condition(0).down is down
+
+
+@pytest.mark.parametrize(("condition", "outcome", "down"), [(DOWN, "+", False), (DOWN, "-", True), (UP, "-", True)])
+def test_what_need_not_hold_any_more_is_in_force_until_one_check(
+    condition: Condition, outcome: str, down: bool
+) -> None:
+    health = left(condition, known=False)
+    assert health.condition(0) == condition
+    assert after(outcome, health).condition(0).down is down
+
+
+def test_a_slow_start_goes_on_in_the_next_process() -> None:
+    health = left(Condition(share=10, since=7), Ramp(start_s=100, length_s=30, steps=9))
+    assert [health.condition(second).share for second in (100, 115, 130)] == [10, 50, 100]
+
+
+@pytest.mark.parametrize(
+    ("words", "age_s", "holds"),
+    [
+        ("nat tcp interval=30s", 0, True),
+        ("nat tcp interval=30s", 300, True),
+        ("nat tcp interval=30s", 301, False),
+        ("nat tcp interval=30s", -1, False),  # the clock was set back: nobody knows how old it is
+        ("nat tcp", 0, False),
+        ("dr tcp interval=30s", 0, False),
+    ],
+)
+def test_what_is_remembered_holds_while_it_is_fresh_and_the_check_is_the_same(
+    words: str, age_s: float, holds: bool
+) -> None:
+    web = replace(service(ONE), options=Options(health=HealthCheck.parse("tcp interval=30s")))
+    assert Remembered(words, DOWN, age_s=age_s).still_holds(web) is holds
+
+
+def test_of_a_service_that_is_checked_no_longer_nothing_holds() -> None:
+    web = replace(service(ONE), options=Options())
+    assert not Remembered(words_of(web), DOWN).still_holds(web)
 
 
 def test_slow_start_goes_up_in_equal_steps_to_the_whole() -> None:
@@ -109,6 +158,11 @@ def test_without_a_condition_that_matters_the_service_is_the_very_same() -> None
     assert in_force(web, {str(ONE): UP, "10.9.9.9:80": DOWN}) is web
 
 
+def test_without_a_check_a_service_is_the_very_same() -> None:
+    web = replace(service(ONE, TWO), options=Options())
+    assert in_force(web, {str(ONE): DOWN}) is web
+
+
 def test_a_backend_that_is_down_gets_nothing() -> None:
     met = in_force(service(ONE, TWO), {str(ONE): DOWN})
     assert (weights(met), [b.down for b in met.backends]) == ({str(ONE): 0, str(TWO): 1}, [True, False])
@@ -145,3 +199,18 @@ def test_a_quic_connection_id_leads_to_no_backend_that_is_down() -> None:
         options=OPTIONS,
     )
     assert in_force(quic, {"10.0.0.12:443": DOWN}).quic_lengths == {}
+
+
+def test_what_health_checks_have_left_behind_is_told_in_a_sentence() -> None:
+    web = service(ONE, TWO, THREE)
+    end = "until xdp-lb serve runs or --health off"
+    slow = {str(ONE): DOWN, str(TWO): Condition(share=30)}
+    assert left_behind(web, None) == left_behind(web, {str(ONE): UP}) == ""
+    assert left_behind(web, {str(ONE): DOWN}) == f"{web.vip}: {ONE} (down) stays as health checks left it, {end}"
+    assert left_behind(web, slow) == f"{web.vip}: {ONE} (down), {TWO} (at 30 %) stay as health checks left them, {end}"
+    many = tuple(Backend.parse(f"10.0.0.{n}:80") for n in range(2, 10))
+    assert " and 4 more stay as " in left_behind(service(*many), {str(b): DOWN for b in many[1:]})
+
+
+def test_nobody_is_left_behind_where_all_are_served_as_if_they_were_up() -> None:
+    assert left_behind(service(ONE), {str(ONE): DOWN}) == ""

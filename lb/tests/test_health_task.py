@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lb.balancer import Balancer
 from lb.checker import Key, Way
 from lb.health_check import HealthCheck
+from lb.health_file import HealthFile
 from lb.health_task import HealthTask
+from lb.host_events import Changes
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Service
 from lb.options import Options
@@ -22,31 +26,82 @@ from lb.vip import Vip, parse_address
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))
+NOTHING = Options()
 
 
 class Loopback:
+    def __init__(self) -> None:
+        self.finds = 0
+
     def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+        self.finds += 1
         return {(s.vip, str(b)): Way(parse_address("127.0.0.1")) for s in services for b in s.backends}
+
+    def concerned(self, changes: Changes) -> bool:
+        return changes.everything
 
     def close(self) -> None:
         pass
 
 
-@asynccontextmanager
-async def daemon(path: Path) -> AsyncIterator[Owner]:
-    @contextmanager
-    def opened() -> Iterator[Balancer]:
-        with Store.open(path / "state.db", write=True) as store:
-            yield Balancer(store, MemoryDataplane(), MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
+class Quiet:
+    """A host in whose network nothing changes but what a test says."""
 
-    async with Owner.open(opened) as owner:
-        await owner.change(lambda b: b.attach([Interface("eth0")], [Service(WEB, backends=(A, B), ring_size=251)]))
-        running = asyncio.create_task(HealthTask(Loopback).run(owner))
-        try:
-            yield owner
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+    def __init__(self) -> None:
+        self.changes: asyncio.Queue[Changes] = asyncio.Queue()
+
+    async def next(self, timeout_s: float) -> Changes:
+        return await self.changes.get()
+
+
+@dataclass
+class Host:
+    """What outlives a daemon."""
+
+    path: Path
+    dataplane: MemoryDataplane = field(default_factory=MemoryDataplane)
+    ways: list[Loopback] = field(default_factory=list)
+    quiets: list[Quiet] = field(default_factory=list)
+
+    @property
+    def file(self) -> HealthFile:
+        return HealthFile(self.path / "run" / "health.json")
+
+    @contextmanager
+    def balancer(self) -> Iterator[Balancer]:
+        with Store.open(self.path / "state.db", write=True) as store:
+            balancer = Balancer(store, self.dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
+            balancer.writer.conditions = self.file.conditions(balancer.state.services)
+            yield balancer
+
+    def listen(self) -> AbstractContextManager[Quiet]:
+        self.quiets.append(Quiet())
+        return nullcontext(self.quiets[-1])
+
+    def find_ways(self) -> Loopback:
+        self.ways.append(Loopback())
+        return self.ways[-1]
+
+    @asynccontextmanager
+    async def daemon(self) -> AsyncIterator[Owner]:
+        async with Owner.open(self.balancer) as owner:
+            await owner.change(lambda balancer: balancer.repairs.reconcile())
+            task = HealthTask(self.find_ways, self.file, self.listen)
+            running = asyncio.create_task(task.run(owner))
+            try:
+                yield owner
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+
+    def owners(self) -> set[str]:
+        """Who gets new connections."""
+        return {str(backend) for backend in self.dataplane.rings[WEB].currents}
+
+
+def serve(host: Host, options: Options = NOTHING) -> None:
+    with host.balancer() as balancer:
+        balancer.attach([Interface("eth0")], [Service(WEB, backends=(A, B), ring_size=251, options=options)])
 
 
 async def states(owner: Owner) -> list[str]:
@@ -71,7 +126,9 @@ def test_a_check_that_is_asked_for_later_is_heeded_and_its_findings_are_events(t
         port = server.sockets[0].getsockname()[1]
         server.close()
         await server.wait_closed()
-        async with daemon(tmp_path) as owner:
+        host = Host(tmp_path)
+        serve(host)
+        async with host.daemon() as owner:
             assert await states(owner) == ["active", "active"]
             options = Options(health=HealthCheck.parse(f"tcp interval=100ms port={port}"), fail_closed=True)
             done = await owner.change(lambda balancer: balancer.set_options(WEB, options))
@@ -90,3 +147,108 @@ def test_a_check_that_is_asked_for_later_is_heeded_and_its_findings_are_events(t
     assert sorted(turned[:2]) == [(str(WEB), str(b), "down", "connection refused") for b in (A, B)]
     assert sorted(turned[2:]) == [(str(WEB), str(b), "active", "") for b in (A, B)]
     assert notes == ()
+
+
+def checked(port: int) -> Options:
+    return Options(health=HealthCheck.parse(f"tcp interval=100ms port={port}"), fail_closed=True)
+
+
+def refused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_backend_that_was_down_gets_nothing_from_the_start_of_the_next_daemon_on(tmp_path: Path) -> None:
+    """Also where the maps are written anew, as after a detach; and nobody is told of it a second time."""
+
+    async def first(host: Host) -> None:
+        async with host.daemon() as owner:
+            await until(owner, lambda found: found == ["down", "down"])
+
+    async def second(host: Host) -> tuple[list[str], list[dict[str, Any]]]:
+        async with Owner.open(host.balancer) as owner:
+            await owner.change(lambda balancer: balancer.repairs.reconcile())
+            return await states(owner), health_events(owner)
+
+    host = Host(tmp_path)
+    serve(host, checked(refused_port()))
+    asyncio.run(first(host))
+    assert host.owners() == {"None"}
+    host.dataplane.forget()
+    assert asyncio.run(second(host)) == (["down", "down"], [])
+    assert host.owners() == {"None"}
+
+
+def test_conditions_go_on_from_daemon_to_daemon_and_turns_are_told_once(tmp_path: Path) -> None:
+    async def first(host: Host) -> None:
+        async with host.daemon() as owner:
+            await until(owner, lambda found: found == ["down", "down"])
+
+    async def second(host: Host, port: int) -> tuple[list[str], list[dict[str, Any]]]:
+        async with host.daemon() as owner:
+            before = await states(owner)
+            server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
+            await until(owner, lambda found: found == ["active", "active"])
+            server.close()
+            await server.wait_closed()
+            return before, health_events(owner)
+
+    host, port = Host(tmp_path), refused_port()
+    serve(host, checked(port))
+    asyncio.run(first(host))
+    before, told = asyncio.run(second(host, port))
+    assert before == ["down", "down"]
+    assert {each["state"] for each in told} == {"active"}
+    assert host.owners() == {str(A), str(B)}
+
+
+def test_a_change_without_a_daemon_leaves_conditions_in_force_and_says_so(tmp_path: Path) -> None:
+    async def run(host: Host) -> None:
+        async with host.daemon() as owner:
+            await until(owner, lambda found: found == ["down", "down"])
+
+    host = Host(tmp_path)
+    serve(host, checked(refused_port()))
+    asyncio.run(run(host))
+    kept = f"{WEB}: {A} (down), {B} (down) stay as health checks left them, until xdp-lb serve runs or --health off"
+    with host.balancer() as balancer:
+        assert kept in balancer.set_weight(WEB, A, 2, dry_run=True).notes
+        assert kept in balancer.set_weight(WEB, A, 2).notes
+        assert kept in balancer.attach([Interface("eth0")]).notes
+        assert balancer.status().services[0].backends[0].condition
+        assert host.owners() == {"None"}
+        assert kept not in balancer.set_options(WEB, NOTHING).notes
+        assert host.owners() == {str(A), str(B)}
+    with host.balancer() as balancer:
+        assert [each.condition for each in balancer.status().services[0].backends] == [None, None]
+
+
+def test_findings_that_cannot_be_stored_are_in_force_all_the_same(tmp_path: Path) -> None:
+    async def run(host: Host) -> None:
+        async with host.daemon() as owner:
+            await until(owner, lambda found: found == ["down", "down"])
+
+    host = Host(tmp_path)
+    (tmp_path / "run").write_text("not a folder")
+    serve(host, checked(refused_port()))
+    asyncio.run(run(host))
+    assert host.owners() == {"None"}
+    assert host.file.read() == {}
+
+
+def test_ways_are_looked_for_again_when_the_network_is_another_one(tmp_path: Path) -> None:
+    async def run(host: Host) -> None:
+        async with host.daemon() as owner:
+            await until(owner, lambda found: found == ["down", "down"])
+            (ways,), (quiet,) = host.ways, host.quiets
+            before = ways.finds
+            quiet.changes.put_nowait(Changes(links={7}))  # which concerns nobody
+            quiet.changes.put_nowait(Changes(everything=True))
+            async with asyncio.timeout(10):
+                while ways.finds == before:
+                    await asyncio.sleep(0.01)
+            assert ways.finds == before + 1
+
+    host = Host(tmp_path)
+    serve(host, checked(refused_port()))
+    asyncio.run(run(host))

@@ -48,10 +48,12 @@ NAMES = {
     "xdp_lb_backend_packets_total": ("counter", {"vip", "backend", "direction"}),
     "xdp_lb_backend_bytes_total": ("counter", {"vip", "backend", "direction"}),
     "xdp_lb_backend_connections_total": ("counter", {"vip", "backend"}),
+    "xdp_lb_backend_repeated_syns_total": ("counter", {"vip", "backend"}),
     "xdp_lb_dropped_packets_total": ("counter", {"reason"}),
     "xdp_lb_passed_packets_total": ("counter", {"reason"}),
     "xdp_lb_answered_packets_total": ("counter", {"reason"}),
     "xdp_lb_noted_packets_total": ("counter", {"reason"}),
+    "xdp_lb_map_memory_bytes": ("gauge", {"map"}),
 }
 
 WEB, DNS6 = Vip.parse("10.0.0.1:80/tcp"), Vip.parse("[2001:db8::1]:53/udp")
@@ -72,7 +74,7 @@ STATUS = Status(
             slots_in_transition=8190,
             backends=(
                 BackendStatus(FIRST, True, Counters(12_345, 9_876_543, 9999, 2**53 + 1, 801), Condition(share=25)),
-                BackendStatus(DRAINING, True, Counters(5, 300, 4, 9000, 1)),
+                BackendStatus(DRAINING, True, Counters(5, 300, 4, 9000, 1, 6)),
                 BackendStatus(THIRD, False, Counters(), Condition(down=True, share=100, why="refused", since=1.5)),
             ),
         ),
@@ -86,6 +88,7 @@ STATUS = Status(
     drops={"drop_no_backend": 0, "drop_malformed": 12},
     passes={"pass_not_ip": 1_234_567},
     noted={"noted_syn_not_recorded": 3},
+    maps={"rings": 4_194_304, ".rodata": 4096},
 )
 
 Labels = frozenset[tuple[str, str]]
@@ -139,6 +142,16 @@ def test_replies_that_cannot_be_seen_are_not_counted_as_none() -> None:
     found = samples(exposition(STATUS), "xdp_lb_backend_packets_total")
     of_dr = [dict(labels)["direction"] for labels in found if ("vip", str(DNS6)) in labels]
     assert of_dr == ["to_backend"]
+
+
+def test_syns_that_came_again_are_counted_where_there_are_syns() -> None:
+    found = samples(exposition(STATUS), "xdp_lb_backend_repeated_syns_total")
+    counts = {(dict(labels)["vip"], dict(labels)["backend"]): count for labels, count in found.items()}
+    assert counts == {(str(WEB), "10.0.0.11:80"): 0, (str(WEB), "10.0.0.12:80"): 6, (str(WEB), "10.0.0.13:80"): 0}
+
+
+def test_memory_is_told_of_each_map() -> None:
+    assert value("xdp_lb_map_memory_bytes", map="rings") == 4_194_304
 
 
 def test_backends_are_counted_by_state() -> None:
@@ -309,6 +322,7 @@ def test_dashboard_is_one_that_grafana_imports() -> None:
         "Backends",
         "Drops",
         "Ring changes",
+        "Memory",
     ]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:

@@ -62,6 +62,7 @@ STATUS = Status(
     answered={"answered_echo": 7},
     drops={"drop_no_backend": 0, "drop_malformed": 12},
     passes={"pass_no_service": 1_234_567},
+    maps={"rings": 4_194_304},
 )
 
 
@@ -88,6 +89,22 @@ answered_echo          7
 drop_malformed        12
 pass_no_service    1.23M
 """)
+
+
+def test_status_shows_how_often_clients_tried_again_where_they_did() -> None:
+    counts = (Counters(12_345, 9_876_543, 9999, 1_234_567_890, 801, 2), Counters(5, 300, 4, 9000, 1, 12_345))
+    service = STATUS.services[0]
+    backends = tuple(replace(b, counters=c) for b, c in zip(service.backends, counts, strict=True))
+    status = replace(STATUS, services=(replace(service, backends=backends), STATUS.services[1]))
+    found = output.status_lines(status, colour=False)
+    assert found[7:11] == lines("""
+  BACKEND            WEIGHT  STATE     CONNS  RETRIES  PACKETS  BYTES  REPLIES  BYTES
+  10.0.0.11:80            1  active      801        2    12.3k  9.88M     9999  1.23G
+  10.0.0.12:80            3  draining      1    12.3k        5    300        4   9000
+  total                                  802    12.3k    12.3k  9.88M    10.0k  1.23G
+""")
+    assert found[13].split()[:4] == ["BACKEND", "WEIGHT", "STATE", "CONNS"]
+    assert "RETRIES" not in found[13]
 
 
 def test_status_of_the_longest_ipv4_backends_fits_80_columns() -> None:
@@ -402,6 +419,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                 "reply_packets": 10_003,
                 "reply_bytes": 1_234_576_890,
                 "connections": 802,
+                "repeated_syns": 0,
                 "backends": [
                     {
                         "backend": "10.0.0.11:80",
@@ -420,6 +438,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "reply_packets": 9999,
                         "reply_bytes": 1_234_567_890,
                         "connections": 801,
+                        "repeated_syns": 0,
                     },
                     {
                         "backend": "10.0.0.12:80",
@@ -438,6 +457,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "reply_packets": 4,
                         "reply_bytes": 9000,
                         "connections": 1,
+                        "repeated_syns": 0,
                     },
                 ],
             },
@@ -459,6 +479,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                 "reply_packets": 0,
                 "reply_bytes": 0,
                 "connections": 0,
+                "repeated_syns": 0,
                 "backends": [
                     {
                         "backend": "[2001:db8::11]:53",
@@ -477,6 +498,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "reply_packets": 0,
                         "reply_bytes": 0,
                         "connections": 0,
+                        "repeated_syns": 0,
                     }
                 ],
             },
@@ -485,6 +507,8 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
         "drops": {"drop_no_backend": 0, "drop_malformed": 12},
         "passes": {"pass_no_service": 1_234_567},
         "noted": {},
+        "maps": {"rings": 4_194_304},
+        "outdated": None,
     }
 
 

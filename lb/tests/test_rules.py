@@ -7,7 +7,21 @@ from dataclasses import replace
 import pytest
 
 from lb.errors import InvalidInput, LbError, NotFound
-from lb.rules import MOST_RULES, Action, At, Clock, Deadline, Rate, Rule, Rules, parse_duration, rebased
+from lb.rules import (
+    LONGEST_S,
+    MOST_RULES,
+    Action,
+    At,
+    Clock,
+    Deadline,
+    Rate,
+    Rule,
+    Rules,
+    SetSource,
+    parse_duration,
+    rebased,
+    set_file,
+)
 
 NS = 1_000_000_000
 NOW = Clock("boot-1", 1000 * NS, 1_700_000_000 * NS)
@@ -136,3 +150,23 @@ def test_after_a_boot_the_time_of_day_counts() -> None:
     assert not timed.is_expired(booted)
     assert timed.is_expired(replace(booted, unix_ns=NOW.unix_ns + 3600 * NS))
     assert rebased(moved, booted) is moved
+
+
+def test_deadline_at_a_time_of_day_is_one_by_the_clock_of_the_boot() -> None:
+    deadline = Deadline.at(1_700_000_060, NOW)
+    assert deadline == Deadline.after(60, NOW)
+    assert deadline.unix_s == 1_700_000_060
+    assert replace(deadline, unix_ns=deadline.unix_ns - 1).unix_s == 1_700_000_060
+
+
+@pytest.mark.parametrize("unix_s", [0, 1_700_000_000, 1_700_000_000 + LONGEST_S + 1])
+def test_deadline_that_has_passed_or_is_too_far_is_refused(unix_s: int) -> None:
+    with pytest.raises(InvalidInput, match=f"until {unix_s}: not within 3650d from now"):
+        Deadline.at(unix_s, NOW)
+
+
+def test_only_a_set_that_was_read_from_a_file_has_one() -> None:
+    assert set_file(replace(rule(0), set=SetSource("/etc/bad.txt", "src")), 1) == "/etc/bad.txt"
+    for other, words in ((None, "rule 1 has no set"), (SetSource("bad", "src"), "set bad: not read from a file")):
+        with pytest.raises(InvalidInput, match=words):
+            set_file(replace(rule(0), set=other), 1)

@@ -274,6 +274,16 @@ def test_the_unit_file_names_this_program(monkeypatch: pytest.MonkeyPatch) -> No
     assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_BPF CAP_PERFMON\n" in printed
 
 
+@pytest.mark.parametrize(("place", "homes"), [("/opt/xdp-lb", "yes"), ("/root/.venv", "read-only")])
+def test_the_unit_file_does_not_hide_the_program_from_itself(
+    place: str, homes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"{place}/bin/xdp-lb"])
+    monkeypatch.setattr("sys.base_prefix", "/usr")
+    monkeypatch.setattr("lb.serve_cli.__file__", f"{place}/lib/serve_cli.py")
+    assert f"\nProtectHome={homes}\n" in CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -12,7 +12,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from lb.ssh import SshConnection, ssh_connection
+from lb.ssh import Connection, SshConnection, ssh_connection
 
 TEXT = "192.0.2.7 50022 10.0.0.1 22"
 CONNECTION = SshConnection(ip_address("192.0.2.7"), 50022, ip_address("10.0.0.1"), 22)
@@ -83,3 +83,16 @@ def test_frames_over_ipv6_are_whole() -> None:
         packet = Ether(frame)
         assert (packet[IPv6].src, packet[IPv6].dst, packet[TCP].dport) == ("2001:db8::7", "2001:db8::1", 22)
         assert packet[IPv6].plen == len(packet) - 54
+
+
+def test_connection_is_told_as_it_is_read() -> None:
+    assert CONNECTION.text == TEXT
+    assert SshConnection.parse(CONNECTION.text) == CONNECTION
+
+
+def test_refusal_says_whose_connection_it_is() -> None:
+    asked = Connection.parse(TEXT)
+    assert asked
+    assert asked.refusal.startswith("would drop the connection from 192.0.2.7 port 50022 that this was asked for on")
+    assert CONNECTION.refusal.startswith("would drop the SSH connection from 192.0.2.7 port 50022")
+    assert list(asked.frames(to_server=True)) == list(CONNECTION.frames(to_server=True))

@@ -8,7 +8,7 @@ from lb.stage_tables import ROWS, Entry, Snapshot, document, lines
 
 
 def rows(*entries: Entry, kind: str = "hash") -> list[str]:
-    return lines(Snapshot("found", kind, entries), colour=False)
+    return lines(document(Snapshot("found", kind, entries)), colour=False)
 
 
 def test_the_largest_comes_first() -> None:
@@ -23,7 +23,7 @@ def test_the_largest_comes_first() -> None:
 def test_fields_are_columns_with_what_was_added_a_second() -> None:
     before = [({"source": "10.0.0.1", "port": 80}, {"packets": 10, "bytes": 1000})]
     now = [({"source": "10.0.0.1", "port": 80}, {"packets": 30, "bytes": 5000})]
-    assert lines(Snapshot("found", "hash", now, before, 2.0), colour=False) == [
+    assert lines(document(Snapshot("found", "hash", now, before, 2.0)), colour=False) == [
         "found",
         "  SOURCE    PORT  PACKETS  BYTES  PACKETS/S  BYTES/S",
         "  10.0.0.1    80       30   5000         10     2000",

@@ -112,3 +112,18 @@ def test_on_a_terminal_tables_are_redrawn_below_what_has_come() -> None:
     assert erase_line in first
     assert cursor_up in rest
     assert rest.rindex("10.0.0.1      1") < rest.rindex("10.0.0.1      2")
+
+
+def test_tables_are_told_to_who_asks_with_rates_over_an_interval_at_least() -> None:
+    found = Found(count=3)
+    watching = watch(found, LinePrinter(io.StringIO()))
+    (first,) = watching.documents()
+    assert (first["table"], first["entries"]) == (
+        "sources",
+        [{"key": "10.0.0.1", "value": 3, "per_second": None}],
+    )
+    watching.finish()  # shows them
+    assert watching.documents()[0]["entries"][0]["per_second"] is None
+    watching.finish()
+    found.count = 7
+    assert watching.documents()[0]["entries"][0]["per_second"] > 0

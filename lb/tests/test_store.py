@@ -515,7 +515,7 @@ def test_a_namespace_is_called_by_the_name_that_ip_netns_gave_it(
     assert paths.current_netns() == f"net-{own.st_ino}"
     (tmp_path / "blue").symlink_to("/proc/self/ns/net")
     assert paths.current_netns() == "blue"
-    monkeypatch.setattr(paths, "ROOT_NAMESPACE", Path("/proc/self/ns/net"))
+    monkeypatch.setattr(paths, "ROOT_NAMESPACE", paths.OWN_NAMESPACE)
     assert paths.current_netns() == "default"
 
 

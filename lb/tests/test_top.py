@@ -69,8 +69,8 @@ def backend_rates(view: View) -> dict[str, Rates]:
 
 
 def test_rates_are_what_was_counted_meanwhile_by_the_second() -> None:
-    view = measured(web(first=Counters(100, 1000, 50, 700, 3)), web(first=Counters(160, 2000, 90, 1200, 9)))
-    rates = Rates(connections=3, packets=30, bits=4000, reply_packets=20, reply_bits=2000)
+    view = measured(web(first=Counters(100, 1000, 50, 700, 3, 1)), web(first=Counters(160, 2000, 90, 1200, 9, 5)))
+    rates = Rates(connections=3, packets=30, bits=4000, reply_packets=20, reply_bits=2000, repeated_syns=2)
     assert backend_rates(view) == {"10.0.0.11:80": rates}
     assert (view.services[0].rates, view.total, view.measured) == (rates, rates, True)
 
@@ -85,12 +85,12 @@ def test_service_has_the_rates_of_its_backends_together() -> None:
     assert (view.services[0].rates.packets, view.total.packets) == (7, 7)
 
 
-@pytest.mark.parametrize("fallen", range(5))
+@pytest.mark.parametrize("fallen", range(6))
 def test_counters_of_which_one_has_fallen_have_begun_anew_together(fallen: int) -> None:
-    after = [20, 300, 40, 500, 6]
+    after = [20, 300, 40, 500, 6, 8]
     before = [count + 1 if n == fallen else count - 1 for n, count in enumerate(after)]
     view = measured(web(first=Counters(*before)), web(first=Counters(*after)))
-    assert backend_rates(view)["10.0.0.11:80"] == Rates(3, 10, 1200, 20, 2000)
+    assert backend_rates(view)["10.0.0.11:80"] == Rates(3, 10, 1200, 20, 2000, 4)
 
 
 def test_backend_that_is_new_counts_from_zero_and_one_that_left_is_forgotten() -> None:
@@ -211,6 +211,27 @@ def test_block_of_lines_for_a_file() -> None:
         "NOT BALANCED    PKT/S PACKETS",
         "drop_no_backend    10      25",
     ]
+
+
+RETRIED = (
+    status(service(WEB, {FIRST: Counters(10, 600, 0, 0, 5, 1), SECOND: Counters(10, 600, 8, 700, 5)})),
+    status(service(WEB, {FIRST: Counters(70, 4200, 0, 0, 25, 41), SECOND: Counters(70, 4200, 68, 4900, 25)})),
+)
+
+
+def test_retries_are_shown_once_there_have_been_any() -> None:
+    assert plain(measured(*RETRIED), Display())[3:7] == [
+        "VIP, BACKEND    STATE       CONN/S RETRY/S PKT/S BIT/S REPLY/S BIT/S",
+        "10.0.0.1:80/tcp nat             20      20    60 28.8k      30 16.8k",
+        "  10.0.0.12:80  active          10       0    30 14.4k      30 16.8k",
+        "  10.0.0.11:80  active          10      20    30 14.4k       0     0",
+    ]
+    quiet = measured(RETRIED[1], RETRIED[1])
+    assert "RETRY/S" in plain(quiet, Display())[3], "columns come and go as rates do"
+
+
+def test_retries_are_left_out_first_where_there_is_no_room() -> None:
+    assert "RETRY/S" not in texts(measured(*RETRIED), Display(60, 24))[3]
 
 
 def texts(view: View, display: Display) -> list[str]:

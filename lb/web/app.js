@@ -230,17 +230,15 @@ class Session {
     const window = meter.window(this.spanMs);
     const spanMs = spanFor(window, this.spanMs);
     const { history } = service || meter.total;
-    const two = (name, reply) => [
-      { name: "to backends", values: history.of(name) },
-      { name: "to clients", values: history.of(reply) },
-    ];
+    const line = (name, of) => ({ name, values: history.of(of) });
+    const two = (name, reply) => [line("to backends", name), line("to clients", reply)];
     const charts = [
       ["Packets a second", two("packets", "replyPackets")],
       ["Bits a second", two("bits", "replyBits")],
-      ["Connections a second", [{ name: "opened", values: history.of("connections") }]],
+      ["Connections a second", [line("opened", "connections"), line("tried again", "retries")]],
       service
         ? ["Packets a second, by backend", backendLines(service, window)]
-        : ["Drops a second", [{ name: "dropped", values: history.of("drops") }]],
+        : ["Drops a second", [line("dropped", "drops")]],
     ];
     say(byId("scope"), scope ?? "all services");
     set(byId("all"), "hidden", !scope);

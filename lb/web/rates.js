@@ -2,8 +2,8 @@
 
 export const KEPT = 900; // samples
 
-const NONE = Object.freeze({ connections: 0, packets: 0, bits: 0, replyPackets: 0, replyBits: 0 });
-const COUNTERS = ["connections", "packets", "bytes", "reply_packets", "reply_bytes"];
+const NONE = Object.freeze({ connections: 0, packets: 0, bits: 0, replyPackets: 0, replyBits: 0, retries: 0 });
+const COUNTERS = ["connections", "packets", "bytes", "reply_packets", "reply_bytes", "repeated_syns"];
 
 // The last values of one figure. What it was before it was first seen is taken for 0.
 class Series {
@@ -97,10 +97,10 @@ class Histories {
 
 function ratesOf(before, after, seconds) {
   const isNew = COUNTERS.some((name) => after[name] < before[name]);
-  const [connections, packets, bytes, replyPackets, replyBytes] = COUNTERS.map(
+  const [connections, packets, bytes, replyPackets, replyBytes, retries] = COUNTERS.map(
     (name) => (after[name] - (isNew ? 0 : before[name])) / seconds,
   );
-  return { connections, packets, bits: 8 * bytes, replyPackets, replyBits: 8 * replyBytes };
+  return { connections, packets, bits: 8 * bytes, replyPackets, replyBits: 8 * replyBytes, retries };
 }
 
 export function sum(rates) {

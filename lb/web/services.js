@@ -3,12 +3,14 @@
 import { Keyed, h, say, set } from "./dom.js";
 import { STATES, figure, remark, stateOf, tally, tallyWords, whole } from "./words.js";
 
+// Heading, value, where there is room for it, and the mode that alone knows it: in the others backends answer directly.
 const FIGURES = [
   ["conn/s", (rates) => rates.connections, ""],
+  ["retry/s", (rates) => rates.retries, "wide"],
   ["pkt/s", (rates) => rates.packets, ""],
   ["bit/s", (rates) => rates.bits, "wide"],
-  ["reply pkt/s", (rates) => rates.replyPackets, "wider"],
-  ["reply bit/s", (rates) => rates.replyBits, "wider"],
+  ["reply pkt/s", (rates) => rates.replyPackets, "wider", "nat"],
+  ["reply bit/s", (rates) => rates.replyBits, "wider", "nat"],
 ];
 
 export class ServiceList {
@@ -140,14 +142,14 @@ function backendRow(vip, { backend: { backend: name } }, act) {
       say(drainWord, drains ? "Drain…" : "Undrain…");
       showState(state, backend, now);
       say(weight, whole(backend.weight));
-      FIGURES.forEach(([, of], number) => say(figures[number], rateText(of, known, service, now, number)));
+      FIGURES.forEach(([, of, , only], number) => say(figures[number], rateText(of, known, service, now, only)));
       say(connections, known ? whole(known.counters.connections) : "-");
     },
   };
 }
 
-function rateText(of, known, service, { meter }, number) {
-  if (number > 2 && service.mode !== "nat") return "-"; // the backends answer clients themselves
+function rateText(of, known, service, { meter }, only = service.mode) {
+  if (service.mode !== only) return "-";
   return known && meter.measured ? figure(of(known.rates)) : "-";
 }
 

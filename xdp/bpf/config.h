@@ -35,6 +35,12 @@ static __always_inline __u64 now_ns(void)
 	return config.test_clock ? control.test_clock_ns : bpf_ktime_get_coarse_ns();
 }
 
+/* Maps are being handed on from one program to the next: a flow that is not there may come yet, its packets are sent again. */
+static __always_inline int may_be_missing(void)
+{
+	return control.whole_ns && now_ns() < control.whole_ns;
+}
+
 static __always_inline int older_than(__u64 seen_ns, __u64 now, __u32 timeout_s)
 {
 	return now > seen_ns + timeout_s * 1000000000ull;

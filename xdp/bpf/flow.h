@@ -98,6 +98,8 @@ static __always_inline struct member *tracked_member_in(const struct service *se
 		touch(flow, service, pkt, now);
 		return member;
 	}
+	if (!flow && pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt) && may_be_missing())
+		return NULL;
 	member = first_seen_member(service, pkt, now);
 	if (member && (flow || RING_PREVIOUS(pkt->word)) && pkt->l4_kind != L4_ICMP_ERROR)
 		record(service, pkt, member, now, family);

@@ -55,8 +55,8 @@ static __always_inline int refresh(struct xdp_md *ctx, const struct service *ser
 	return refresh_reply(ctx, member, pkt->flow, flow, family);
 }
 
-static __always_inline enum reason to_member(struct packet *pkt, const struct member *member, const struct hop *hop,
-					     __be16 port, int opens, int family)
+static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
+					     const struct hop *hop, __be16 port, int opens, int family)
 {
 	struct rewrite new = {
 		.source = member->source,
@@ -68,7 +68,7 @@ static __always_inline enum reason to_member(struct packet *pkt, const struct me
 	rewrite(pkt, &new, family);
 	decrement_ttl(pkt, family);
 	set_hop(pkt, hop);
-	return count_request(member, pkt, opens);
+	return count_request(ctx, member, pkt, opens, 0, family);
 }
 
 static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
@@ -83,6 +83,8 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 		return PASS_ICMP_NO_FLOW;
 	if (pkt->tcp_flags & TCP_RST)
 		return DROP_NAT_NO_FLOW;
+	if (pkt->l4_kind == L4_TCP && !opens_connection(pkt) && may_be_missing())
+		return DROP_NAT_NO_FLOW;
 	member = select_member_untracked(ctx, service, pkt, family);
 	if (!member)
 		return DROP_NO_BACKEND;
@@ -92,7 +94,7 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 	port = open_reply(ctx, member, pkt->flow, family);
 	if (!port || open_request(member, service->member_base, pkt->flow, port, family))
 		return DROP_NAT_NO_PORT;
-	return to_member(pkt, member, hop, port, 1, family);
+	return to_member(ctx, pkt, member, hop, port, 1, family);
 }
 
 /* A connection may have moved to a port of the client's whose last one has its translation still: the ID decides. */
@@ -122,7 +124,7 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 	hop = hop_to(ctx, member, &found, family);
 	if (!hop)
 		return DROP_NO_NEIGHBOUR;
-	return to_member(pkt, member, hop, flow->port, 0, family);
+	return to_member(ctx, pkt, member, hop, flow->port, 0, family);
 }
 
 static __always_inline void refresh_from_reply(struct packet *pkt, struct nat_reply *reply, int family)
@@ -137,12 +139,21 @@ static __always_inline void refresh_from_reply(struct packet *pkt, struct nat_re
 	refresh_request(pkt->flow, reply, family);
 }
 
+static __always_inline int may_be_reply(const struct flow_key *flow)
+{
+	__u16 port = bpf_ntohs(flow->destination_port);
+
+	return port >= config.nat_port_first && port < config.nat_port_first + config.nat_port_count && may_be_missing();
+}
+
 /* Anything that is for no service may be a reply; what is not is the host's own. */
 static __always_inline enum reason forward_reply(struct packet *pkt, int family)
 {
 	struct nat_reply *reply = bpf_map_lookup_elem(MAP(nat_replies, family), pkt->flow);
 	struct rewrite new;
 
+	if (!reply && may_be_reply(pkt->flow)) /* the host would reset the connection */
+		return DROP_NAT_NO_FLOW;
 	if (!reply)
 		return pkt->l4_kind == L4_ICMP_ERROR ? PASS_ICMP_NO_FLOW : PASS_NOT_A_SERVICE;
 	if (ttl_expired(pkt, family))

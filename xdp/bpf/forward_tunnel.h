@@ -174,7 +174,9 @@ static __always_inline enum reason encapsulate(struct xdp_md *ctx, struct packet
 	if (bpf_xdp_adjust_head(ctx, -(int)overhead))
 		return DROP_NO_HEADROOM;
 	why = write_headers(ctx, pkt, hop, tunnel, outer_family);
-	return why ? why : count_request(tunnel->member, pkt, opens_connection(pkt));
+	if (why)
+		return why;
+	return count_request(ctx, tunnel->member, pkt, opens_connection(pkt), overhead, family);
 }
 
 static __always_inline enum reason send_through_tunnel(struct xdp_md *ctx, const struct service *service, struct packet *pkt,

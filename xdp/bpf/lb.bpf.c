@@ -6,6 +6,7 @@
  */
 #include "admit.h"
 #include "answer.h"
+#include "carry.h"
 #include "forward_dr.h"
 #include "forward_nat.h"
 #include "forward_tunnel.h"

@@ -9,16 +9,20 @@
 #include "maps.h"
 #include "packet.h"
 
-/* Does not come back where there is a stage: the last one in front tail-calls the balancer. */
+/*
+ * Does not come back where there is a stage: the last one in front tail-calls the balancer. Nor where another balancer takes
+ * over: it has all packets from one moment on, whichever of the two their interface runs.
+ */
 static __always_inline void go_through_front(struct xdp_md *ctx)
 {
-	if (!(control.stages & STAGES_IN_FRONT))
+	if (!(control.stages & (STAGES_IN_FRONT | STAGES_RELAY)))
 		return;
 	bpf_tail_call(ctx, &stages, STAGE_FILTER);
 	bpf_tail_call(ctx, &stages, STAGE_USER);
 	bpf_tail_call(ctx, &stages, STAGE_USER + 1);
 	bpf_tail_call(ctx, &stages, STAGE_USER + 2);
 	bpf_tail_call(ctx, &stages, STAGE_USER + 3);
+	bpf_tail_call(ctx, &stages, STAGE_BALANCE);
 }
 
 static __always_inline void record_verdict(struct xdp_md *ctx, __u32 egress, enum reason why, int action)

@@ -68,6 +68,7 @@ enum stages_in_use {
 	STAGES_IN_FRONT = 1,
 	STAGES_BEHIND = 2,
 	STAGES_RECORD = 4, /* `verdicts` is written, also for nobody behind */
+	STAGES_RELAY = 8,  /* the balancer in STAGE_BALANCE is another one, which takes over */
 };
 
 /* What the balancer made of the packet in hand, for the stages behind it and for captures. */
@@ -260,6 +261,14 @@ struct counter {
 	__u64 reply_packets;
 	__u64 reply_bytes;
 	__u64 connections;
+	__u64 repeated_syns;
+};
+
+#define SIGNATURES 16
+
+/* SYNs that a CPU has sent on: a cache line of them. */
+struct seen_syns {
+	__u32 signatures[SIGNATURES];
 };
 
 /*
@@ -343,6 +352,7 @@ struct control {
 	__u32 epoch;		 /* of services4 and services6: another one after each change; never 0 */
 	__u32 stages;		 /* enum stages_in_use */
 	__u64 nought;		 /* always 0, unknown to the verifier */
+	__u64 whole_ns;		 /* until then, flows of the program before may be missing in this one's tables; 0: none are */
 };
 
 /* What is fixed when the program is loaded; the verifier drops the branches that are off. */
@@ -360,6 +370,21 @@ struct config {
 	__u8 zero[7];
 };
 
+/* What the program counted that this one has replaced. */
+struct carried {
+	__u32 is_reason; /* `index` is of `reasons`, and `more` has packets only */
+	__u32 index;
+	struct counter more;
+};
+
+/*
+ * To be raised where something in a map gets another meaning and neither its type nor a name above tells. Maps of another
+ * schema are not handed on from program to program.
+ */
+enum schema {
+	SCHEMA = 1,
+};
+
 /* Never read: it puts the enums, which user space knows by name, into the object's BTF. */
 struct names {
 	enum reason reason;
@@ -369,4 +394,5 @@ struct names {
 	enum nat_state nat_state;
 	enum stage stage;
 	enum stages_in_use stages_in_use;
+	enum schema schema;
 };

@@ -3,19 +3,20 @@
 #pragma once
 
 #include "maps.h"
+#include "opening.h"
 #include "packet.h"
 #include "stage.h"
 #include "vlan.h"
 
-static __always_inline struct counter *counter_of(__u32 index)
+/* outer_bytes: of the tunnel's headers that the packet is behind. */
+static __always_inline enum reason count_request(struct xdp_md *ctx, const struct member *member, const struct packet *pkt,
+						 int opens, __u32 outer_bytes, int family)
 {
-	return bpf_map_lookup_elem(&counters, &index);
-}
+	struct counter *counter;
 
-static __always_inline enum reason count_request(const struct member *member, const struct packet *pkt, int opens)
-{
-	struct counter *counter = counter_of(member->index);
-
+	if (opens_connection(pkt))
+		count_repetition(ctx, member, pkt->flow, outer_bytes, family);
+	counter = counter_of(member->index);
 	if (counter) {
 		counter->packets++;
 		counter->bytes += pkt->bytes;

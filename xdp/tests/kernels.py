@@ -14,6 +14,7 @@ def since(major: int, minor: int, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(running < (major, minor), reason=f"{what} came with Linux {major}.{minor}")
 
 
+KERNEL_CONTEXT = since(6, 2, "the kernel's own side of a program's context")
 DRIVER_FEATURES = since(6, 3, "the question for a driver's XDP features")
 MAP_MEMORY = since(6, 4, "the kernel's account of a map's memory")
 TCX = since(6, 6, "tcx")

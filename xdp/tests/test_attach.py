@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +16,8 @@ from pyroute2 import netns
 
 from xdp.attach import AUTO, GENERIC, NATIVE, Attached, attach, attached, detach
 from xdp.errors import AttachError, NoSuchInterface, NotPermitted, NotSupported, Occupied
-from xdp.netlink import IPRoute, route_socket
+from xdp.netlink import IPRoute
+from xdp.tests.namespaces import own_namespace
 
 SYS_BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
 BPF_PROG_LOAD, BPF_OBJ_GET_INFO_BY_FD = 5, 15
@@ -62,22 +62,18 @@ other_program = program
 
 
 @pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, here and elsewhere; the test runs in the first."""
-    names = f"xdp-attach-{os.getpid()}-here", f"xdp-attach-{os.getpid()}-elsewhere"
-    with ExitStack() as cleanup:
-        for name in names:
-            netns.create(name)
-            cleanup.callback(netns.remove, name)
-        netns.pushns(names[0])
-        cleanup.callback(netns.popns)
-        yield names
+def ipr() -> Iterator[IPRoute]:
+    with own_namespace("xdp-attach") as opened:
+        yield opened
 
 
 @pytest.fixture
-def ipr(namespaces: tuple[str, str]) -> Iterator[IPRoute]:
-    with route_socket() as opened:
-        yield opened
+def elsewhere() -> Iterator[str]:
+    """Another network namespace."""
+    name = f"xdp-attach-{os.getpid()}-elsewhere"
+    netns.create(name)
+    yield name
+    netns.remove(name)
 
 
 @pytest.fixture
@@ -230,9 +226,9 @@ def test_veth_whose_peer_leaves_checksums_out_is_pointed_at(veth: int, program: 
 
 
 def test_veth_whose_peer_is_out_of_sight_is_pointed_at(
-    namespaces: tuple[str, str], ipr: IPRoute, veth: int, program: Program
+    ipr: IPRoute, veth: int, program: Program, elsewhere: str
 ) -> None:
-    ipr.link("set", index=ipr.link_lookup(ifname="far")[0], net_ns_fd=namespaces[1])
+    ipr.link("set", index=ipr.link_lookup(ifname="far")[0], net_ns_fd=elsewhere)
     assert attach(veth, program.fd, program.id).warning == (
         "near: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
     )

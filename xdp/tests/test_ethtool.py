@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
-from pyroute2 import netns
 
 from xdp import ethtool
 from xdp.features import XdpFeatures, xdp_features
-from xdp.netlink import IPRoute, route_socket
+from xdp.netlink import IPRoute
 from xdp.tests.kernels import DRIVER_FEATURES
+from xdp.tests.namespaces import namespace_with_veth
 
 
 @pytest.fixture
 def ipr() -> Iterator[IPRoute]:
     """The test runs in a namespace with one veth, near and far, both up."""
-    namespace = f"xdp-ethtool-{os.getpid()}"
-    with ExitStack() as cleanup:
-        netns.create(namespace)
-        cleanup.callback(netns.remove, namespace)
-        netns.pushns(namespace)
-        cleanup.callback(netns.popns)
-        ipr = cleanup.enter_context(route_socket())
-        ipr.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
-        for name in ("near", "far"):
-            ipr.link("set", ifname=name, state="up")
-        yield ipr
+    with namespace_with_veth("xdp-ethtool") as made:
+        yield made
 
 
 def run(*command: str) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
-from pyroute2 import netns
 
 from xdp import attach, tc
 from xdp.errors import AttachError, NoSuchInterface, NotSupported, Occupied
@@ -16,6 +13,7 @@ from xdp.link import hold_at_tc, hold_at_xdp
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program
 from xdp.tests.kernels import TCX
+from xdp.tests.namespaces import NEAR, namespace_with_veth
 
 LOOPBACK, NOWHERE = 1, 99
 TC_PROGRAM, XDP_PROGRAM = "decap_send", "xdp_decap"
@@ -24,15 +22,8 @@ TC_PROGRAM, XDP_PROGRAM = "decap_send", "xdp_decap"
 @pytest.fixture
 def near() -> Iterator[int]:
     """The index of one end of a veth pair."""
-    name = f"xdp-link-{os.getpid()}"
-    with ExitStack() as cleanup:
-        netns.create(name)
-        cleanup.callback(netns.remove, name)
-        netns.pushns(name)
-        cleanup.callback(netns.popns)
-        with route_socket() as ipr:
-            ipr.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
-        yield socket.if_nametoindex("near")
+    with namespace_with_veth("xdp-link"):
+        yield socket.if_nametoindex(NEAR)
 
 
 @pytest.fixture(scope="module")

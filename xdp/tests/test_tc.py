@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from pyroute2 import netns
 
 from xdp import tc
 from xdp.errors import XdpError
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program
+from xdp.tests.namespaces import NEAR, namespace_with_veth
 
 NAME = "decap_send"
 INGRESS, EGRESS = 0xFFFF_FFF2, 0xFFFF_FFF3
@@ -23,15 +21,8 @@ INGRESS, EGRESS = 0xFFFF_FFF2, 0xFFFF_FFF3
 @pytest.fixture
 def near() -> Iterator[int]:
     """The index of one end of a veth pair."""
-    name = f"xdp-tc-{os.getpid()}"
-    with ExitStack() as cleanup:
-        netns.create(name)
-        cleanup.callback(netns.remove, name)
-        netns.pushns(name)
-        cleanup.callback(netns.popns)
-        with route_socket() as ipr:
-            ipr.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
-        yield socket.if_nametoindex("near")
+    with namespace_with_veth("xdp-tc"):
+        yield socket.if_nametoindex(NEAR)
 
 
 @pytest.fixture

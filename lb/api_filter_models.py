@@ -1,0 +1,306 @@
+"""The bodies of the API about filter rules, explanations and stages: what may come in, and what goes out.
+
+Enters: JSON that pydantic has checked for types. Leaves: values of lb.filter_report and lb.explain_packet, or a Problem
+that points at the value at fault. Text that is listed again has to be printable: it must not steer a terminal.
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lb.api_models import LARGEST, Answer, Body, Count
+from lb.errors import InvalidInput
+from lb.explain_packet import Flow, check_size, parse_flags, parse_flow, parse_hex
+from lb.filter_report import Wish
+from lb.problems import Place
+from lb.rules import LONGEST_S, Action, At, Rate
+
+AtName = Annotated[At, Field(strict=False)]
+ActionName = Annotated[Action, Field(strict=False)]
+Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+LONGEST_NAME = 4096  # of a set: PATH_MAX
+
+
+class SetBody(Body):
+    """Packets with an address in a list of prefixes."""
+
+    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="What it is called", examples=["bad"])
+    side: Literal["src", "dst"] = "src"
+    list: str | None = Field(None, description="A prefix a line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
+    prefixes: Count | None = Field(None, description="How many there are: as it was read, of no effect")
+
+
+class RuleBody(Body):
+    """A rule as it is to be."""
+
+    at: AtName = At.XDP
+    action: ActionName
+    rate: str | None = Field(None, description="Of limit", examples=["1k/s"])
+    expression: str = Field("", description="As tcpdump's; empty: all packets", examples=["udp port 53"])
+    set: SetBody | None = None
+    until: Whole | None = Field(None, description="Unix time, in seconds, at which it ends by itself")
+
+    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> Wish:
+        """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
+        rate = self._rate(place / "rate")
+        with place / "expression":
+            _check_printable("expression", self.expression)
+        self._check_set(place / "set", is_here=is_here)
+        path, side, text = (self.set.path, self.set.side, self.set.list) if self.set else (None, "src", None)
+        expression = " ".join(self.expression.split())
+        return Wish(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
+
+    def _rate(self, place: Place) -> Rate | None:
+        with place:
+            if self.rate is not None and self.action is not Action.LIMIT:
+                raise InvalidInput(f"rate {self.rate}: is for limit alone, and this is {self.action}")
+            if self.action is not Action.LIMIT:
+                return None
+            return Rate.parse(self.rate or "")
+
+    def _check_set(self, place: Place, *, is_here: bool) -> None:
+        if self.set is None:
+            return
+        with place / "path":
+            _check_printable("set", self.set.path)
+            if self.set.path.startswith("/") and self.set.list is not None and not is_here:
+                raise InvalidInput(f"set {self.set.path}: no file of the balancer's is read: call it something else")
+
+
+class NewRuleBody(RuleBody):
+    for_s: Count | None = Field(None, description="For how long, in seconds, instead of until")
+    position: Whole | None = Field(None, description="Which number it gets; by default behind the last")
+
+    def to_new_wish(self, interface: str, *, is_here: bool) -> Wish:
+        wish = self.to_wish(interface, Place(), is_here=is_here)
+        if self.set and self.set.list is None:
+            with Place() / "set" / "list":
+                raise InvalidInput(f"set {self.set.path}: list: missing")
+        if self.for_s is None:
+            return wish
+        with Place() / "for_s":
+            if not 0 < self.for_s <= LONGEST_S or self.until is not None:
+                raise InvalidInput(f"for_s {self.for_s}: not from 1 to {LONGEST_S}, without until")
+        return replace(wish, seconds=self.for_s)
+
+
+class RulesBody(Body):
+    """All rules of an interface."""
+
+    rules: list[RuleBody]
+
+    def to_wishes(self, interface: str, *, is_here: bool) -> list[Wish]:
+        place = Place() / "rules"
+        return [rule.to_wish(interface, place / number, is_here=is_here) for number, rule in enumerate(self.rules)]
+
+
+class MoveBody(Body):
+    number: Whole = Field(description="The one that it is to have")
+
+
+class TrialBody(Body):
+    """Rules of an interface, or rules that are not there."""
+
+    pcap: str = Field(description="A capture file, in base64")
+    interface: str | None = None
+    at: AtName | None = None
+    rules: Annotated[list[RuleBody], Field(min_length=1)] | None = None
+
+    def to_wishes(self, *, is_here: bool) -> list[Wish]:
+        """None: those of the interface."""
+        place = Place() / "rules"
+        if (self.rules is None) == (self.interface is None):
+            with place:
+                raise InvalidInput("rules: give either an interface or rules")
+        if self.rules and self.at:
+            with Place() / "at":
+                raise InvalidInput("at: is said by each of the rules")
+        wishes = [r.to_wish("", place / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
+        for number, wish in enumerate(wishes):
+            with place / number:
+                if wish.at is not wishes[0].at:
+                    raise InvalidInput(f"rules: not all at one place: {wishes[0].at} and {wish.at}")
+                if wish.set_path is not None and wish.set_list is None:
+                    raise InvalidInput(f"set {wish.set_path}: list: missing")
+        return wishes
+
+
+class ExplainBody(Body):
+    """One of: `protocol` with `source` and `destination`; `hex`; `pcap`."""
+
+    protocol: Literal["tcp", "udp", "icmp"] | None = None
+    source: str | None = Field(None, examples=["192.0.2.7:40000"])
+    destination: str | None = Field(None, examples=["10.0.0.100:443"])
+    syn: bool = Field(False, description="The first packet of a TCP connection")
+    flags: str | None = Field(None, description="TCP flags, of F S R P A U E W; by default A", examples=["S"])
+    hex: str | None = Field(None, description="An Ethernet frame")
+    length: Count | None = Field(None, description="What the frame had before it was cut")
+    pcap: str | None = Field(None, description="A capture file, in base64")
+    number: Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(None, description="Of pcap, that packet alone")
+    interface: str | None = Field(None, description="Where it comes in; by default, where the way to its sender leads")
+
+    def check(self) -> None:
+        """That it says one thing. Raises Problem."""
+        if [self.protocol, self.hex, self.pcap].count(None) != 2:
+            raise InvalidInput("say one of: protocol with source and destination; hex; pcap")
+        for name, goes_with in (("length", self.hex), ("number", self.pcap)):
+            with Place() / name:
+                if getattr(self, name) is not None and goes_with is None:
+                    raise InvalidInput(f"{name}: is for {'hex' if name == 'length' else 'pcap'} alone")
+        with Place() / ("flags" if self.flags is not None else "syn"):
+            if (self.syn or self.flags is not None) and self.protocol != "tcp":
+                raise InvalidInput("syn and flags are for tcp alone")
+            if self.syn and self.flags is not None:
+                raise InvalidInput("syn and flags exclude each other")
+
+    def flow(self) -> tuple[Flow, int]:
+        """And its TCP flags."""
+        for name in ("source", "destination"):
+            with Place() / name:
+                if getattr(self, name) is None:
+                    raise InvalidInput(f"{name}: missing")
+        with Place() / "flags":
+            letters = "S" if self.syn else "A" if self.flags is None else self.flags
+            bits = parse_flags(letters) if self.protocol == "tcp" else 0
+        return parse_flow(str(self.protocol), self.source or "", self.destination or ""), bits
+
+    def frame(self) -> bytes:
+        with Place() / "hex":
+            return check_size(parse_hex(self.hex or ""))
+
+
+def pcap_bytes(text: str) -> bytes:
+    """Raises Problem."""
+    with Place() / "pcap":
+        try:
+            return b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidInput(f"pcap: not base64: {error}") from None
+
+
+def _check_printable(name: str, text: str) -> None:
+    if not " ".join(text.split()).isprintable():
+        raise InvalidInput(f"{name}: has characters that cannot be printed")
+
+
+# What goes out
+
+
+class SetAnswer(Answer):
+    path: str
+    side: str
+    prefixes: int
+
+
+class OwnRuleAnswer(Answer):
+    at: At
+    action: Action
+    rate: str | None
+    expression: str
+    set: SetAnswer | None
+
+
+class WantedRuleAnswer(OwnRuleAnswer):
+    until: int | None
+
+
+class RulesAnswer(Answer):
+    """What PUT takes."""
+
+    rules: list[WantedRuleAnswer]
+
+
+class RuleAnswer(OwnRuleAnswer):
+    interface: str
+    number: int
+
+
+class RuleStatusAnswer(RuleAnswer):
+    packets: int
+    bytes: int
+    dropped_packets: int
+    dropped_bytes: int
+    in_force: bool
+    expired: bool
+    left_s: int | None
+
+
+class RuleChangeAnswer(RuleAnswer):
+    change: str
+    detail: str
+
+
+class FilterReportAnswer(Answer):
+    """What a change did, or, of a dry run, would do."""
+
+    dry_run: bool
+    changes: list[RuleChangeAnswer]
+    warnings: list[str]
+
+
+class TriedRuleAnswer(RuleAnswer):
+    matched: int
+
+
+class TrialAnswer(Answer):
+    """`dropped_packets`: their positions in the file, from 0."""
+
+    packets: int
+    dropped: int
+    untested: int
+    rules: list[TriedRuleAnswer]
+    dropped_packets: list[int]
+
+
+class FrameAnswer(Answer):
+    bytes: int
+    headers: list[str]
+    hex: str
+
+
+class ExplanationAnswer(Answer):
+    """See xdp-lb explain --help."""
+
+    interface: str
+    packet: FrameAnswer
+    action: str
+    reason: str | None
+    verdict: str
+    fix: str | None
+    ended_by: list[dict[str, Any]]
+    service: dict[str, Any] | None
+    slot: dict[str, Any] | None
+    source: str | None
+    affinity: bool
+    member: dict[str, Any] | None
+    reply_to: str | None
+    egress: str | None
+    out: FrameAnswer | None
+    disagreement: str | None
+    notes: list[str]
+
+
+class StageAnswer(Answer):
+    number: int
+    interface: str
+    at: str
+    place: int | None
+    file: str
+    function: str
+    pid: int
+    program_id: int | None
+    since: str
+    state: str
+
+
+class TableAnswer(Answer):
+    """With `entries` or `histograms`."""
+
+    time: str
+    table: str
+    kind: str
