@@ -57,15 +57,15 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 
 
 class _Path:
-    """A segment of the path, decoded."""
+    """A segment of the path, decoded. Like all that a request depends on, it is no work for another thread."""
 
     @staticmethod
-    def vip(vip: Annotated[str, "ADDR:PORT/PROTO, percent-encoded"]) -> Vip:
+    async def vip(vip: Annotated[str, "ADDR:PORT/PROTO, percent-encoded"]) -> Vip:
         return Vip.parse(unquote(vip))
 
     @staticmethod
-    def backend(vip: str, backend: Annotated[str, "ADDR:PORT"]) -> Backend:
-        return Backend.parse(unquote(backend), _Path.vip(vip).fixed_port)
+    async def backend(vip: str, backend: Annotated[str, "ADDR:PORT"]) -> Backend:
+        return Backend.parse(unquote(backend), Vip.parse(unquote(vip)).fixed_port)
 
 
 VipInPath = Annotated[Vip, Depends(_Path.vip)]

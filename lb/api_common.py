@@ -32,12 +32,12 @@ CHANGES = ALWAYS | problems(409, 412)
 READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
 
 
-def _owner(request: Request) -> Owner:
+async def _owner(request: Request) -> Owner:
     owner: Owner = request.app.state.owner
     return owner
 
 
-def _beside(request: Request) -> Beside:
+async def _beside(request: Request) -> Beside:
     beside: Beside = request.app.state.beside
     return beside
 

@@ -47,11 +47,11 @@ SENTENCES = 4  # of a summary
 router = APIRouter(prefix="/v1")
 
 
-def _interface(interface: Annotated[str, "A name"]) -> str:
+async def _interface(interface: Annotated[str, "A name"]) -> str:
     return unquote(interface)
 
 
-def _how(
+async def _how(
     dry_run: DryRun = False,
     force: Annotated[bool, Query(description="Also if it ends the connection that this comes on")] = False,
     selftest: Annotated[bool, Query(description="Run new expressions against the kernel's own first")] = True,
@@ -59,7 +59,7 @@ def _how(
     return How(force=force, selftest=selftest, dry_run=dry_run)
 
 
-def _asked_on(
+async def _asked_on(
     request: Request,
     ssh: Annotated[
         str | None,

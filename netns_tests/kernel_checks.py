@@ -30,6 +30,7 @@ from xdp.object import BpfObject, Program
 
 OBJECTS = sorted((REPOSITORY / "xdp" / "bpf").glob("*.bpf.o"))
 PROGRAM_TESTS = (*sorted(map(str, Path(__file__).parent.glob("test_program*.py"))), "netns_tests/test_decap.py")
+CAPTURE_TESTS = ("filters/tests/test_traced.py", "netns_tests/test_dump_beside.py")
 TRAFFIC_TESTS = ("netns_tests/test_traffic.py", "netns_tests/test_decap_command.py")
 KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 TESTS_TIMEOUT_S = 900
@@ -89,6 +90,10 @@ TEST_GROUPS = (
     Group("tests: program against model", ("netns_tests/test_differential.py",), (("FUZZ_PACKETS", "500"),)),
     Group("tests: attaching, maps, pins", ("xdp/tests", "--ignore=xdp/tests/test_btf.py", "-k", "not any_name")),
     Group("tests: real traffic", (*TRAFFIC_TESTS, "-k", "curl or pings or status_lists or attaching_again")),
+    # Some of these are skipped where a hardened kernel lets nobody trace programs.
+    Group("tests: captures", (*CAPTURE_TESTS, "-k", "(traced or leaves or comes_to) and not over_a_copy")),
+    Group("tests: filter", ("netns_tests/test_filter.py", "-k", "dropped_and_counted or rule_ends or not_linear")),
+    Group("tests: under systemd", ("netns_tests/test_systemd.py", "-k", "capabilities")),
 )
 
 

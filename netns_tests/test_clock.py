@@ -62,7 +62,7 @@ def test_the_clock_may_jump_while_packets_flow_and_backends_are_checked(bed: Bed
             clock(bed).write_text(jump)
             shown = {this_year + years - 1, this_year + years}  # a year of faketime has 365 days
             wait_until(lambda: year_of_a_change(bed) in shown, "the jump seen")  # noqa: B023
-            bed.xdp_lb("backend", "add", WEB, f"10.99.2.11:{8080 + number}")  # where nobody listens
+            bed.xdp_lb("backend", "add", WEB, f"10.99.2.11:{8080 + number}@0")  # where nobody listens
             wait_until(lambda: states(bed).count("down") == number, "the fault found", timeout_s=30)  # noqa: B023
             load.go_on_for(10)
             assert end(process, signal.SIGKILL) == -signal.SIGKILL

@@ -108,7 +108,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     patches = {"first": {}, "alike": ALIKE, "grown": GROWN, "refused": REFUSED}
     numbers = {"first": "0.1.0", "alike": "0.1.1", "grown": "0.2.0", "refused": "0.3.0"}
     versions = {name: Version.install(folder / name, numbers[name], each) for name, each in patches.items()}
-    with Bed(backends=3, router=True) as bed:
+    with Bed(backends=4, router=True) as bed:
         for backend in bed.backends:
             bed.own_vip(backend)
             start_http(bed, backend, [80, 8080])
@@ -253,19 +253,26 @@ def test_twenty_deaths_five_upgrades_and_two_hundred_changes_of_the_daemon(life:
             process = life.serve(version)
             with Client.unix(life.socket) as client:
                 for _ in range(10):
-                    change(client, choose)
+                    change(client, choose, during)
                 assert client.status().outdated == ""
             process.send_signal(choose.choice((signal.SIGKILL, signal.SIGTERM)))
             process.wait(timeout=20)
             during.check(requests=1)
-        assert_all_counted(life, "alike", during)
+        during.end()
 
 
-def change(client: Client, choose: random.Random) -> None:
-    """Of one backend; the first always has new connections."""
+def change(client: Client, choose: random.Random, during: Traffic) -> None:
+    """Of one backend. The first always has new connections; the last comes and goes, and is empty when it goes."""
     vip = Vip.parse(choose.choice((NAT, DIRECT)))
-    backend = Backend.parse(f"10.99.2.1{choose.choice('23')}:{vip.port}")
-    if choose.random() < 0.3:
-        client.drain_backend(vip, backend)
-    else:
+    backend, guest = (Backend.parse(f"10.99.2.1{last}:{vip.port}") for last in (choose.choice("23"), 4))
+    what = choose.choices(("weigh", "drain", "guest"), (4, 3, 3))[0]
+    if what == "weigh":
         client.set_weight(vip, backend, choose.randint(1, 9))
+    elif what == "drain":
+        client.drain_backend(vip, backend)
+    elif not any(str(each) == str(guest) for each in client.service(vip).value.backends):
+        client.add_backends(vip, [guest])
+    else:
+        client.drain_backend(vip, guest)
+        during.check(requests=15)
+        client.remove_backend(vip, guest)
