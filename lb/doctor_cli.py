@@ -6,6 +6,7 @@ import click
 from click.exceptions import Exit
 
 from lb.cli_options import interfaces_argument, json_option
+from lb.command import echo_json, echo_lines, wants_colour
 
 EXIT_UNFIT = 1
 
@@ -35,14 +36,14 @@ def doctor_command(interfaces: tuple[str, ...], as_json: bool) -> None:
       # The commands that mend what is found
       xdp-lb doctor --json | jq -r '.[].fix // empty'
     """
-    from lb import cli, doctor, doctor_facts, doctor_output  # what other commands need not wait for
+    from lb import doctor, doctor_facts, doctor_output  # what other commands need not wait for
     from lb.paths import Paths
 
     paths = Paths.here()
     found = doctor.findings(doctor_facts.read_host(paths), doctor_facts.read_interfaces(paths, interfaces))
     if as_json:
-        cli.echo_json(doctor.findings_document(found))
+        echo_json(doctor.findings_document(found))
     else:
-        cli.echo_lines(doctor_output.lines(found, colour=cli.wants_colour()))
+        echo_lines(doctor_output.lines(found, colour=wants_colour()))
     if not doctor.is_fit(found):
         raise Exit(EXIT_UNFIT)

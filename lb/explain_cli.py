@@ -10,6 +10,7 @@ import click
 
 from lb import completion
 from lb.cli_options import json_option
+from lb.command import echo_json, echo_lines, wants_colour
 from lb.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for
@@ -88,17 +89,17 @@ def explain_command(
       # Why, and what to do about it
       xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
     """
-    from lb import cli, explain_output
+    from lb import explain_output
     from lb.explain_request import open_explaining
     from lb.paths import Paths
 
     explain = _explain(protocol, source, destination, syn, flags, interface, pcap, number, digits)
     with open_explaining(Paths.here()) as asked:
         if as_json:
-            cli.echo_json(list(explain(asked)))
+            echo_json(list(explain(asked)))
             return
         for position, told in enumerate(explain(asked)):
-            cli.echo_lines([*[""] * bool(position), *explain_output.lines(told, colour=cli.wants_colour())])
+            echo_lines([*[""] * bool(position), *explain_output.lines(told, colour=wants_colour())])
 
 
 def _explain(

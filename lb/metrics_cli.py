@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from lb.command import open_balancer
+
 SHIPPED = {"alerts": "alerts.yml", "dashboard": "grafana-dashboard.json"}
 READABLE_BY_ALL = 0o644  # node_exporter is another user
 
@@ -50,10 +52,9 @@ def _shipped(name: str) -> str:
 
 
 def _current() -> str:
-    from lb import cli  # this module is one of its commands
     from lb.metrics import exposition
 
-    with cli.open_balancer(write=False) as balancer:
+    with open_balancer(write=False) as balancer:
         return exposition(balancer.status())
 
 

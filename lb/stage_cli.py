@@ -14,6 +14,7 @@ import click
 
 from lb import completion
 from lb.cli_options import json_option
+from lb.command import wants_colour
 from lb.documents import Document, to_json
 from lb.errors import DataplaneError
 from lb.paths import Paths
@@ -114,12 +115,11 @@ def run(
 
 
 def _printer(as_json: bool) -> Printer:
-    from lb import cli
     from lb.stage_watch import JsonPrinter, LinePrinter, ScreenPrinter
 
     if as_json:
         return JsonPrinter(sys.stdout)
-    return ScreenPrinter(sys.stdout, colour=cli.wants_colour()) if sys.stdout.isatty() else LinePrinter(sys.stdout)
+    return ScreenPrinter(sys.stdout, colour=wants_colour()) if sys.stdout.isatty() else LinePrinter(sys.stdout)
 
 
 def _run(request: Request, interval_s: float, printer: Printer) -> None:
@@ -203,7 +203,6 @@ def list_stages(as_json: bool) -> None:
 
 
 def _lines(found: Sequence[Document]) -> list[str]:
-    from lb import cli
     from lb.output import Column, table
 
     if not found:
@@ -211,7 +210,7 @@ def _lines(found: Sequence[Document]) -> list[str]:
     headings = ("STAGE", "INTERFACE", "AT", "PLACE", "FILE", "FUNCTION", "PID", "PROGRAM", "SINCE", "STATE")
     numbers = {"STAGE", "PLACE", "PID", "PROGRAM"}
     columns = [Column(heading, number=heading in numbers) for heading in headings]
-    return table(columns, [_row(each) for each in found], colour=cli.wants_colour())
+    return table(columns, [_row(each) for each in found], colour=wants_colour())
 
 
 KEYS = ("number", "interface", "at", "place", "file", "function", "pid", "program_id", "since", "state")
@@ -238,13 +237,12 @@ def tables(number: int, as_json: bool) -> None:
       xdp-lb stage tables 1
       xdp-lb stage tables 1 --json | jq '.[].table'
     """
-    from lb import cli
     from lb.stage_remote import open_stages
     from lb.stage_tables import lines
 
     with open_stages(Paths.here()) as stages:
         found = stages.tables(number)
-    shown = [line for each in found for line in lines(each, colour=cli.wants_colour())]
+    shown = [line for each in found for line in lines(each, colour=wants_colour())]
     click.echo(to_json(found) if as_json else "\n".join(shown) or "no tables")
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lb.command import open_balancer
+
 if TYPE_CHECKING:  # most commands do not wait for this
     from lb.top import View
 
@@ -76,13 +78,12 @@ def top_command(delay_s: float, count: int | None, once: bool) -> None:
 
 def _reader() -> Callable[[], View]:
     """What gives one View after the other, each measured since the one before."""
-    from lb import cli  # this module is one of its commands
     from lb.top import Meter
 
     meter = Meter()
 
     def read() -> View:
-        with cli.open_balancer(write=False) as balancer:
+        with open_balancer(write=False) as balancer:
             status = balancer.status()
         return meter.take(status, time.monotonic())
 

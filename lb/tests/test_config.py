@@ -237,8 +237,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         ),
         (
             '[[service]]\nvip = "10.0.0.1:80@eu"',
-            "lb.toml: service 10.0.0.1:80/tcp@eu: sources:"
-            " missing: a set is for clients from certain prefixes",
+            "lb.toml: service 10.0.0.1:80/tcp@eu: sources: missing: a set is for clients from certain prefixes",
         ),
         (SERVICE + SERVICE, f"{HERE}: vip: given twice"),
     ],
