@@ -22,7 +22,19 @@ PR_SET_CHILD_SUBREAPER = 36
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take long, the longest first: begun last, one of them would keep a single process busy at the end.
-LONG = ("two_balancers", "filter", "quic", "crashes", "serve", "reconcile", "bad_input", "changes_under_load", "dump")
+LONG = (
+    "upgrade",
+    "two_balancers",
+    "filter",
+    "health",
+    "serve_filter",
+    "clock",
+    "quic",
+    "crashes",
+    "serve",
+    "reconcile",
+    "bad_input",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
