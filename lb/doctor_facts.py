@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lb.capabilities import missing
+from lb.check_path import FAR, NEAR
 from lb.dataplane import PROGRAM, KernelDataplane
 from lb.doctor import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
@@ -181,10 +182,11 @@ def _loopback_addresses() -> tuple[str, ...]:
 
 
 def read_interfaces(paths: Paths, names: Collection[str], roots: Roots = Roots()) -> list[Interface]:
-    """Those named, or all Ethernet interfaces that are up. Raises NotFound, InvalidInput."""
+    """Those named, or all Ethernet interfaces that are up, but for the daemon's own. Raises NotFound, InvalidInput."""
     with route_socket() as ipr:
         links = {message["index"]: message for message in ipr.link("dump")}
-    chosen = _named(links.values(), names) if names else [m for m in links.values() if _is_ethernet(m) and _is_up(m)]
+    found = [m for m in links.values() if _is_ethernet(m) and _is_up(m) and _name(m) not in (NEAR, FAR)]
+    chosen = _named(links.values(), names) if names else found
     programs = _programs(paths)
     return [_interface(message, links, programs, roots) for message in chosen]
 

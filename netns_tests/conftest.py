@@ -28,6 +28,7 @@ LONG = (
     "filter",
     "health",
     "serve_filter",
+    "systemd",
     "clock",
     "quic",
     "crashes",

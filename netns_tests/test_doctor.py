@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lb import doctor_facts
+from lb import check_path, doctor_facts
 from lb.doctor import Finding, Severity, findings
 from lb.doctor import Host as HostFacts
 from lb.paths import Paths
@@ -169,7 +169,10 @@ def test_kernel_refuses_native_xdp_where_the_doctor_says_so(
 
 
 def test_without_names_the_ethernet_interfaces_that_are_up_are_looked_at(patient: Patient) -> None:
+    """But for those that the daemon makes to check backends through."""
     patient.shell(f"ip link set dev {FAR} down")
+    patient.shell(f"ip link add {check_path.NEAR} up type veth peer name {check_path.FAR}")
+    patient.shell(f"ip link set {check_path.FAR} up")
     found = json.loads(patient.doctor("--json").stdout)
     assert {f["interface"] for f in found} == {None, NEAR}
 

@@ -76,7 +76,7 @@ class CopyingEntry:
         asm.jump_if(ebpf.JLE, R4, self.reach, bounded)
         asm.mov(R4, self.reach)
         asm.place(bounded)
-        asm.jump_if(ebpf.JEQ, R4, 0, nothing)
+        asm.jump_if(ebpf.JLT, R4, 1, nothing)  # Linux 6.1 learns no lower bound from an inequality
         asm.mov(R1, R6)
         asm.mov(R2, 0)
         asm.mov(R3, R7)
