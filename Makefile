@@ -21,7 +21,7 @@ CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
 PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make nftables nginx python3-bpfcc \
 	python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz scale test-kernels wheel clean
+.PHONY: help setup system apt-install build lint test demo bench fuzz scale soak test-kernels wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -100,6 +100,9 @@ fuzz: setup build ## the program against its model and its promise (FUZZ_PACKETS
 
 scale: setup build ## a million connections through fifty changes: none may leave its backend
 	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/test_scale.py
+
+soak: setup build ## the daemon under load: killed 20 times, upgraded five times, 200 changes: no request may fail
+	$(SUDO) env SOAK_DEATHS=20 $(BIN)/python -m pytest netns_tests/test_upgrade.py
 
 # Debian's own kernels: 6.1 is bookworm's, 6.12 is trixie's. They are emulated, by qemu.
 test-kernels: PACKAGES += busybox-static debian-archive-keyring file kmod \

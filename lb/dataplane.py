@@ -33,7 +33,7 @@ from lb.report import Attachment, NextHop, Statistics
 from lb.services import ServiceTable
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
-from xdp.errors import CannotCarry, LoadError, XdpError
+from xdp.errors import CannotCarry, LoadError, NotPermitted, XdpError
 from xdp.migrate import Succession, catch_up, check_meanings
 from xdp.netlink import route_socket
 from xdp.object import (
@@ -451,6 +451,8 @@ class KernelDataplane:
             if self.outdated:
                 _check_meanings(self._object)
             self._use(self._object)
+        except NotPermitted:
+            raise
         except XdpError as error:
             self._unusable = error
 
