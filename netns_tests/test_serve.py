@@ -80,7 +80,7 @@ def test_no_request_fails_while_the_daemon_starts_changes_things_dies_and_is_sta
     bed.xdp_lb(*SERVE)
     with loading(bed, f"http://{WEB}/") as load, connections(bed, "10.99.1.100", count=10) as held:
         labels = [connection.ask() for connection in held]
-        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGKILL, signal.SIGTERM):
             process = start(bed)
             bed.xdp_lb("backend", "add", WEB, "10.99.2.11:80@1", check=False)  # is there: refused by the daemon
             bed.xdp_lb("backend", "drain", WEB, "10.99.2.12")

@@ -41,6 +41,7 @@ backends = ["10.99.2.11", "10.99.2.12"]
 UNDER = ("setpriv", "--bounding-set=-all,+net_admin,+bpf,+perfmon", "--inh-caps=-all")
 SUCCESSION = ("first", "alike", "grown", "first", "grown", "alike")
 DEATHS = int(os.environ.get("SOAK_DEATHS", "6"))
+SOAK = "SOAK_DEATHS" in os.environ
 KILLED_AT = (("load", 1), ("relay", 1), ("_use", 2), ("put_in_force", 1), ("attach", 2), ("end_relay", 1))
 
 
@@ -233,7 +234,7 @@ def test_daemon_of_a_version_that_is_refused_serves_with_the_old_program_and_say
     assert process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize(("function", "nth"), KILLED_AT)
+@pytest.mark.parametrize(("function", "nth"), KILLED_AT if SOAK else KILLED_AT[1::2])
 def test_killed_upgrade_serves_on_and_the_next_command_finishes_it(life: Life, function: str, nth: int) -> None:
     """From whichever of both versions is in force to the other."""
     to = "first" if life.status("grown")["outdated"] is None else "grown"
