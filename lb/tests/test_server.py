@@ -274,7 +274,7 @@ def test_the_unit_file_names_this_program(monkeypatch: pytest.MonkeyPatch) -> No
     assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_BPF CAP_PERFMON\n" in printed
 
 
-@pytest.mark.parametrize(("place", "homes"), [("/opt/xdp-lb", "yes"), ("/root/.venv", "read-only")])
+@pytest.mark.parametrize(("place", "homes"), [("/opt/xdp-lb", "yes"), ("/home/me/.venv", "read-only")])
 def test_the_unit_file_does_not_hide_the_program_from_itself(
     place: str, homes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
