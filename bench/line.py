@@ -80,6 +80,7 @@ class Line:
         host = Host(f"{self._name}-{label}", label)
         self._resources.callback(host.close)
         host.create()
+        host.sysctl("net.ipv6.conf.default.disable_ipv6", 1)  # nobody speaks but those who are measured
         return host
 
     def _connect(self, end: Host, address: str, lb: Host, lb_address: str) -> None:
