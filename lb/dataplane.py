@@ -1,4 +1,4 @@
-"""The kernel side of the balancer: services, members and rings as BPF maps, programs on interfaces.
+"""The kernel side of the balancer: services, members and rings as BPF maps; its programs are in lb.programs.
 
 Enters: desired services and their next hops. Leaves: map contents that the programs act on, and what they have counted.
 The kernel's maps are the only memory here: which number a member has, where a ring lies and what its slots say is read
@@ -9,75 +9,35 @@ one leaves a state that the programs can work with.
 
 from __future__ import annotations
 
-import functools
-import socket
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
 
 from lb import maglev, ring
 from lb.directory import Directory
 from lb.errors import DataplaneError
 from lb.flow_hash import Sought, recorded_slots
 from lb.host_events import WayInForce
+from lb.kernel_errors import translated
 from lb.layout import Layout, Placed, Sizes, server_ids
 from lb.members import MemberKey, MemberTable, member_key, numbered
-from lb.model import Backend, Interface, Mode, Service
+from lb.model import Backend, Mode, Service
 from lb.paths import Paths
-from lb.report import Attachment, NextHop, Statistics
+from lb.programs import BEHIND_STAGES, Programs, now_ns
+from lb.report import NextHop, Statistics
 from lb.services import ServiceTable
 from lb.vip import Address, Vip
-from xdp import attach as xdp_attach
-from xdp.errors import CannotCarry, LoadError, NotPermitted, XdpError
-from xdp.migrate import Succession, catch_up, check_meanings
 from xdp.netlink import route_socket
-from xdp.object import (
-    LB_OBJECT,
-    BpfObject,
-    Loaded,
-    PinnedObject,
-    Program,
-    fingerprint,
-    in_one_line,
-    pinned_program,
-    program_name,
-)
+from xdp.object import Loaded
 from xdp.pins import Pins
-from xdp.stages import MAPS as STAGE_MAPS
-from xdp.stages import Stages
 
 __all__ = ["KernelDataplane", "route_socket"]
 
-PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
-REFUSED = "the installed program cannot take over, the one in force goes on"
 MOST_EPOCHS = 2**32 - 1
 
 _NS = 1_000_000_000
-MOST_CATCHING_UP_NS = (
-    2 * _NS
-)  # packets that belong to no flow wait no longer than this, whatever becomes of the process
 SETTLE_AGAIN_NS = 600 * _NS  # flows that are open still keep their slots tracked; to look for them takes up to 35 ms
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _translated(method: Callable[P, R]) -> Callable[P, R]:
-    """The one edge where errors of the xdp package become the balancer's."""
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(*args, **kwargs)
-        except XdpError as error:
-            raise DataplaneError(str(error)) from error
-
-    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,24 +71,18 @@ class Remembered:
         return dict(zip(map(member_key, self.backends), given, strict=True))
 
 
-class KernelDataplane:
+class KernelDataplane(Programs):
     """See lb.ports.Dataplane, which this implements. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
-        self._pins = pins
-        self._object: Loaded | None = None
-        self._pinned_in: Path | None = None  # the object's generation
-        self._unusable: XdpError | None = None
         self._placed: dict[Vip, Placed] = {}
         self._remembered: dict[Vip, Remembered] = {}
         self._announced_writes = 0
         self._settle_again_ns: dict[Vip, int] = {}
-        self._alone = False  # no other generation is pinned, as this process has seen
-        if generation := self._generation_in_force():
-            self._adopt(generation)
+        super().__init__(pins)
 
     @classmethod
-    @_translated
+    @translated()
     def open(cls, paths: Paths) -> KernelDataplane:
         """What an earlier process pinned, or nothing yet; either way nothing is written."""
         return cls(Pins(paths.run_dir, paths.netns))
@@ -138,14 +92,14 @@ class KernelDataplane:
     def vips(self) -> Set[Vip]:
         return self._placed.keys()
 
-    @_translated
+    @translated()
     def plan(self, service: Service) -> ring.Plan:
         change, placed = self._ring_change(service), self._alike(service)
         if placed is None or service.mode is not Mode.NAT:
             return change.plan
         return replace(change.plan, flows=self._flows_on(placed, change.moved))
 
-    @_translated
+    @translated()
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
         if not self._alike(service):
             self.remove(service.vip)
@@ -163,7 +117,7 @@ class KernelDataplane:
         resolved = self._members.resolved(placed) if placed and self._is_sourced(placed, service) else {}
         return {b.address for b in service.backends if not resolved.get(member_key(b))}
 
-    @_translated
+    @translated()
     def remove(self, vip: Vip) -> None:
         placed = self._placed.pop(vip, None)
         self._remembered.pop(vip, None)
@@ -178,7 +132,7 @@ class KernelDataplane:
     def _is_sourced(self, placed: Placed, service: Service) -> bool:
         return not service.mode.is_tunnel or self._members.is_sourced(placed, service.options)
 
-    @_translated
+    @translated()
     def publish(self, services: Sequence[Service]) -> None:
         numbers = {vip: placed.number for vip, placed in self._placed.items()}
         self._directory.add(services, numbers, lambda vip: self._members.held(self._placed[vip]))
@@ -227,7 +181,7 @@ class KernelDataplane:
         """Of a service that is there already, the time of the change before the ring: UDP is told old from new by it.
         A new one no packet finds before it is published."""
         if placed.vip in self._placed and change.old != change.new:
-            placed = replace(placed, changed_ns=_now_ns())
+            placed = replace(placed, changed_ns=now_ns())
             self._settle_again_ns.pop(placed.vip, None)
         self._write_service(placed, service)
         self._write_words(placed, change)
@@ -251,19 +205,19 @@ class KernelDataplane:
 
     def _expired(self, placed: Placed, words: array[int]) -> array[int]:
         """The words without the transitions that have had their time."""
-        if not placed.is_due(_now_ns()) or max(words) <= ring.MEMBER_MASK:
+        if not placed.is_due(now_ns()) or max(words) <= ring.MEMBER_MASK:
             return words
         return ring.expire(words, self._tracked_slots(placed))
 
     def due(self) -> list[Vip]:
-        now = _now_ns()
+        now = now_ns()
         waiting = (p for p in self._placed.values() if p.changed_ns and p.is_due(now))
         return [p.vip for p in waiting if now >= self._settle_again_ns.get(p.vip, 0)]
 
-    @_translated
+    @translated()
     def settle(self, vip: Vip) -> None:
         placed = self._placed.get(vip)
-        if placed is None or not (placed.changed_ns and placed.is_due(_now_ns())):
+        if placed is None or not (placed.changed_ns and placed.is_due(now_ns())):
             return
         old = self._words_of(placed)
         new = self._expired(placed, old)
@@ -272,7 +226,7 @@ class KernelDataplane:
             self._placed[vip] = replace(placed, changed_ns=0)
             self._services.set_changed(self._placed[vip])
         else:
-            self._settle_again_ns[vip] = _now_ns() + SETTLE_AGAIN_NS
+            self._settle_again_ns[vip] = now_ns() + SETTLE_AGAIN_NS
 
     def _tracked_slots(self, placed: Placed) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
@@ -281,7 +235,7 @@ class KernelDataplane:
 
     def _flows_on(self, placed: Placed, slots: Set[int]) -> int:
         """How many translated connections that are open have their slot among these."""
-        table, sought, now = self._obj.map(f"nat_flows{placed.vip.address.version}"), self._sought(placed), _now_ns()
+        table, sought, now = self._obj.map(f"nat_flows{placed.vip.address.version}"), self._sought(placed), now_ns()
         closing = ~self._obj.types.enum("nat_state")["NAT_ESTABLISHED"]
         return sum(
             sought.slot(key) in slots
@@ -295,7 +249,7 @@ class KernelDataplane:
             prefix_length=placed.vip.prefix_length,
             ports=placed.vip.ports,
             protocol=placed.vip.protocol,
-            oldest_ns=_now_ns() - placed.flow_timeout_s * _NS,
+            oldest_ns=now_ns() - placed.flow_timeout_s * _NS,
             seed=self._seed(),
             ring_size=placed.ring_size,
         )
@@ -313,7 +267,7 @@ class KernelDataplane:
 
     # What others have changed
 
-    @_translated
+    @translated()
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         found = []
         if changed := self._directory.reread():
@@ -325,7 +279,7 @@ class KernelDataplane:
             found.append("stages: the balancer was taken out from behind them")
         return found
 
-    @_translated
+    @translated()
     def differences(self, service: Service) -> list[str]:
         placed = self._alike(service)
         if placed is None:
@@ -357,7 +311,7 @@ class KernelDataplane:
         wanted = ring.transition(words, _table(service, numbers), alive)
         return 0 if words == wanted else sum(old != new for old, new in zip(words, wanted, strict=True))
 
-    @_translated
+    @translated()
     def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
         """As `put`; members that are lost get the numbers that they had, which slots and flows name."""
         if placed := self._alike(service):
@@ -366,7 +320,7 @@ class KernelDataplane:
             self._members.restore(placed, service, self._known_numbers(placed, service), uids, hops)
         return self.put(service, hops)
 
-    @_translated
+    @translated()
     def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> set[Address]:
         placed = self._alike(service)
         if placed is None:
@@ -383,7 +337,7 @@ class KernelDataplane:
 
     # What is counted
 
-    @_translated
+    @translated()
     def statistics(self) -> Statistics:
         services = self._placed.items()
         return Statistics(
@@ -408,57 +362,10 @@ class KernelDataplane:
             if name.startswith(("ANSWERED_", "PASS_", "DROP_", "NOTED_"))
         }
 
-    # Programs and maps
-
-    @property
-    def loaded(self) -> bool:
-        return self._object is not None or self._unusable is not None
-
-    @property
-    def _obj(self) -> Loaded:
-        if self._unusable:
-            can_follow = self._object and not isinstance(self._unusable, CannotCarry)
-            mend = "xdp-lb attach IFACE" if can_follow else "xdp-lb detach, then xdp-lb attach IFACE"
-            raise DataplaneError(f"the programs in force are of another version of xdp-lb ({self._unusable}): {mend}")
-        if self._object is None:
-            raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
-        return self._object
-
-    @property
-    def stages(self) -> Stages:
-        return Stages(self._obj)
-
-    @property
-    def _program(self) -> Program:
-        return self._obj.program(PROGRAM)
-
-    @property
-    def _control(self) -> Any:
-        return self._obj.variable("control")
-
-    def _generation_in_force(self) -> Path | None:
-        """The one that balances: a process that was killed may have left it to be made `current`."""
-        current = self._pins.current()
-        if current is None:
-            return None
-        return next((each for each in self._pins.others() if _balances(each)), current)
-
-    def _adopt(self, generation: Path) -> None:
-        """Of another version's, `upgrade` knows what to do, or if they are incomplete, detach() and unload()."""
-        self._pinned_in = generation
-        try:
-            self._object = PinnedObject.open(str(generation), LB_OBJECT)
-            if self.outdated:
-                _check_meanings(self._object)
-            self._use(self._object)
-        except NotPermitted:
-            raise
-        except XdpError as error:
-            self._unusable = error
+    # Maps
 
     def _use(self, obj: Loaded) -> None:
-        """Makes a loaded or adopted object the one that all methods work on."""
-        self._object, self._unusable = obj, None
+        super()._use(obj)
         options = obj.types.enum("service_option")
         self._services = ServiceTable(obj.map("services").view(), obj.types.enum("mode"), options)
         self._directory = Directory(obj)
@@ -473,17 +380,16 @@ class KernelDataplane:
             members=len(self._members),
         )
 
-    @_translated
+    @translated()
     def load(self, services: Sequence[Service]) -> None:
-        if not self.loaded:
-            self._install(Sizes.of(services))
-        elif (sizes := self._sizes_for(services)) != Sizes.held_by(self._obj):
-            self._replace(sizes)
-        if not self._alone and self._pins.others():
-            self._leave_older_generations()
-        self._alone = True
+        self._load(self._sizes_for(services) if self.loaded else Sizes.of(services))
         for vip in self.due():
             self.settle(vip)
+
+    @translated()
+    def unload(self) -> None:
+        super().unload()
+        self._placed, self._remembered = {}, {}
 
     def _sizes_for(self, services: Sequence[Service]) -> Sizes:
         """Those of the maps in force, as long as everything fits."""
@@ -500,182 +406,6 @@ class KernelDataplane:
             and self._directory.server_ids + server_ids(services) <= sizes.server_ids
             and all(self._find_place(trial, service) for service in services)
         )
-
-    def _install(self, sizes: Sizes) -> None:
-        """Where there is nothing yet."""
-        obj = _sized(sizes)
-        obj.load()
-        self._alone = False
-        generation = self._pins.prepare()
-        obj.pin(str(generation))
-        self._pins.put_in_force(generation)
-        self._pinned_in = generation
-        self._use(obj)
-        self._balance_behind_stages()
-
-    def _balance_behind_stages(self) -> None:
-        self.stages.set(self.stages.balance, self._obj.program(BEHIND_STAGES).fd)
-
-    # From one program to the next
-
-    @property
-    def outdated(self) -> str:
-        if self._object is None or self._object.fingerprint == fingerprint(LB_OBJECT):
-            return ""
-        return self._object.version
-
-    @_translated
-    def upgrade(self) -> bool:
-        if not self.outdated:
-            return False
-        assert self._object
-        try:
-            self._replace(Sizes.held_by(self._object))
-        except CannotCarry as error:
-            raise DataplaneError(f"{REFUSED}: {error}: xdp-lb detach, then xdp-lb attach IFACE") from error
-        except XdpError as error:
-            raise DataplaneError(f"{REFUSED}: {in_one_line(error)}") from error
-        return True
-
-    def _replace(self, sizes: Sizes) -> None:
-        """The installed program, on maps of these sizes with the same contents, in the place of the one in force: no
-        packet is lost, and none is counted twice or never. If it fails, nothing has changed."""
-        old, new = self._object, _sized(sizes)
-        assert old
-        self._alone = False
-        generation = None
-        try:
-            succession = Succession(old, new, STAGE_MAPS)
-            new.load()
-            succession.copy()
-            generation = self._pins.prepare()
-            new.pin(str(generation))
-            catch_up(old, new)  # with what came while all was copied: what is left for later takes a moment
-        except BaseException:
-            new.close()
-            if generation:
-                self._pins.discard(generation)
-            raise
-        self._take_over(old, new, succession, generation)
-
-    def _take_over(self, old: Loaded, new: BpfObject, succession: Succession, generation: Path) -> None:
-        """From the relay on, the new program has all packets. A process that is killed before is forgotten; one that is
-        killed behind it, the next one goes on for."""
-        control = new.variable("control")
-        if succession.has_to_catch_up:
-            control.whole_ns = _now_ns() + MOST_CATCHING_UP_NS
-        Stages(old).relay(new.program(BEHIND_STAGES).fd)
-        self._pinned_in = generation
-        self._use(new)
-        self._leave_older_generations()
-        for name, index, more in succession.counted_since():
-            _add(new, name, index, more)
-        old.close()
-
-    def _leave_older_generations(self) -> None:
-        """Have all our interfaces run the program in force; also ends an exchange that was cut short."""
-        assert self._pinned_in
-        if self._pins.current() != self._pinned_in:
-            self._pins.put_in_force(self._pinned_in)
-        self._catch_up()
-        for name in self.attachments():
-            self.attach(Interface(name))
-        self._balance_behind_stages()
-        self.stages.end_relay()
-        for generation in self._pins.others():
-            self._pins.discard(generation)
-
-    def _catch_up(self) -> None:
-        """With the tables of flows of the generations before."""
-        assert self._pinned_in
-        before = (each for each in self._pins.others() if int(each.name) < int(self._pinned_in.name))
-        for generation in before:
-            with suppress(LoadError), PinnedObject(str(generation)) as old:
-                catch_up(old, self._obj)
-        self._control.whole_ns = 0
-
-    def close(self) -> None:
-        """Gives up this process's hold; what is pinned and attached stays."""
-        if self._object:
-            self._object.close()
-            self._object = None
-
-    @_translated
-    def unload(self) -> None:
-        self.close()
-        self._unusable, self._placed, self._remembered = None, {}, {}
-        self._pinned_in = None
-        self._pins.remove()
-
-    @property
-    def generation(self) -> int:
-        return int(self._control.generation) if self.loaded else 0
-
-    @generation.setter
-    def generation(self, value: int) -> None:
-        if self._object:
-            self._control.generation = value
-
-    # Interfaces
-
-    def _our_programs(self) -> dict[int, Program]:
-        """By id: ours, and what is still pinned of other generations."""
-        own = [self._program] if self._object and not self._unusable else []
-        mine = [self._pinned_in] if own else []
-        pinned = (each for each in (self._pins.current(), *self._pins.others()) if each not in mine)
-        return {program.id: program for program in (*own, *self._pinned_programs(pinned))}
-
-    @staticmethod
-    def _pinned_programs(generations: Iterable[Path | None]) -> Iterator[Program]:
-        """Where there is none, the process that should have pinned it was killed before it could be attached."""
-        for generation in filter(None, generations):
-            with suppress(LoadError):
-                yield pinned_program(str(generation), PROGRAM)
-
-    @_translated
-    def attach(self, interface: Interface) -> Attachment:
-        ifindex = socket.if_nametoindex(interface.name)
-        running = xdp_attach.attached(ifindex)
-        ours = self._our_programs()
-        done = xdp_attach.attach(
-            ifindex,
-            self._program.fd,
-            self._program.id,
-            interface.xdp_mode.value,
-            replace_fd=ours[running.program_id].fd if running and running.program_id in ours else None,
-            describe=lambda number: f"id {number}, name {program_name(number)}",
-        )
-        return Attachment(interface.name, done.mode, done.program_id, done.warning)
-
-    @_translated
-    def detach(self, name: str) -> None:
-        try:
-            ifindex = socket.if_nametoindex(name)
-        except OSError:
-            return
-        running = xdp_attach.attached(ifindex)
-        if running and running.program_id in (ours := self._our_programs()):
-            xdp_attach.detach(ifindex, ours[running.program_id].fd)
-
-    @_translated
-    def attachments(self) -> Mapping[str, Attachment]:
-        if not self.loaded:
-            return {}
-        ours = self._our_programs()
-        return {
-            name: Attachment(name, running.mode, running.program_id)
-            for name, running in xdp_attach.all_attached().items()
-            if running.program_id in ours
-        }
-
-    @_translated
-    def programs(self) -> Mapping[str, int]:
-        return {name: running.program_id for name, running in xdp_attach.all_attached().items()}
-
-
-def _now_ns() -> int:
-    """The clock of the programs: bpf_ktime_get_coarse_ns()."""
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 def _keys(service: Service) -> list[MemberKey]:
@@ -697,38 +427,3 @@ def _in_transition(words: array[int]) -> int:
     if max(words) <= ring.MEMBER_MASK:
         return 0
     return sum(word > ring.MEMBER_MASK and ring.previous_member(word) != 0 for word in words)
-
-
-def _sized(sizes: Sizes) -> BpfObject:
-    """The installed object, its maps of these sizes, not loaded yet."""
-    obj = BpfObject.open(LB_OBJECT)
-    for name, entries in sizes.by_map().items():
-        obj.resize(name, entries)
-    return obj
-
-
-def _check_meanings(old: Loaded) -> None:
-    with BpfObject.open(LB_OBJECT) as installed:
-        check_meanings(old.types, installed.types)
-
-
-def _balances(generation: Path) -> bool:
-    """Whether packets that are relayed go to this generation's program."""
-    try:
-        with PinnedObject(str(generation)) as obj:
-            stages = Stages(obj)
-            place = stages.map.get(stages.balance)
-            return place is not None and place.value == obj.program(BEHIND_STAGES).id
-    except LoadError:  # it is not complete, so it was never in force
-        return False
-
-
-def _add(obj: Loaded, name: str, index: int, more: Any) -> None:
-    """To what the program counts, while it does so."""
-    is_reason = name == "reasons"
-    carried = obj.types.struct("carried")(is_reason=is_reason, index=index)
-    if is_reason:
-        carried.more.packets = more
-    else:
-        carried.more = more
-    obj.program(CARRY).run_syscall(carried)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
 
 from lb.decap import DecapConfig, DecapStatistics, Prefix, TunnelCounters
 from lb.errors import DataplaneError
+from lb.kernel_errors import translated
 from lb.members import address_words
 from lb.model import Interface
 from lb.paths import Paths
@@ -24,7 +25,7 @@ from lb.report import Attachment
 from lb.vip import Address
 from xdp import attach as xdp_attach
 from xdp import tc
-from xdp.errors import LoadError, XdpError
+from xdp.errors import LoadError
 from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
 from xdp.pins import Pins
@@ -54,7 +55,7 @@ class KernelDecap:
 
         `own`: IP version -> an address of this host, where it has one.
         """
-        with _translated(), BpfObject.open(OBJECT) as obj, ExitStack() as undo:
+        with translated(), BpfObject.open(OBJECT) as obj, ExitStack() as undo:
             self._load(obj, config, own)
             generation = self._pins.prepare()
             undo.callback(self._discard, generation)
@@ -129,7 +130,7 @@ class KernelDecap:
     # What is in force
 
     def attachments(self) -> dict[str, Attachment]:
-        with _translated():
+        with translated():
             return self._attached()
 
     def _attached(self) -> dict[str, Attachment]:
@@ -160,7 +161,7 @@ class KernelDecap:
 
     def read(self) -> tuple[DecapConfig | None, DecapStatistics | None]:
         """What is in force, and what it has counted; None for both where nothing is."""
-        with _translated(), BpfObject.open(OBJECT) as obj:
+        with translated(), BpfObject.open(OBJECT) as obj:
             current = self._pins.current()
             if current is None:
                 return None, None
@@ -174,24 +175,15 @@ class KernelDecap:
             return _read_config(obj), _read_statistics(obj)
 
     def detach(self, name: str) -> None:
-        with _translated(), suppress(OSError):  # the interface is gone
+        with translated(), suppress(OSError):  # the interface is gone
             ifindex = socket.if_nametoindex(name)
             if running := self._running(ifindex):
                 xdp_attach.detach(ifindex, running.fd)
                 tc.detach(ifindex)
 
     def unload(self) -> None:
-        with _translated():
+        with translated():
             self._pins.remove()
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """The edge where errors of the xdp package become the balancer's."""
-    try:
-        yield
-    except XdpError as error:
-        raise DataplaneError(str(error)) from error
 
 
 def _ifindex(name: str) -> int:

@@ -14,7 +14,7 @@ from errno import EINVAL
 from functools import partial
 
 from filters.sets import Prefixes
-from lb.dataplane import PROGRAM, KernelDataplane
+from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached
 from lb.explain_packet import Flow, Packet, check_size, make_frame, read
@@ -24,14 +24,16 @@ from lb.filter_dataplane import NAME as FILTER
 from lb.filter_dataplane import KernelFilters
 from lb.filter_output import action_words, match_words
 from lb.firewall import clock
+from lb.kernel_errors import translated
 from lb.paths import Paths
+from lb.programs import PROGRAM
 from lb.rules import Action, At, Rule
 from lb.stage import Records
 from lb.stage_source import PROGRAM as USERS
 from lb.store import Store
 from lb.vip import Address
 from xdp import attach as xdp_attach
-from xdp.errors import LoadError, XdpError
+from xdp.errors import LoadError
 from xdp.netlink import NetlinkError, route_socket
 from xdp.object import LB_OBJECT, BpfObject, program_name
 from xdp.pins import Pins
@@ -44,7 +46,7 @@ NO_MAC = bytes(6)
 @contextmanager
 def open_explainer(paths: Paths) -> Iterator[Explainer]:
     """Raises DataplaneError where nothing is loaded, or what is loaded is of another version."""
-    with _translated(), ExitStack() as resources:
+    with translated(), ExitStack() as resources:
         generation = Pins(paths.run_dir, paths.netns).current()
         if generation is None:
             raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
@@ -54,14 +56,6 @@ def open_explainer(paths: Paths) -> Iterator[Explainer]:
         except LoadError as error:
             raise DataplaneError(f"the programs in force are of another version of xdp-lb ({error})") from error
         yield Explainer(paths, obj, resources)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except XdpError as error:
-        raise DataplaneError(str(error)) from error
 
 
 class Explainer:

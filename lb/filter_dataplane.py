@@ -22,18 +22,18 @@ from typing import Self
 
 from filters import cbpf, ebpf
 from filters.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
-from filters.errors import FilterError
 from filters.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.program import Condition, Count, Counter, Drop, LoadedProgram, Pass, Tail, assemble, counters, load
 from filters.program import Rule as CompiledRule
 from filters.selftest import is_runnable
 from filters.sets import Prefixes, Tries
 from filters.translate import Translation, translate
-from lb.dataplane import PROGRAM as BALANCER
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput
 from lb.filter_report import Counts
+from lb.kernel_errors import translated
 from lb.paths import Paths
+from lb.programs import PROGRAM as BALANCER
 from lb.rules import MOST_RULES, Action, At, Rule, Rules
 from lb.vip import Address
 from xdp import attach as xdp_attach
@@ -54,17 +54,6 @@ _TC_PLACES = {At.TC_IN: tc.LAST_IN, At.TC_OUT: tc.LAST_OUT}
 
 HookKey = tuple[str, At]
 """Interface name and place."""
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """The edge where errors of the packages below become the balancer's."""
-    try:
-        yield
-    except FilterError as error:
-        raise InvalidInput(str(error)) from error
-    except XdpError as error:
-        raise DataplaneError(str(error)) from error
 
 
 def ifindex_of(name: str) -> int | None:

@@ -37,9 +37,9 @@ from lb.filter_dataplane import (
     check_interface,
     ifindex_of,
     own_mac,
-    translated,
 )
 from lb.filter_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
+from lb.kernel_errors import translated
 from lb.paths import Paths
 from lb.rule_store import PackedSet
 from lb.rules import At, Clock, Deadline, Rule, Rules, SetSource, rebased, set_file, set_of

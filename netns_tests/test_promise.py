@@ -376,7 +376,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     run_dir: Path = tmp_path_factory.mktemp("run")
     with loaded_program(SETTINGS) as program, pytest.MonkeyPatch.context() as patch:
         world = World(program, Pins(run_dir, "promise"))
-        patch.setattr(dataplane_module, "_now_ns", lambda: world.now_ns)
+        patch.setattr(dataplane_module, "now_ns", lambda: world.now_ns)
         yield world
 
 

@@ -174,7 +174,7 @@ def bpf() -> Iterator[BpfObject]:
 @pytest.fixture
 def crowd(bpf: BpfObject, monkeypatch: pytest.MonkeyPatch) -> Crowd:
     crowd = Crowd(bpf)
-    monkeypatch.setattr(dataplane_module, "_now_ns", lambda: crowd.now_ns)
+    monkeypatch.setattr(dataplane_module, "now_ns", lambda: crowd.now_ns)
     return crowd
 
 

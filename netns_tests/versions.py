@@ -111,7 +111,7 @@ def die_at(function: str, nth: int) -> None:
     sys.setprofile(count)
 
 
-WRITERS = ("lb/dataplane.py", "xdp/object.py", "xdp/pins.py", "xdp/stages.py", "xdp/migrate.py")
+WRITERS = ("lb/dataplane.py", "lb/programs.py", "xdp/object.py", "xdp/pins.py", "xdp/stages.py", "xdp/migrate.py")
 
 
 if __name__ == "__main__":

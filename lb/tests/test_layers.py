@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "filters": ("xdp",),
     "lb": ("filters",),
     "lb.dataplane": ("filters", "xdp"),
+    "lb.programs": ("filters", "xdp"),  # those of lb.dataplane
+    "lb.kernel_errors": ("filters", "xdp"),
     "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
     "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.stage_kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone

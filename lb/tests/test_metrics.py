@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lb.balancer import Balancer
 from lb.cli import cli
 from lb.conditions import Condition
+from lb.daemon_metrics import DaemonMetrics
 from lb.documents import read_status, status_document, to_json
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.metrics import exposition
@@ -257,7 +259,7 @@ def test_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch:
     assert (path.read_text(), list(tmp_path.glob(".*"))) == ("old", [])
 
 
-# What is shipped: alert rules and a dashboard. Their expressions themselves are promtool's and Prometheus's to judge.
+# What is shipped: alert rules and a dashboard.
 
 SHIPPED = {"--alerts": "alerts.yml", "--dashboard": "grafana-dashboard.json"}
 
@@ -289,9 +291,29 @@ def test_shipped_files_are_printed(tmp_path: Path, option: str) -> None:
 @pytest.mark.parametrize("query", queries())
 def test_queries_use_metrics_and_labels_that_exist(query: str) -> None:
     for name, matchers in re.findall(r"\b(xdp_lb_\w+)(?:\{([^}]*)\})?", query):
-        assert name in NAMES
         labels = set(re.findall(r"(\w+)\s*[=!]", matchers))
-        assert labels <= NAMES[name][1] | {"instance", "netns"}, name
+        if name in NAMES:
+            assert labels <= NAMES[name][1] | {"instance", "netns"}, name
+        else:
+            assert name in daemon_names()
+            assert not labels
+
+
+def daemon_names() -> set[str]:
+    """Of the metrics about the daemon itself."""
+    return {family.name for family in text_string_to_metric_families(DaemonMetrics().exposition())}
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_alerts_are_promql(rule: dict[str, Any]) -> None:
+    promql_parser.parse(rule["expr"])
+
+
+def test_panels_ask_in_promql() -> None:
+    asked = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    assert asked
+    for expression in asked:
+        promql_parser.parse(expression.replace("$__rate_interval", "5m"))
 
 
 def test_all_metrics_of_traffic_and_faults_are_on_the_dashboard_or_in_a_rule() -> None:
