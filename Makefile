@@ -12,6 +12,8 @@ FUZZ_PACKETS ?= 2000000
 FUZZ_FILTERS ?= 20000
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
+# Tests start some thousand commands, half of whose time is compiling where Python may not keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
 
 # libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
 # linux-libc-dev the kernel's headers for user space. BCC, python3-bpfcc, wants those of a kernel, of any version.
