@@ -4,6 +4,7 @@ Enters: services and the network. Leaves: for each backend an address that stand
 NETWORK4 or NETWORK6: what is sent there reaches the backend as a client's packet to the VIP does, and it answers to
 this host directly (xdp/bpf/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress of
 each interface towards backends; all of it goes with close(), and what a killed process has left, with the next start.
+A pair that somebody else takes away is made again.
 """
 
 from __future__ import annotations
@@ -76,11 +77,14 @@ class RealPath:
         if not services:
             self.close()
             return {}
+        if self._bed and not self._bed.is_whole:
+            self.close()
         self._bed = self._bed or _Bed()
         hops, faults = self._hops({b.address for s in services for b in s.backends})
         self._taken = (
             *(WayInForce(address, hop.ifindex, None) for address, hop in hops.items()),
             *(WayInForce(address, NOWHERE, None) for address in faults),
+            *(WayInForce(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
         )
         self._bed.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
@@ -138,8 +142,8 @@ class _Bed:
         self._listening: dict[int, link.Link | tc.Held] = {}
         with ExitStack() as undo, _translated():
             self._resources = undo
-            near, far = self._make_pair()
-            self._load(near)
+            self.near, far = self._make_pair()
+            self._load()
             tc.release_left(self._object.program("check_in").name)
             undo.enter_context(_hold(far, self._object.program("check_out")))
             self._resources = undo.pop_all()
@@ -159,15 +163,25 @@ class _Bed:
                 ipr.route("add", dst=str(network), oif=near)
         return near, far
 
-    def _load(self, near: int) -> None:
+    @property
+    def is_whole(self) -> bool:
+        """Whether the host still sends there what is for it."""
+        with route_socket() as ipr:
+            try:
+                ways = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
+            except NetlinkError:  # no route
+                return False
+        return all(way.get_attr("RTA_OIF") == self.near for way in ways)
+
+    def _load(self) -> None:
         self._object = self._resources.enter_context(BpfObject.open(OBJECT))
         words = address_words(NETWORK6.network_address)
         self._object.configure(
             "check_config",
             network4=int(NETWORK4.network_address),
             network6=tuple(words[:3]),  # type: ignore[arg-type]  # an array of the struct takes one
-            ifindex=near,
-            mac=tuple(_mac(near)),  # type: ignore[arg-type]
+            ifindex=self.near,
+            mac=tuple(_mac(self.near)),  # type: ignore[arg-type]
         )
         self._object.load()
         self._targets = self._object.map("check_targets")

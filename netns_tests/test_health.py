@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lb.balancer import Balancer, open_balancer
-from lb.check_path import FAR, NEAR, OBJECT, RealPath
-from lb.checker import Checker
+from lb.check_path import FAR, NEAR, NETWORK4, OBJECT, RealPath
+from lb.checker import Checker, Way
 from lb.conditions import Condition, Conditions
 from lb.health_check import HealthCheck
 from lb.host_events import Changes, HostEvents
@@ -62,15 +62,19 @@ def paths_to(lane: Lane, *, outer_checksum: bool = False) -> Iterator[Callable[[
         found = ways.find([service])
 
         def why(check: str, label: str) -> str:
-            parsed, backend = HealthCheck.parse(check), Backend.parse(hosts[label], vip.port)
-            way = found[vip, str(backend)]
-            target = Target(parsed, str(way.address), parsed.port or vip.port, str(way.source or ""))
-            return asyncio.run(probe(target)).why
+            backend = Backend.parse(hosts[label], vip.port)
+            return answer(HealthCheck.parse(check), found[vip, str(backend)], vip.port)
 
         try:
             yield why
         finally:
             ways.close()
+
+
+def answer(check: HealthCheck, way: Way, port: int) -> str:
+    """What is wrong, as this check finds it."""
+    target = Target(check, str(way.address), check.port or port, str(way.source or ""))
+    return asyncio.run(probe(target)).why
 
 
 @every_lane
@@ -188,6 +192,27 @@ def test_only_changes_on_the_way_to_a_backend_make_checks_look_for_another(lanes
         ):
             assert ways.concerned(changes) is concerned, changes
     assert not ways.concerned(Changes(everything=True))  # nothing is checked any more
+
+
+@pytest.mark.parametrize("loss", [f"link del {NEAR}", f"link set {NEAR} down", f"route del {NETWORK4}"])
+def test_a_pair_that_somebody_takes_away_is_noticed_and_made_again(lanes_bed: Bed, loss: str) -> None:
+    lane = Lane(lanes_bed, "ipip", "ipv4", "ipv4")
+    backend, check = Backend.parse(lane.backends(lanes_bed.backends)[0], 80), HealthCheck.parse("tcp")
+    service = Service(Vip.parse(lane.http_service), Mode.IPIP, (backend,), options=Options(health=check))
+    ways = RealPath(Network(route_socket))
+
+    async def changes_of_it() -> Changes:
+        with HostEvents(neighbours=False) as events:
+            lanes_bed.lb.run(["ip", *loss.split()])
+            return await events.next(5)
+
+    with lanes_bed.lb.entered(), contextlib.closing(ways):
+        for _ in range(2):
+            (way,) = ways.find([service]).values()
+            assert answer(check, way, 80) == ""
+            assert ways.concerned(asyncio.run(changes_of_it()))
+        assert answer(check, way, 80) != ""
+    assert NEAR not in traces(lanes_bed.lb)
 
 
 def test_changes_without_neighbours_are_of_links_and_routes_alone(lanes_bed: Bed) -> None:
