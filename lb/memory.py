@@ -214,6 +214,12 @@ class MemoryDataplane:
         self.publish(services)
         return ["lookups: changed by someone else"] if lost else []
 
+    def recover(self, interfaces: Collection[Interface]) -> None:
+        pass
+
+    def restore_pins(self) -> list[str]:
+        return []
+
     def differences(self, service: Service) -> list[str]:
         held = self._alike(service)
         if held is None:

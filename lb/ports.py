@@ -35,6 +35,9 @@ class Dataplane(Protocol):
     def load(self, services: Sequence[Service]) -> None:
         """Have programs, and maps with room for `services` beside those that are there."""
 
+    def recover(self, interfaces: Collection[Interface]) -> None:
+        """Go on from a program of ours that runs there, where others have taken away what a process finds it by."""
+
     @property
     def outdated(self) -> str:
         """The version of xdp-lb that the program in force is of, where it is not the installed one; else empty."""
@@ -68,6 +71,10 @@ class Dataplane(Protocol):
 
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         """`publish`, also where others have changed what was published: sentences of what they had."""
+
+    def restore_pins(self) -> list[str]:
+        """Have programs and maps outlive this process, where others have seen to it that they would not: sentences of
+        that."""
 
     def differences(self, service: Service) -> list[str]:
         """What others have changed of a service that was put, but for its next hops; nothing is written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from xdp.object import (
     Loaded,
     PinnedObject,
     Program,
+    RunningObject,
     fingerprint,
     in_one_line,
     pinned_program,
@@ -39,6 +40,7 @@ from xdp.stages import Stages
 
 PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
 REFUSED = "the installed program cannot take over, the one in force goes on"
+LOST = "{0}: the pins of the program there are gone, and it is not this version's ({1}): ip link set dev {0} xdp off"
 MOST_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than this, whatever becomes of the process
 
 
@@ -51,6 +53,7 @@ class Programs:
         self._pinned_in: Path | None = None  # the object's generation
         self._unusable: XdpError | None = None
         self._alone = False  # no other generation is pinned, as this process has seen
+        self._unpinned: list[Program] = []  # of ours, on interfaces
         if generation := self._generation_in_force():
             self._adopt(generation)
 
@@ -129,6 +132,51 @@ class Programs:
     def _balance_behind_stages(self) -> None:
         self.stages.set(self.stages.balance, self._obj.program(BEHIND_STAGES).fd)
 
+    # Without pins
+
+    @translated()
+    def recover(self, interfaces: Collection[Interface]) -> None:
+        """What runs is replaced by the same program, on the same maps. For another version's it is someone else's.
+
+        Its map `stages` is empty: the kernel clears a program array that no process holds and nothing pins.
+        """
+        if self.loaded:
+            return
+        names = {each.name for each in interfaces}
+        there = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
+        lost = {name: number for name, number in there.items() if program_name(number) == PROGRAM}
+        for name, number in lost.items():
+            try:
+                self._go_on_from(number)
+            except LoadError as error:
+                raise DataplaneError(LOST.format(name, in_one_line(error))) from error
+            return
+
+    def _go_on_from(self, program_id: int) -> None:
+        with BpfObject.open(LB_OBJECT) as installed, RunningObject(installed) as running:
+            running.find(PROGRAM, program_id)
+            self._object, self._unpinned = running, [running.program(PROGRAM)]
+            try:
+                self._replace(Sizes.held_by(running))
+            finally:
+                self._unpinned = []
+                if self._object is running:
+                    self._object = None
+
+    @translated()
+    def restore_pins(self) -> list[str]:
+        assert self._object
+        assert self._pinned_in
+        if self._pins.current() == self._pinned_in and self._object.is_pinned(str(self._pinned_in)):
+            return []
+        generation = self._pins.prepare()
+        self._object.pin(str(generation))
+        self._pins.put_in_force(generation)
+        self._pinned_in = generation
+        for other in self._pins.others():
+            self._pins.discard(other)
+        return [f"pins: taken away by someone else: pinned again in {generation}"]
+
     # From one program to the next
 
     @property
@@ -160,6 +208,8 @@ class Programs:
         try:
             succession = Succession(old, new, STAGE_MAPS)
             new.load()
+            if isinstance(old, RunningObject) and not old.is_of(new):
+                raise LoadError("other instructions")
             succession.copy()
             generation = self._pins.prepare()
             new.pin(str(generation))
@@ -233,6 +283,7 @@ class Programs:
     def _our_programs(self) -> dict[int, Program]:
         """By id: ours, and what is still pinned of other generations."""
         own = [self._program] if self._object and not self._unusable else []
+        own += self._unpinned
         mine = [self._pinned_in] if own else []
         pinned = (each for each in (self._pins.current(), *self._pins.others()) if each not in mine)
         return {program.id: program for program in (*own, *self._pinned_programs(pinned))}

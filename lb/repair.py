@@ -67,7 +67,12 @@ class Repairs:
         notes = [f"{each.interface}: the program was not there: attached again" for each in attached]
         notes += self._dataplane.restore_lookups(self._writer.all_in_force(self._state.services))
         notes += self._put_addresses_back()
-        return Report(attached=attached, notes=tuple(notes), warnings=tuple(e for e in done if isinstance(e, str)))
+        warnings = [e for e in done if isinstance(e, str)]
+        try:
+            notes += self._dataplane.restore_pins()
+        except LbError as error:
+            warnings.append(f"pins: taken away by someone else: {error}")
+        return Report(attached=attached, notes=tuple(notes), warnings=tuple(warnings))
 
     def _attach_again(self, interface: Interface, running: int | None) -> Attachment | str:
         """Or why it cannot be. Beside the same program of someone else's, it is not tried a second time."""

@@ -240,6 +240,7 @@ class Writer:
     # How it is carried out
 
     def _execute(self, step: Step) -> Outcome:
+        self.dataplane.recover(step.before.interfaces)
         try:
             with self._guarded(step):
                 return self._carry_out(step)

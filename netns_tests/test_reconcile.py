@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +181,56 @@ def program_on(bed: Bed, name: str) -> int | None:
     with bed.lb.entered():
         running = xdp_attach.attached(socket.if_nametoindex(name))
     return running.program_id if running else None
+
+
+def take_all(root: Path) -> None:
+    for folder in root.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def take_a_map(root: Path) -> None:
+    (pin,) = root.glob("*/current/map_rings")
+    pin.unlink()
+
+
+def take_the_link(root: Path) -> None:
+    (link,) = root.glob("*/current")
+    link.unlink()
+
+
+def take_the_mount(root: Path) -> None:
+    subprocess.run(["umount", str(root)], check=True)
+
+
+@pytest.mark.parametrize("take", [take_all, take_a_map, take_the_link, take_the_mount])
+def test_pins_that_are_taken_away_are_made_again(bed: Bed, take: Callable[[Path], None]) -> None:
+    before = contents(bed)
+    with balancing(bed) as balancer:
+        take(paths(bed).run_dir / "bpf")
+        (note,) = balancer.repairs.reconcile().notes
+        assert note.startswith("pins: taken away by someone else: pinned again in ")
+        assert balancer.repairs.reconcile().notes == ()
+    assert contents(bed) == before
+    bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
+    assert answering(bed) == {"b1", "b2"}
+
+
+@pytest.mark.parametrize("take", [take_all, take_the_mount])
+def test_without_a_daemon_the_next_command_goes_on_from_what_runs(bed: Bed, take: Callable[[Path], None]) -> None:
+    before = program_on(bed, "eth0")
+    with loading(bed, f"http://{WEB}/") as load, connections(bed, bed.vip4, count=20) as held:
+        labels = [connection.ask() for connection in held]
+        take(paths(bed).run_dir / "bpf")
+        bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
+        after = program_on(bed, "eth0")
+        assert [connection.ask() for connection in held] == labels
+        load.go_on_for(20)
+        assert load.stop().reasons == {}
+    assert after not in (before, None)
+    take(paths(bed).run_dir / "bpf")
+    bed.xdp_lb("detach")
+    assert program_on(bed, "eth0") is None
 
 
 def test_a_program_that_is_taken_off_is_put_back_at_once(bed: Bed) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -75,6 +76,10 @@ class Life:
     def counted(self, version: str) -> dict[str, int]:
         """VIP -> connections."""
         return {each["vip"]: each["connections"] for each in self.status(version)["services"]}
+
+    @property
+    def pins(self) -> Path:
+        return self.bed.directory / "run" / "bpf"
 
     @property
     def socket(self) -> Path:
@@ -232,6 +237,23 @@ def test_daemon_of_a_version_that_is_refused_serves_with_the_old_program_and_say
     assert "cannot take over" in life.log
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
+
+
+def test_program_whose_pins_are_gone_is_for_its_own_version_alone(life: Life) -> None:
+    life.run("first", "attach", "eth0")
+    with traffic(life, "first") as during:
+        for folder in life.pins.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        refused = life.run("grown", "attach", "eth0", check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith("xdp-lb: eth0: the pins of the program there are gone, and it is not this version's (")
+        assert line.endswith("): ip link set dev eth0 xdp off")
+        during.check()
+        life.run("first", "attach", "eth0")
+        during.check()
+        assert_all_counted(life, "first", during)
 
 
 @pytest.mark.parametrize(("function", "nth"), KILLED_AT if SOAK else KILLED_AT[1::2])

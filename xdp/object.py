@@ -31,6 +31,7 @@ _LOG_LINES_SHOWN = 12
 _NOT_PERMITTED = "not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)"
 _DESCRIPTION = "description"
 _MAP_TYPE_ARRAY = 2
+_LONGEST_NAME = 15  # BPF_OBJ_NAME_LEN, with the zero at its end
 _OUTPUT_ROOM = 512  # what a program may add in front of a frame, with room to spare
 
 
@@ -159,9 +160,31 @@ def _pinned(directory: str, name: str) -> int:
     try:
         return int(libbpf.get_pinned(os.fsencode(f"{directory}/{name}")))
     except OSError as error:
-        if error.errno in (errno.EPERM, errno.EACCES):
-            raise NotPermitted(_NOT_PERMITTED) from None
-        raise LoadError(f"pin {directory}/{name}: {error.strerror}") from error
+        raise _not_adopted(f"pin {directory}/{name}", error) from error
+
+
+def _not_adopted(what: str, error: OSError) -> XdpError:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return NotPermitted(_NOT_PERMITTED)
+    return LoadError(f"{what}: {error.strerror}")
+
+
+def _name_in_kernel(name: str) -> str:
+    """Of a map; a section's is its object's name and, as here, the section's."""
+    return name if name.startswith(".") else name[:_LONGEST_NAME]
+
+
+def _map_ids(program_fd: int) -> Sequence[int]:
+    info = program_info(program_fd)
+    ids = (ctypes.c_uint32 * info.nr_map_ids)()
+    wanted = libbpf.ProgramInfo(nr_map_ids=len(ids), map_ids=ctypes.addressof(ids))
+    libbpf.info_by_fd(program_fd, ctypes.byref(wanted), ctypes.c_uint32(ctypes.sizeof(wanted)))
+    return list(ids)
+
+
+def _tag(program_fd: int) -> bytes:
+    """The kernel's digest of its instructions, in which the maps do not count."""
+    return bytes(program_info(program_fd).tag)
 
 
 class Loaded:
@@ -196,6 +219,8 @@ class Loaded:
         return Program(name, self._program_fds[name])
 
     def map(self, name: str) -> Map:
+        if name not in self._map_fds:
+            raise LoadError(f"map {name}: not there in the version in force")
         return Map(name, self._map_fds[name], *self.map_types(name))
 
     def variable(self, name: str) -> Any:
@@ -212,8 +237,26 @@ class Loaded:
             raise LoadError(f"map {name}: not there")
         return types
 
+    def pin(self, directory: str) -> None:
+        """Pins every map and program in a directory of a bpffs: maps as map_NAME, programs as prog_NAME."""
+        for name, fd in self._pinned_as.items():
+            libbpf.pin(fd, os.fsencode(f"{directory}/{name}"))
+        Description(self.fingerprint, self.version, tuple(self._program_fds), self.types.raw).pin(directory)
+
+    def is_pinned(self, directory: str) -> bool:
+        """Whether all that pin() leaves is in the directory; not whether it is this object's."""
+        return all(os.path.exists(f"{directory}/{name}") for name in (_DESCRIPTION, *self._pinned_as))
+
+    @property
+    def _pinned_as(self) -> dict[str, int]:
+        """File name -> file descriptor."""
+        maps = {f"map_{name.removeprefix('.')}": fd for name, fd in self._map_fds.items()}
+        return maps | {f"prog_{name}": fd for name, fd in self._program_fds.items()}
+
     def _get_pinned(self, directory: str, name: str) -> int:
-        fd = _pinned(directory, name)
+        return self._adopt(_pinned(directory, name))
+
+    def _adopt(self, fd: int) -> int:
         self._adopted.append(fd)
         return fd
 
@@ -254,10 +297,35 @@ class PinnedObject(Loaded):
             self.close()
             raise
 
-    def map(self, name: str) -> Map:
-        if name not in self._map_fds:
-            raise LoadError(f"map {name}: not there in the version in force")
-        return super().map(name)
+
+class RunningObject(Loaded):
+    """Programs that run although nothing pins them, and their maps. They say little of themselves: they are taken for
+    those of `like`, and is_of() tells whether that is so."""
+
+    def __init__(self, like: BpfObject) -> None:
+        super().__init__()
+        self.types, self.fingerprint, self.version = like.types, like.fingerprint, like.version
+        self._kernel_names = {_name_in_kernel(name): name for name in like.map_names}
+
+    def find(self, name: str, program_id: int) -> None:
+        """Takes a program, as the one of this name, with its maps. Raises LoadError, NotPermitted."""
+        try:
+            fd = self._program_fds[name] = self._adopt(libbpf.program_fd_by_id(program_id))
+            for map_id in _map_ids(fd):
+                self._find_map(self._adopt(libbpf.map_fd_by_id(map_id)))
+        except OSError as error:
+            raise _not_adopted(f"program {program_id}", error) from error
+
+    def _find_map(self, fd: int) -> None:
+        found = bytes(map_info(fd).name).decode(errors="replace")
+        name = self._kernel_names.get(found[found.find(".") :] if "." in found else found)
+        if name is not None:
+            self._check_shape(name, fd, "the installed version")
+            self._map_fds[name] = fd
+
+    def is_of(self, loaded: BpfObject) -> bool:
+        """Whether that object has the same instructions under the same names."""
+        return all(_tag(fd) == _tag(loaded.program(name).fd) for name, fd in self._program_fds.items())
 
 
 class BpfObject(Loaded):
@@ -343,14 +411,6 @@ class BpfObject(Loaded):
             self._map_fds[name] = self._get_pinned(directory, f"map_{name.removeprefix('.')}")
         for name in self._program_handles():
             self._program_fds[name] = self._get_pinned(directory, f"prog_{name}")
-
-    def pin(self, directory: str) -> None:
-        """Pins every map and program in a directory of a bpffs: maps as map_NAME, programs as prog_NAME."""
-        for name, fd in self._map_fds.items():
-            libbpf.pin(fd, os.fsencode(f"{directory}/map_{name.removeprefix('.')}"))
-        for name, fd in self._program_fds.items():
-            libbpf.pin(fd, os.fsencode(f"{directory}/prog_{name}"))
-        Description(self.fingerprint, self.version, tuple(self._program_fds), self.types.raw).pin(directory)
 
     def _program_handles(self) -> dict[str, int]:
         handles, handle = {}, libbpf.object_next_program(self._handle, None)

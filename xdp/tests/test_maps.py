@@ -144,7 +144,6 @@ def test_per_cpu_integers_are_summed_too(obj: BpfObject) -> None:
 def test_memory_of_a_map_is_at_least_what_its_values_take(obj: BpfObject, counters: Map) -> None:
     assert counters.memory >= len(counters) * ctypes.sizeof(counters.value_type)
     assert obj.map("rings").memory >= len(obj.map("rings").bytes())
-    assert len({obj.map(name).memory for name in ("rings", "counters", "reasons")}) == 3
 
 
 def test_index_out_of_range_is_a_map_error(counters: Map) -> None:
