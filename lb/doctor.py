@@ -129,12 +129,14 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The XDP program that an interface runs. `mode` is native, generic or offload."""
+    """The XDP program that an interface runs. `mode` is native, generic or offload. `lost`: ours by its name, but
+    without pins."""
 
     mode: str
     program_id: int
     name: str
     ours: bool
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +383,9 @@ def _running(interface: Interface, _host: Host) -> Findings:
     program, name = interface.program, _word(interface.name)
     if program is None:
         yield _ok("attached", "nothing")
+    elif program.lost:
+        value = f"id {program.program_id}, name {program.name}, {program.mode}: its pins are gone"
+        yield _fail("attached", value, f"xdp-lb attach {name}, by the same version")
     elif not program.ours:
         link_word = "xdp" if program.mode == "native" else f"xdp{program.mode}"
         value = f"a program of someone else: id {program.program_id}, name {program.name}, {program.mode}"

@@ -217,10 +217,12 @@ def _named(messages: Collection[Any], names: Collection[str]) -> list[Any]:
 def _programs(paths: Paths) -> dict[str, Program]:
     """Interface name -> what it runs."""
     ours = _our_attachments(paths)
-    return {
-        name: Program(running.mode, running.program_id, program_name(running.program_id), name in ours)
-        for name, running in all_attached().items()
-    }
+    found = {}
+    for name, running in all_attached().items():
+        called, is_ours = program_name(running.program_id), name in ours
+        lost = called == PROGRAM and not is_ours
+        found[name] = Program(running.mode, running.program_id, called, is_ours, lost)
+    return found
 
 
 def _our_attachments(paths: Paths) -> Mapping[str, Attachment]:

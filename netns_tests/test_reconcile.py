@@ -222,6 +222,7 @@ def test_without_a_daemon_the_next_command_goes_on_from_what_runs(bed: Bed, take
     with loading(bed, f"http://{WEB}/") as load, connections(bed, bed.vip4, count=20) as held:
         labels = [connection.ask() for connection in held]
         take(paths(bed).run_dir / "bpf")
+        assert "name xdp_lb, native: its pins are gone" in bed.xdp_lb("doctor", "eth0", check=False).stdout
         bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
         after = program_on(bed, "eth0")
         assert [connection.ask() for connection in held] == labels

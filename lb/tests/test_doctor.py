@@ -244,6 +244,16 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
         ),
         (
             CARD,
+            {"program": Program("native", 12, "xdp_lb", ours=False, lost=True)},
+            on_eth0(
+                "attached",
+                FAIL,
+                "id 12, name xdp_lb, native: its pins are gone",
+                "xdp-lb attach eth0, by the same version",
+            ),
+        ),
+        (
+            CARD,
             {"program": Program("generic", 12, "xdp_lb", ours=True)},
             on_eth0(
                 "attached",
