@@ -41,7 +41,7 @@ backends = ["10.99.2.11", "10.99.2.12"]
 """
 UNDER = ("setpriv", "--bounding-set=-all,+net_admin,+bpf,+perfmon", "--inh-caps=-all")
 SUCCESSION = ("first", "alike", "grown", "first", "grown", "alike")
-DEATHS = int(os.environ.get("SOAK_DEATHS", "6"))
+DEATHS = int(os.environ.get("SOAK_DEATHS", "4"))
 SOAK = "SOAK_DEATHS" in os.environ
 KILLED_AT = (("load", 1), ("relay", 1), ("_use", 2), ("put_in_force", 1), ("attach", 2), ("end_relay", 1))
 
