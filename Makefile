@@ -85,7 +85,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: setup build lint ## lint, then every test (as root: they make network namespaces)
-	$(SUDO) $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	ulimit -S -n 1024 && $(SUDO) $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
 	$(SUDO) $(BIN)/python -m netns_tests.demo

@@ -41,7 +41,7 @@ from xdp import libbpf, tc
 from xdp.errors import Occupied, XdpError
 from xdp.maps import Map
 from xdp.netlink import NetlinkError, route_socket
-from xdp.object import Program, pinned_program, program_name
+from xdp.object import Program, pinned_program, program_by_id, program_name
 from xdp.pins import Pins
 
 FOLDER, NAME = "filter", "xdp_lb_filter"
@@ -415,16 +415,10 @@ class KernelFilters:
     def _running(self, program_id: int) -> Program:
         """The balancer's own, as a rule: any other takes CAP_SYS_ADMIN to open."""
         pinned = self._balancer()
-        if pinned.id == program_id:
-            return pinned
-        program = Program("", libbpf.program_fd_by_id(program_id))
-        self._resources.callback(os.close, program.fd)
-        return program
+        return pinned if pinned.id == program_id else program_by_id(program_id)
 
     def _balancer(self) -> Program:
-        program = pinned_program(str(self._balancer_pins.current()), BALANCER)
-        self._resources.callback(os.close, program.fd)
-        return program
+        return pinned_program(str(self._balancer_pins.current()), BALANCER)
 
     # Tests
 

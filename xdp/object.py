@@ -19,6 +19,7 @@ from functools import cached_property
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Self
+from weakref import finalize
 
 from xdp import libbpf
 from xdp.btf import Btf, CType, layout
@@ -101,24 +102,32 @@ def program_info(fd: int) -> libbpf.ProgramInfo:
     return info
 
 
+def program_by_id(program_id: int) -> Program:
+    """Any loaded program, its descriptor closed with it. Raises OSError; without CAP_SYS_ADMIN, always."""
+    return _owner("", libbpf.program_fd_by_id(program_id))
+
+
 def program_name(program_id: int) -> str:
     """The name of any loaded program; "?" when it is gone or may not be looked at."""
     try:
-        fd = libbpf.program_fd_by_id(program_id)
+        program = program_by_id(program_id)
     except OSError:
         return "?"
-    try:
-        return bytes(program_info(fd).name).decode(errors="replace")
-    finally:
-        os.close(fd)
+    return bytes(program_info(program.fd).name).decode(errors="replace")
 
 
 def pinned_program(directory: str, name: str) -> Program:
-    """A program that pin() left in a directory. Raises LoadError."""
+    """A program that pin() left in a directory, its descriptor closed with it. Raises LoadError."""
     try:
-        return Program(name, libbpf.get_pinned(os.fsencode(f"{directory}/prog_{name}")))
+        return _owner(name, libbpf.get_pinned(os.fsencode(f"{directory}/prog_{name}")))
     except OSError as error:
         raise LoadError(f"pin {directory}/prog_{name}: {error.strerror}") from error
+
+
+def _owner(name: str, fd: int) -> Program:
+    program = Program(name, fd)
+    finalize(program, os.close, fd)
+    return program
 
 
 @dataclass(frozen=True, slots=True)

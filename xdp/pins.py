@@ -156,14 +156,6 @@ def generation_of(program_id: int, name: str, run_dir: Path) -> Path | None:
     for link in root.glob(f"*/{_CURRENT}") if root else ():
         generation = link.parent / os.readlink(link)
         with suppress(LoadError):
-            if _pinned_id(generation, name) == program_id:
+            if pinned_program(str(generation), name).id == program_id:
                 return generation
     return None
-
-
-def _pinned_id(generation: Path, name: str) -> int:
-    program = pinned_program(str(generation), name)
-    try:
-        return program.id
-    finally:
-        os.close(program.fd)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xdp.errors import LoadError, NotPermitted
-from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name, useful_tail
+from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_by_id, program_name, useful_tail
 
 INCLUDE = f"/usr/include/{os.uname().machine}-linux-gnu"
 ETHERNET = bytes(12) + b"\x88\xcc"  # LLDP: the host's business
@@ -176,6 +176,15 @@ def test_adopted_object_is_the_one_that_was_pinned(bpffs: Path) -> None:
         assert second.program("xdp_lb").id == program_id == pinned_program(str(bpffs), "xdp_lb").id
         assert second.map(".rodata")[0].config.nat_port_first == 1024
     assert program_name(program_id) == "xdp_lb"
+
+
+def test_descriptor_of_a_pinned_program_is_closed_with_it(bpffs: Path) -> None:
+    with load(LB_OBJECT) as first:
+        first.pin(str(bpffs))
+        before = os.listdir("/proc/self/fd")
+        program_id = pinned_program(str(bpffs), "xdp_lb").id
+        assert program_by_id(program_id).id == program_id
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_pins_of_another_shape_are_refused_in_one_line(bpffs: Path, compiled: Compile) -> None:
