@@ -144,13 +144,13 @@ class Programs:
             return
         names = {each.name for each in interfaces}
         there = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
-        lost = {name: number for name, number in there.items() if program_name(number) == PROGRAM}
-        for name, number in lost.items():
-            try:
-                self._go_on_from(number)
-            except LoadError as error:
-                raise DataplaneError(LOST.format(name, in_one_line(error))) from error
+        lost = [name for name, number in there.items() if program_name(number) == PROGRAM]
+        if not lost:
             return
+        try:
+            self._go_on_from(there[lost[0]])
+        except LoadError as error:
+            raise DataplaneError(LOST.format(lost[0], in_one_line(error))) from error
 
     def _go_on_from(self, program_id: int) -> None:
         with BpfObject.open(LB_OBJECT) as installed, RunningObject(installed) as running:

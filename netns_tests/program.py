@@ -71,6 +71,10 @@ class LoadedProgram:
     def set_clock(self, now_ns: int) -> None:
         self._control.test_clock_ns = now_ns
 
+    def wait_for_flows_until(self, then_ns: int) -> None:
+        """Until then, flows of the program before may be missing; 0: none are."""
+        self._control.whole_ns = then_ns
+
     def install(self, services: list[Service], echo: Collection[bytes] = ()) -> None:
         """Put these services in the place of those before; flows stay. A service's number is its place in the list.
 

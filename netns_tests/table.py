@@ -117,6 +117,7 @@ class Balancer:
         self.services: list[Service] = []
         program.forget()
         program.set_clock(START_NS)
+        program.wait_for_flows_until(0)
         program.install([])
 
     def serve(self, *services: Service, echo: Collection[bytes] = ()) -> None:

@@ -10,8 +10,11 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +65,28 @@ class Life:
         return self.bed.lb.run([str(XDP_LB), *words], check=check, env=self.environment(version))
 
     def kill(self, version: str, function: str, nth: int, *words: str) -> None:
-        command = self.versions[version].killed_at(function, nth, *words)
+        command = self.versions[version].signalled(signal.SIGKILL, [(function, nth)], *words)
         done = self.bed.lb.run(command, check=False, env=self.environment(version))
         assert done.returncode == -signal.SIGKILL, (function, nth, done)
+
+    @contextlib.contextmanager
+    def stopping(self, version: str, at: Sequence[str], *words: str) -> Iterator[Iterator[None]]:
+        """The command stops as it calls the first of these functions, and goes on to the next one with each step."""
+        command = self.versions[version].signalled(signal.SIGSTOP, [(function, 1) for function in at], *words)
+        process = self.bed.lb.popen(command, env=self.environment(version))
+
+        def steps() -> Iterator[None]:
+            for _ in at:
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+                yield
+                process.send_signal(signal.SIGCONT)
+            assert process.wait(timeout=20) == 0
+
+        try:
+            yield steps()
+        finally:
+            process.kill()
+            process.wait()
 
     def status(self, version: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run(version, "status", "--json").stdout)
@@ -117,6 +139,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     numbers = {"first": "0.1.0", "alike": "0.1.1", "grown": "0.2.0", "refused": "0.3.0"}
     versions = {name: Version.install(folder / name, numbers[name], each) for name, each in patches.items()}
     with Bed(backends=4, router=True) as bed:
+        bed.client.sysctl("net.ipv4.tcp_max_tw_buckets", 0)  # a port is free at once
         for backend in bed.backends:
             bed.own_vip(backend)
             start_http(bed, backend, [80, 8080])
@@ -204,6 +227,38 @@ def test_versions_take_over_from_one_another_under_load_and_back(life: Life) -> 
         assert "taken over" not in life.run("grown", "attach", "eth0").stdout
         assert life.programs("grown") == unchanged
         assert_all_counted(life, "grown", during)
+
+
+@contextlib.contextmanager
+def from_ports(bed: Bed, ports: Sequence[int]) -> Iterator[list[HttpConnection]]:
+    """Connections, each second one to the other service."""
+    address = NAT.partition(":")[0]
+    with contextlib.ExitStack() as closing:
+        made = (HttpConnection(bed.client, address, (80, 8080)[port % 2], port) for port in ports)
+        yield [closing.enter_context(contextlib.closing(each)) for each in made]
+
+
+def test_connection_is_not_taken_for_an_earlier_one_between_the_same_ports(life: Life) -> None:
+    """Opened behind the copying, it is not yet in the new program's tables, where the earlier one still is."""
+    ports, others = range(50000, 50040), [*product((NAT, DIRECT), ("10.99.2.12", "10.99.2.13"))]
+    life.run("first", "attach", "eth0")
+    with from_ports(life.bed, ports) as early:
+        assert len({connection.ask(last=True) for connection in early}) == 3
+    for vip, backend in others:
+        life.run("first", "backend", "drain", vip, backend)
+    with (
+        life.stopping("grown", ("_take_over", "_catch_up"), "attach", "eth0") as steps,
+        ThreadPoolExecutor(40) as threads,
+    ):
+        next(steps)
+        with from_ports(life.bed, ports) as opened:
+            next(steps)
+            asked = threads.map(HttpConnection.ask, opened)
+            time.sleep(0.3)
+            next(steps, None)
+            assert {*asked} == {"b1"}
+    for vip, backend in others:
+        life.run("grown", "backend", "weight", vip, backend, "1")
 
 
 def test_version_that_the_verifier_refuses_leaves_the_old_one_in_force(life: Life) -> None:

@@ -176,16 +176,17 @@ def loading(bed: Bed, url: str, **options: object) -> Iterator[RunningLoad]:
 class HttpConnection:
     """One keep-alive connection: it is never opened again, so that its end is seen."""
 
-    def __init__(self, host: Host, address: str, port: int = 80) -> None:
-        self._connection = http.client.HTTPConnection(address, port, timeout=5)
+    def __init__(self, host: Host, address: str, port: int = 80, from_port: int = 0) -> None:
+        source = ("", from_port) if from_port else None
+        self._connection = http.client.HTTPConnection(address, port, timeout=5, source_address=source)
         with host.entered():
             self._connection.connect()
         self._connection.auto_open = 0
         self.port: int = self._connection.sock.getsockname()[1]
 
-    def ask(self) -> str:
-        """The backend that answers. OSError or HTTPException if the connection has ended."""
-        self._connection.request("GET", "/")
+    def ask(self, *, last: bool = False) -> str:
+        """The backend that answers. OSError or HTTPException if the connection has ended. The last time, it closes."""
+        self._connection.request("GET", "/", headers={"Connection": "close"} if last else {})
         response = self._connection.getresponse()
         response.read()
         return response.headers["X-Backend"]

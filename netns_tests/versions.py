@@ -1,9 +1,9 @@
 """Other versions of xdp-lb, as an upgrade finds them: the same Python code over programs whose sources were patched.
 
 Enters: what to replace in the files of xdp/bpf, and a version number. Leaves: a folder as of an installation, really
-compiled, whose `xdp-lb` runs on the balancer of a bed; also so that it is killed at a given call.
-`python netns_tests/versions.py FUNCTION N WORD...` is that: `xdp-lb WORD...`, ended by SIGKILL as it calls the N-th
-function of this name.
+compiled, whose `xdp-lb` runs on the balancer of a bed; also so that a signal reaches it at given calls.
+`python netns_tests/versions.py SIGNAL FUNCTION:N,... WORD...` is that: `xdp-lb WORD...`, which has this signal, by its
+number, as it calls a function of this name for the N-th time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -82,8 +83,10 @@ class Version:
     def command(self, *words: str) -> list[str]:
         return [str(XDP_LB), *words]
 
-    def killed_at(self, function: str, nth: int, *words: str) -> list[str]:
-        return [sys.executable, str(Path(__file__)), function, str(nth), *words]
+    def signalled(self, number: signal.Signals, at: Collection[tuple[str, int]], *words: str) -> list[str]:
+        """The command; `at`: functions, and which of their calls."""
+        calls = ",".join(f"{function}:{nth}" for function, nth in at)
+        return [sys.executable, str(Path(__file__)), str(number.value), calls, *words]
 
 
 def _patch(path: Path, replacements: Mapping[str, str]) -> None:
@@ -95,18 +98,16 @@ def _patch(path: Path, replacements: Mapping[str, str]) -> None:
     path.write_text(text)
 
 
-def die_at(function: str, nth: int) -> None:
-    """Have this process killed as it makes this call in the modules that load and replace programs."""
-    calls = 0
+def signal_at(number: int, at: Collection[str]) -> None:
+    """Have this process get the signal as it makes these calls in the modules that load and replace programs."""
+    calls = Counter[str]()
 
     def count(frame: FrameType, event: str, _: object) -> None:
-        nonlocal calls
         code = frame.f_code
-        if event != "call" or code.co_name != function or not code.co_filename.endswith(WRITERS):
-            return
-        calls += 1
-        if calls == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "call" and code.co_filename.endswith(WRITERS):
+            calls[code.co_name] += 1
+            if f"{code.co_name}:{calls[code.co_name]}" in at:
+                os.kill(os.getpid(), number)
 
     sys.setprofile(count)
 
@@ -115,7 +116,7 @@ WRITERS = ("lb/dataplane.py", "lb/programs.py", "xdp/object.py", "xdp/pins.py", 
 
 
 if __name__ == "__main__":
-    die_at(sys.argv[1], int(sys.argv[2]))
+    signal_at(int(sys.argv[1]), sys.argv[2].split(","))
     del sys.argv[1:3]
     from lb.cli import main
 

@@ -35,7 +35,10 @@ static __always_inline __u64 now_ns(void)
 	return config.test_clock ? control.test_clock_ns : bpf_ktime_get_coarse_ns();
 }
 
-/* Maps are being handed on from one program to the next: a flow that is not there may come yet, its packets are sent again. */
+/*
+ * Maps are being handed on from one program to the next: a flow that is not there may come yet, its packets are sent again.
+ * Nor does one that has ended tell anything, where a later connection between the same ports may have come meanwhile.
+ */
 static __always_inline int may_be_missing(void)
 {
 	return control.whole_ns && now_ns() < control.whole_ns;

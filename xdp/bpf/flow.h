@@ -44,12 +44,10 @@ static __always_inline void touch(struct flow *flow, const struct service *servi
 static __always_inline int has_ended(const struct flow *flow, const struct service *service, const struct packet *pkt,
 				   __u64 now)
 {
-	if (opens_connection(pkt)) {
-		if (flow->closing)
-			return 1;
-		if (service->options & OPTION_AFFINITY && older_than(flow->seen_ns, now, service->affinity_s))
-			return 1;
-	}
+	if (flow->closing && (opens_connection(pkt) || may_be_missing()))
+		return 1;
+	if (opens_connection(pkt) && service->options & OPTION_AFFINITY && older_than(flow->seen_ns, now, service->affinity_s))
+		return 1;
 	return older_than(flow->seen_ns, now, service->flow_timeout_s);
 }
 
@@ -98,7 +96,7 @@ static __always_inline struct member *tracked_member_in(const struct service *se
 		touch(flow, service, pkt, now);
 		return member;
 	}
-	if (!flow && pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt) && may_be_missing())
+	if (pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt) && may_be_missing())
 		return NULL;
 	member = first_seen_member(service, pkt, now);
 	if (member && (flow || RING_PREVIOUS(pkt->word)) && pkt->l4_kind != L4_ICMP_ERROR)

@@ -36,7 +36,7 @@ static __always_inline int is_over(const struct nat_flow *flow, const struct pac
 {
 	if (older_than(flow->seen_ns, now, flow->timeout_s))
 		return 1;
-	return opens_connection(pkt) && flow->state & (NAT_CLIENT_FIN | NAT_RESET);
+	return flow->state & (NAT_CLIENT_FIN | NAT_RESET) && (opens_connection(pkt) || may_be_missing());
 }
 
 /* Returns nonzero where the flow has lost its port. */
@@ -146,12 +146,22 @@ static __always_inline int may_be_reply(const struct flow_key *flow)
 	return port >= config.nat_port_first && port < config.nat_port_first + config.nat_port_count && may_be_missing();
 }
 
+/* Its port may belong to a later flow by now: the client that had it before would reset that one's connection. */
+static SLOW_PATH struct nat_reply *unless_over(struct nat_reply *reply)
+{
+	if (!reply || !may_be_missing())
+		return reply;
+	return NAT_CLOSED(reply->state) || older_than(reply->seen_ns, now_ns(), reply->timeout_s) ? NULL : reply;
+}
+
 /* Anything that is for no service may be a reply; what is not is the host's own. */
 static __always_inline enum reason forward_reply(struct packet *pkt, int family)
 {
 	struct nat_reply *reply = bpf_map_lookup_elem(MAP(nat_replies, family), pkt->flow);
 	struct rewrite new;
 
+	if (control.whole_ns)
+		reply = unless_over(reply);
 	if (!reply && may_be_reply(pkt->flow)) /* the host would reset the connection */
 		return DROP_NAT_NO_FLOW;
 	if (!reply)
