@@ -279,12 +279,13 @@ def _reasons(statistics: Statistics, prefix: str) -> dict[str, int]:
 
 
 @contextmanager
-def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
-    """The balancer of one network namespace; to `write` is to hold its lock until the end.
+def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) -> Iterator[Balancer]:
+    """The balancer of one network namespace; to `write` is to hold its lock until the end. `in_daemon`: see Writer.
 
     Raises Busy, StoreError, DataplaneError.
     """
     from lb.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
+    from lb.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
     from lb.neighbours import Network as KernelNetwork
 
     with ExitStack() as stack:
@@ -295,6 +296,8 @@ def open_balancer(paths: Paths, *, write: bool = True) -> Iterator[Balancer]:
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
         guard = FilterGuard(paths, store, dataplane)
-        balancer = Balancer(store, dataplane, KernelNetwork(route_socket), paths.netns, guard)
+        network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
+        balancer = Balancer(store, dataplane, network, paths.netns, guard)
+        balancer.writer.in_daemon = in_daemon
         balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
         yield balancer

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from lb.balancer import Balancer
 from lb.checker import Checker, Ways, conditions_of
 from lb.conditions import UP, Condition, Conditions
 from lb.documents import Document
@@ -43,7 +42,6 @@ class HealthTask:
         self._fault = ""
 
     async def run(self, owner: Owner) -> None:
-        await owner.call(_announce)
         found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
         told = conditions_of(found)
 
@@ -80,10 +78,6 @@ class HealthTask:
         while True:
             self._file.touch()
             await asyncio.sleep(ALIVE_S)
-
-
-def _announce(balancer: Balancer) -> None:
-    balancer.writer.checks_run = True
 
 
 async def _follow(owner: Owner, checker: Checker) -> None:

@@ -108,9 +108,17 @@ class MemberTable:
         for backend in service.backends:
             if backend.address not in hops:
                 continue
-            member = self._member(backend, hops[backend.address], service.options)
-            member.index = placed.member_base + numbers[member_key(backend)]
+            index = placed.member_base + numbers[member_key(backend)]
+            member = self._member(backend, self._known(hops[backend.address], index), service.options)
+            member.index = index
             self._put(member)
+
+    def _known(self, hop: NextHop, index: int) -> NextHop:
+        """One that is silent keeps the MAC address that it had, on the same link: nobody knows a better one."""
+        old = self._members[index]
+        if hop.dst_mac is None and old.flags & self._resolved and old.hop.ifindex == hop.ifindex:
+            return replace(hop, dst_mac=bytes(old.hop.destination))
+        return hop
 
     def _member(self, backend: Backend, hop: NextHop, options: Options) -> Any:
         flags = self._alive | (self._resolved if hop.dst_mac else 0) | self._ip6 * (backend.address.version == 6)
@@ -174,17 +182,14 @@ class MemberTable:
         options: Options,
         hops: Mapping[Address, NextHop],
     ) -> set[Address]:
-        """Where entries of these backends say something else than `hops`, they are written; of which backends. One that
-        is silent keeps the MAC address that it had, on the same link: nobody knows a better one."""
+        """Where entries of these backends say something else than `hops`, they are written; of which backends."""
         changed = set()
         for backend, number in numbers:
-            index, hop = placed.member_base + number, hops[backend.address]
+            index = placed.member_base + number
             old = self._members[index]
             if not old.flags & self._alive:
                 continue
-            if hop.dst_mac is None and old.flags & self._resolved and old.hop.ifindex == hop.ifindex:
-                hop = replace(hop, dst_mac=bytes(old.hop.destination))
-            member = self._member(backend, hop, options)
+            member = self._member(backend, self._known(hops[backend.address], index), options)
             member.index, member.uid = index, old.uid
             if bytes(member) != bytes(old):
                 self._members[index] = member

@@ -33,7 +33,8 @@ from lb.vip import Address
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
-ANSWER_TIMEOUT_S = 0.2
+ANSWER_TIMEOUT_S = 1.2  # the kernel asks a second time after one second
+FOLLOWED_TIMEOUT_S = 0.2  # for a process that hears of answers that come later
 ASKED_ONE_BY_ONE = 8
 PROTOCOL = 0x4C  # NDA_PROTOCOL of our entries: a number that no routing daemon has registered
 
@@ -96,20 +97,20 @@ class Network:
     Each call opens a socket of its own, so that an object may outlive changes of the namespace.
     """
 
-    def __init__(self, open_socket: Callable[[], IPRoute]) -> None:
-        self._open_socket = open_socket
+    def __init__(self, open_socket: Callable[[], IPRoute], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        self._open_socket, self._answer_timeout_s = open_socket, answer_timeout_s
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
         """Where the frames for each backend go.
 
-        Neighbours not known yet have ANSWER_TIMEOUT_S, all together, to answer; `dst_mac` of the
+        Neighbours not known yet have `answer_timeout_s`, all together, to answer; `dst_mac` of the
         silent ones is None. Raises NoRoute, naming the backend, and DataplaneError where the kernel
         refuses an entry.
         """
         with self._open_socket() as ipr:
             routes = {address: _route(ipr, address) for address in addresses}
             links = _ethernet_links(ipr, routes)
-            macs = _resolve(ipr, {route.neighbour for route in routes.values()})
+            macs = _resolve(ipr, {route.neighbour for route in routes.values()}, self._answer_timeout_s)
         return {
             address: _next_hop(route, links[route.neighbour.ifindex], macs[route.neighbour])
             for address, route in routes.items()
@@ -311,7 +312,7 @@ def _mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-def _resolve(ipr: IPRoute, wanted: set[_Neighbour]) -> dict[_Neighbour, bytes | None]:
+def _resolve(ipr: IPRoute, wanted: set[_Neighbour], timeout_s: float) -> dict[_Neighbour, bytes | None]:
     """The MAC address of each, None where nobody answers in time.
 
     Only neighbours that the kernel starts to look for now are waited for: of one that it keeps
@@ -322,7 +323,7 @@ def _resolve(ipr: IPRoute, wanted: set[_Neighbour]) -> dict[_Neighbour, bytes | 
         started = {n for n in wanted if not _kept(table.get(n))}
         for neighbour in started:
             _keep(ipr, neighbour)
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while any(_mac_in(table, n) is None for n in started) and _changed(events, deadline):
             table = _entries_of(ipr, wanted)
     return {neighbour: _mac_in(table, neighbour) for neighbour in wanted}

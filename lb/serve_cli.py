@@ -88,7 +88,7 @@ def serve(
     from lb.health_file import HealthFile
     from lb.health_task import HealthTask
     from lb.host_events import HostEvents
-    from lb.neighbours import Network
+    from lb.neighbours import FOLLOWED_TIMEOUT_S, Network
     from lb.reconcile import ReconcileTask
     from lb.settle import SettleTask
 
@@ -96,9 +96,10 @@ def serve(
     logs.configure(as_json=log_format == "json")
     addresses = tuple(map(_listen_address, listen))
     settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config, paths)
-    ways, routes = lambda: RealPath(Network(route_socket)), lambda: HostEvents(neighbours=False)
+    ways, routes = lambda: RealPath(Network(route_socket, FOLLOWED_TIMEOUT_S)), lambda: HostEvents(neighbours=False)
     checks = HealthTask(ways, HealthFile(paths.health), routes)
-    server.serve(lambda: open_balancer(paths), settings, [checks, ReconcileTask(HostEvents), SettleTask()])
+    tasks: list[server.Task] = [checks, ReconcileTask(HostEvents), SettleTask()]
+    server.serve(lambda: open_balancer(paths, in_daemon=True), settings, tasks)
 
 
 def unit() -> str:

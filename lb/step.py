@@ -110,6 +110,19 @@ def some(backends: Sequence[Backend]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def silent(services: Iterable[Service], hops: Mapping[Address, NextHop], *, followed: bool) -> Iterator[str]:
+    """Warnings of backends that there is no MAC address to send to."""
+    found: dict[tuple[str, bool], list[Backend]] = {}
+    for service in services:
+        for backend in service.backends:
+            if (hop := hops.get(backend.address)) and hop.dst_mac is None:
+                found.setdefault((hop.interface, hop.on_link), []).append(backend)
+    for (interface, on_link), backends in found.items():
+        whom = some(backends) if on_link else f"the gateway to {some(backends)}"
+        until = "there is one" if followed else "xdp-lb attach or xdp-lb serve has seen one"
+        yield f"{interface}: no answer from {whom}: packets for it are dropped until {until}"
+
+
 def backends_that_left(before: State, goal: State) -> set[Address]:
     """Addresses of services that changed or went; another service may still have them."""
     if not before.interfaces:

@@ -35,6 +35,7 @@ from lb.step import (
     notes_of_addresses,
     notes_of_storing,
     report,
+    silent,
     with_reply_interfaces,
 )
 from lb.store import Store
@@ -55,13 +56,14 @@ class _Met:
 
 
 class Writer:
-    """`on_progress(done, total)` is called with the services that are written, of all to write. `checks_run`: this
-    process has a lb.checker.Checker. A method that changes something raises LbError, and then nothing has changed."""
+    """`on_progress(done, total)` is called with the services that are written, of all to write. `in_daemon`: tasks of
+    this process check backends and follow their neighbours. A method that changes something raises LbError, and then
+    nothing has changed."""
 
     def __init__(self, store: Store, dataplane: Dataplane, network: Network, guard: Guard) -> None:
         self.store, self.dataplane, self.network, self.guard = store, dataplane, network, guard
         self.on_progress: Callable[[int, int], None] | None = None
-        self.checks_run = False
+        self.in_daemon = False
         self.conditions: Conditions = {}
         self._served = Served()
         self._met: dict[Vip, _Met] = {}
@@ -184,7 +186,7 @@ class Writer:
                 *self._notes_of_checks(before, goal),
                 *self._notes_of_conditions(services),
             ),
-            tuple(ABSENT.format(i.name) for i in absent),
+            (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
         )
 
     def _with_homes(self, goal: State) -> State:
@@ -230,11 +232,11 @@ class Writer:
         )
 
     def _notes_of_checks(self, before: State, goal: State) -> Iterator[str]:
-        if not self.checks_run and any(s.options.health for s in changed(before.services, goal.services)):
+        if not self.in_daemon and any(s.options.health for s in changed(before.services, goal.services)):
             yield UNCHECKED
 
     def _notes_of_conditions(self, services: Sequence[Service]) -> Iterator[str]:
-        if not self.checks_run:
+        if not self.in_daemon:
             yield from filter(None, (left_behind(s, self.conditions.get(s.vip)) for s in services))
 
     # How it is carried out

@@ -297,7 +297,7 @@ def answering(bed: Bed) -> set[str]:
 @contextlib.contextmanager
 def balancing(bed: Bed) -> Iterator[Balancer]:
     with bed.lb.entered(), open_balancer(Paths(bed.directory / "state", bed.directory / "run", bed.lb.name)) as made:
-        made.writer.checks_run = True
+        made.writer.in_daemon = True
         yield made
 
 

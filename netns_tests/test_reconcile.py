@@ -326,6 +326,35 @@ def test_packets_follow_a_backend_that_changes_its_mac_address_under_load(bed: B
     assert [line for line in log(bed).splitlines() if "drift" in line and "next hop" not in line] == []
 
 
+def added_in_silence(bed: Bed, backend: Host) -> str:
+    """The warnings, of a backend that answers no ARP request; it does again when this returns."""
+    bed.xdp_lb("backend", "remove", WEB, backend.ipv4)
+    backend.sysctl("net.ipv4.conf.all.arp_ignore", 8)
+    told = bed.xdp_lb("backend", "add", WEB, backend.ipv4).stderr
+    backend.sysctl("net.ipv4.conf.all.arp_ignore", 0)
+    return told
+
+
+SILENT = "xdp-lb: warning: eth1: no answer from 10.99.2.12: packets for it are dropped until {}\n"
+
+
+def test_backend_that_was_silent_is_served_when_it_has_answered_and_attach_has_looked_again(bed: Bed) -> None:
+    backend = bed.backends[1]
+    assert added_in_silence(bed, backend) == SILENT.format("xdp-lb attach or xdp-lb serve has seen one")
+    neighbour = ["ip", "neigh", "show", backend.ipv4]
+    wait_until(lambda: "lladdr" in bed.lb.run(neighbour).stdout, "the kernel has asked again")
+    bed.xdp_lb("attach", "eth0")
+    assert answering(bed) == {"b1", "b2"}
+
+
+def test_backend_that_was_silent_is_followed_by_the_daemon(bed: Bed) -> None:
+    process = start(bed)
+    assert added_in_silence(bed, bed.backends[1]) == SILENT.format("there is one")
+    wait_until(lambda: ways(bed)[bed.backends[1].ipv4][1] is not None, "the neighbour seen")
+    assert answering(bed) == {"b1", "b2"}
+    assert end(process) == 0
+
+
 def test_packets_follow_a_route_to_another_gateway_and_back(bed: Bed) -> None:
     backend = bed.backends[0]
     process = start(bed)

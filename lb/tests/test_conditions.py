@@ -71,7 +71,7 @@ def host(tmp_path: Path) -> Host:
 def balancer(host: Host) -> Iterator[Balancer]:
     """WEB is served by A, B and C, OTHER by A alone."""
     with host.balancer() as balancer:
-        balancer.writer.checks_run = True
+        balancer.writer.in_daemon = True
         balancer.attach([Interface("eth0")], [service(WEB, A, B, C), service(OTHER, A)])
         yield balancer
 
@@ -192,5 +192,5 @@ def test_without_a_checker_a_change_of_a_checked_service_says_that_nobody_checks
     with host.balancer() as balancer:
         assert UNCHECKED in balancer.add_service(service(WEB, A)).notes
         assert UNCHECKED not in balancer.add_service(service(OTHER, A, options=Options())).notes
-        balancer.writer.checks_run = True
+        balancer.writer.in_daemon = True
         assert UNCHECKED not in balancer.set_weight(WEB, A, 2).notes

@@ -426,14 +426,15 @@ def test_a_plan_of_direct_routing_counts_no_connections_since_nobody_knows_them(
     assert kernel.dataplane.plan(service(WEB, A, B, mode=Mode.DR)).flows is None
 
 
-def test_hop_of_a_backend_is_rewritten_and_an_unresolved_one_is_left_to_the_fib(kernel: Kernel) -> None:
+def test_hop_of_a_backend_is_rewritten_and_one_that_is_silent_keeps_the_last_on_its_link(kernel: Kernel) -> None:
     given = service(WEB, A)
     kernel.serve(given)
     other = bytes.fromhex("020000000077")
-    resolved = {A.address: replace(hops_for(given)[A.address], dst_mac=other)}
-    kernel.dataplane.put(given, resolved)
-    assert kernel.send(frame(WEB, 1024))[:6] == other
-    kernel.dataplane.put(given, {A.address: replace(resolved[A.address], dst_mac=None)})
+    hop = replace(hops_for(given)[A.address], dst_mac=other)
+    for known in (hop, replace(hop, dst_mac=None)):
+        kernel.dataplane.put(given, {A.address: known})
+        assert kernel.send(frame(WEB, 1024))[:6] == other
+    kernel.dataplane.put(given, {A.address: replace(hop, dst_mac=None, ifindex=hop.ifindex + 1)})
     kernel.send(frame(WEB, 1024))
     assert kernel.dataplane.statistics().reasons["drop_no_neighbour"] == 1
 

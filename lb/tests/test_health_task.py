@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,11 @@ class Host:
         return HealthFile(self.path / "run" / "health.json")
 
     @contextmanager
-    def balancer(self) -> Iterator[Balancer]:
+    def balancer(self, *, in_daemon: bool = False) -> Iterator[Balancer]:
         with Store.open(self.path / "state.db", write=True) as store:
             balancer = Balancer(store, self.dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
             balancer.writer.conditions = self.file.conditions(balancer.state.services)
+            balancer.writer.in_daemon = in_daemon
             yield balancer
 
     def listen(self) -> AbstractContextManager[Quiet]:
@@ -84,7 +86,7 @@ class Host:
 
     @asynccontextmanager
     async def daemon(self) -> AsyncIterator[Owner]:
-        async with Owner.open(self.balancer) as owner:
+        async with Owner.open(partial(self.balancer, in_daemon=True)) as owner:
             await owner.change(lambda balancer: balancer.repairs.reconcile())
             task = HealthTask(self.find_ways, self.file, self.listen)
             running = asyncio.create_task(task.run(owner))

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from pyroute2 import netns
 from pyroute2.iproute.linux import IPRoute
 
 from lb.errors import DataplaneError, NoRoute, NotFound
-from lb.neighbours import NTF_EXT_MANAGED, PROTOCOL, Network
+from lb.neighbours import FOLLOWED_TIMEOUT_S, NTF_EXT_MANAGED, PROTOCOL, Network
 from lb.report import NextHop
 
 SELF4, SELF6 = ip_address("10.0.0.1"), ip_address("fd00::1")
@@ -101,7 +102,7 @@ def mac_of(ipr: IPRoute, index: int) -> bytes:
 
 @pytest.fixture
 def network(bed: Bed) -> Network:
-    return Network(open_socket)
+    return Network(open_socket, FOLLOWED_TIMEOUT_S)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -150,11 +151,10 @@ def test_silent_neighbour_holds_nobody_up_and_has_no_mac(bed: Bed, network: Netw
     }
 
 
-def test_silent_neighbour_is_waited_for_once(bed: Bed, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_neighbour_is_waited_for_once(bed: Bed, network: Network) -> None:
     network.next_hops([SILENT4])
-    monkeypatch.setattr("lb.neighbours.ANSWER_TIMEOUT_S", 60)
     began = time.monotonic()
-    assert network.next_hops([SILENT4]) == {SILENT4: bed.hop(SELF4, answered=False)}
+    assert Network(open_socket, answer_timeout_s=60).next_hops([SILENT4]) == {SILENT4: bed.hop(SELF4, answered=False)}
     assert time.monotonic() - began < 30
 
 
@@ -165,6 +165,13 @@ def test_neighbour_that_appears_later_is_found_by_the_kernel_alone(
     assert network.next_hops([address]) == {address: bed.hop(source, answered=False)}
     bed.answer_for(address)
     wait_for(lambda: network.next_hops([address]) == {address: bed.hop(source)})
+
+
+def test_neighbour_that_answers_the_second_request_is_waited_for(bed: Bed) -> None:
+    answers = Timer(0.5, bed.answer_for, [SILENT4])
+    answers.start()
+    assert Network(open_socket, answer_timeout_s=20).next_hops([SILENT4]) == {SILENT4: bed.hop(SELF4)}
+    answers.join()
 
 
 def test_neighbours_are_kept_whether_or_not_they_answered(bed: Bed, network: Network) -> None:
