@@ -25,6 +25,7 @@ from netns_tests.traffic import (
     connections,
     curl,
     every_service,
+    go_on,
     load,
     loading,
     service_status,
@@ -80,8 +81,7 @@ def test_no_request_fails_while_backends_are_added_weighed_and_drained(bed: Bed,
         assert weighed["b2"] > 2 * max(weighed["b1"], weighed["b3"])
         bed.xdp_lb("backend", "drain", way.http_service, b1)
         assert set(new_connections(way)) == {"b2", "b3"}
-        for running in (short, long):
-            running.go_on_for(100)
+        go_on(100, short, long)
         assert_no_request_failed(short, long)
 
 
@@ -120,7 +120,7 @@ def test_datagrams_of_one_source_port_stay_when_a_backend_is_added(bed: Bed, way
 def test_no_request_fails_while_everything_is_written_anew(bed: Bed, ipv4_way: Way) -> None:
     with loading(bed, ipv4_way.http_url, connections=20) as running:
         bed.xdp_lb("attach", "eth0")
-        running.go_on_for(200)
+        go_on(200, running)
         assert_no_request_failed(running)
 
 
@@ -129,7 +129,7 @@ def test_no_request_fails_while_another_service_comes_and_goes(bed: Bed, ipv4_wa
     with loading(bed, ipv4_way.http_url, connections=20) as running:
         bed.xdp_lb("vip", "add", another, "--mode", ipv4_way.mode, "--backends", backends_of(ipv4_way)[0])
         bed.xdp_lb("vip", "remove", another)
-        running.go_on_for(200)
+        go_on(200, running)
         assert_no_request_failed(running)
 
 
@@ -158,8 +158,7 @@ def test_maps_grow_and_the_program_is_replaced_without_a_failed_request() -> Non
             loading(bed, old.http_url, connections=50, keepalive=True) as long,
         ):
             bed.xdp_lb("vip", "add", new.http_service, "--backends", ",".join(backends_of(new)))
-            for running in (short, long):
-                running.go_on_for(200)
+            go_on(200, short, long)
             assert_no_request_failed(short, long)
         assert program_ids(bed).isdisjoint(first)
         wait_until(lambda: curl(bed.client, new.http_url) == "b2", "b2 answering over IPv6")

@@ -14,7 +14,7 @@ import pytest
 from netns_tests.servers import start_http
 from netns_tests.test_serve import SERVE, WEB, end, start, states
 from netns_tests.topology import Bed, wait_until
-from netns_tests.traffic import connections, loading
+from netns_tests.traffic import connections, go_on, loading
 
 (LIBRARY,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
 JUMPS = {"+3650d": 10, "-3650d": -10}  # as faketime(1) writes them, and in years
@@ -64,7 +64,7 @@ def test_the_clock_may_jump_while_packets_flow_and_backends_are_checked(bed: Bed
             wait_until(lambda: year_of_a_change(bed) in shown, "the jump seen")  # noqa: B023
             bed.xdp_lb("backend", "add", WEB, f"10.99.2.11:{8080 + number}@0")  # where nobody listens
             wait_until(lambda: states(bed).count("down") == number, "the fault found", timeout_s=30)  # noqa: B023
-            load.go_on_for(10)
+            go_on(10, load)
             assert end(process, signal.SIGKILL) == -signal.SIGKILL
             process = start(bed, under=faked(bed))
             assert states(bed).count("down") == number

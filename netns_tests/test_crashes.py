@@ -25,7 +25,7 @@ from lb.store import Store
 from lb.writer import Writer
 from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
-from netns_tests.traffic import connections, curl, loading
+from netns_tests.traffic import connections, curl, go_on, loading
 
 MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
 WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
@@ -121,7 +121,7 @@ def test_killed_change_leaves_the_old_or_the_new_state_and_no_request_fails(bed:
             kill(bed, calls, point, *words(point + 1))
             after = stored(bed)
             assert len(after.services[0].backends) - len(before.services[0].backends) in (0, changed)
-            load.go_on_for(20)
+            go_on(20, load)
             assert [connection.ask() for connection in held] == labels
             bed.xdp_lb("apply", "-f", str(file_of(bed, after)))
             assert stored(bed) == after

@@ -24,7 +24,7 @@ from lb.vip import Vip
 from netns_tests.servers import start_http
 from netns_tests.test_serve import SERVE, WEB, end, start
 from netns_tests.topology import FRONT, Bed, Host, _attach_pass_program, wait_until
-from netns_tests.traffic import connections, curl, loading
+from netns_tests.traffic import connections, curl, go_on, loading
 from xdp import attach as xdp_attach
 
 VIP = Vip.parse(WEB)
@@ -226,7 +226,7 @@ def test_without_a_daemon_the_next_command_goes_on_from_what_runs(bed: Bed, take
         bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
         after = program_on(bed, "eth0")
         assert [connection.ask() for connection in held] == labels
-        load.go_on_for(20)
+        go_on(20, load)
         assert load.stop().reasons == {}
     assert after not in (before, None)
     take(paths(bed).run_dir / "bpf")
@@ -318,7 +318,7 @@ def test_packets_follow_a_backend_that_changes_its_mac_address_under_load(bed: B
         for mac in ("02:00:00:00:aa:01", "02:00:00:00:aa:02"):
             backend.run(["ip", "link", "set", "dev", "eth0", "address", mac])
             wait_until(lambda mac=mac: ways(bed)[backend.ipv4][1] == mac, "the entry follows")  # type: ignore[misc]
-            load.go_on_for(20)
+            go_on(20, load)
         report = load.stop()
     assert (report.failed, report.reasons) == (0, {})
     assert answering(bed) == {"b1", "b2"}

@@ -17,7 +17,7 @@ import pytest
 from lb.remote import daemon_listens
 from netns_tests.servers import start_http
 from netns_tests.topology import XDP_LB, Bed, wait_until
-from netns_tests.traffic import connections, curl, loading
+from netns_tests.traffic import connections, curl, go_on, loading
 
 WEB = "10.99.1.100:80"
 SERVE = ("attach", "eth0", "--vip", WEB, "--backends", "10.99.2.11,10.99.2.12", "--ring-size", "251")
@@ -84,10 +84,10 @@ def test_no_request_fails_while_the_daemon_starts_changes_things_dies_and_is_sta
             process = start(bed)
             bed.xdp_lb("backend", "add", WEB, "10.99.2.11:80@1", check=False)  # is there: refused by the daemon
             bed.xdp_lb("backend", "drain", WEB, "10.99.2.12")
-            load.go_on_for(20)
+            go_on(20, load)
             assert end(process, number) == (0 if number is signal.SIGTERM else -number)
             assert socket_of(bed).exists() is (number is signal.SIGKILL)
-            load.go_on_for(20)
+            go_on(20, load)
             bed.xdp_lb("backend", "weight", WEB, "10.99.2.12", "1")  # by the command itself, past a dead socket
             assert [connection.ask() for connection in held] == labels
         report = load.stop()

@@ -12,7 +12,7 @@ import pytest
 
 from netns_tests.servers import big_file
 from netns_tests.topology import Bed
-from netns_tests.traffic import FAMILIES, MODES, Way, apply, curl, every_service, load, loading, status
+from netns_tests.traffic import FAMILIES, MODES, Way, apply, curl, every_service, go_on, load, loading, status
 
 BACKENDS = {"b1", "b2", "b3"}
 
@@ -76,8 +76,7 @@ def test_all_ways_carry_traffic_at_the_same_time(bed: Bed) -> None:
     ways = [Way(bed, mode, family) for mode, family in product(MODES, FAMILIES)]
     with contextlib.ExitStack() as loads:
         running = [loads.enter_context(loading(bed, way.http_url, connections=5)) for way in ways]
-        for one in running:
-            one.go_on_for(100)
+        go_on(100, *running)
         assert [one.stop().failed for one in running] == [0, 0, 0, 0]
 
 

@@ -12,7 +12,7 @@ from netns_tests import lanes
 from netns_tests.lanes import LANES, TUNNELS, Lane
 from netns_tests.servers import big_file
 from netns_tests.topology import Bed
-from netns_tests.traffic import connections, curl, loading, udp_flows
+from netns_tests.traffic import connections, curl, go_on, loading, udp_flows
 from netns_tests.tunnelled import decap_status
 
 LABELS = {"b1", "b2", "b3"}
@@ -104,8 +104,7 @@ def test_no_request_fails_while_backends_are_added_and_drained(two_backends: Lan
         assert answering(lane) == LABELS
         bed.xdp_lb("backend", "drain", web, first)
         assert answering(lane) == {"b2", "b3"}
-        for running in (short, long):
-            running.go_on_for(100)
+        go_on(100, short, long)
         reports = [running.stop() for running in (short, long)]
     assert [(report.failed, report.reasons) for report in reports] == [(0, {}), (0, {})]
 

@@ -15,7 +15,7 @@ import pytest
 
 from netns_tests.servers import start_http
 from netns_tests.topology import Bed, Host
-from netns_tests.traffic import FAMILIES, RunningLoad, addresses, bracketed, loading
+from netns_tests.traffic import FAMILIES, RunningLoad, addresses, bracketed, go_on, loading
 from netns_tests.tunnelled import decap_status, end_tunnels_on
 
 CONNECTIONS = 100  # to each of the VIPs, and as many again while a change is on
@@ -165,11 +165,10 @@ def clients(pair: Pair) -> Iterator[list[RunningLoad]]:
         ]
 
 
-def go_on(loads: Sequence[RunningLoad]) -> None:
+def two_rounds(loads: Sequence[RunningLoad]) -> None:
     """Until as many requests have ended as all connections make in two rounds."""
-    for load in loads:
-        load.go_on_for(1)  # what is counted up to here may be older than what the test did last
-        load.go_on_for(2 * CONNECTIONS)
+    go_on(1, *loads)  # what is counted up to here may be older than what the test did last
+    go_on(2 * CONNECTIONS, *loads)
 
 
 def failures(loads: Sequence[RunningLoad]) -> Failures:
@@ -225,12 +224,12 @@ def change_while_flows_move(pair: Pair, backends: Sequence[str]) -> Outcome:
         pair.configure(backends, first)
         for spread in (SECOND_ONLY, FIRST_ONLY, EVEN):
             pair.route(spread)
-            go_on(older)
+            two_rounds(older)
         pair.configure(backends, second)
         with clients(pair) as newer:
             for spread in MOVES:
                 pair.route(spread)
-                go_on([*older, *newer])
+                two_rounds([*older, *newer])
             sent = resets(pair.bed) - before
             return Outcome(failures(older), failures(newer), sent)
 
@@ -260,6 +259,6 @@ def test_balancer_that_dies_while_backends_change_takes_no_connection_along(pair
             before = second_chances(pair.bed)
             with unplugged(pair.bed, dying):
                 pair.route(FIRST_ONLY)
-                go_on([*older, *newer])
+                two_rounds([*older, *newer])
                 assert failures(older) + failures(newer) == [{}] * 4
     assert second_chances(pair.bed) > before

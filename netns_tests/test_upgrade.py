@@ -27,7 +27,7 @@ from lb.remote import daemon_listens
 from lb.vip import Vip
 from netns_tests.servers import start_http
 from netns_tests.topology import Bed, wait_until
-from netns_tests.traffic import HttpConnection, RunningLoad, connections, loading
+from netns_tests.traffic import HttpConnection, RunningLoad, connections, go_on, loading
 from netns_tests.versions import ALIKE, GROWN, REFUSED, XDP_LB, Version
 
 NAT, DIRECT = "10.99.1.100:80", "10.99.1.100:8080"
@@ -166,8 +166,7 @@ class Traffic:
 
     def check(self, requests: int = 30) -> None:
         """It goes on, and what is connected is where it was."""
-        for running in self.running:
-            running.go_on_for(requests)
+        go_on(requests, *self.running)
         assert [connection.ask() for connection in self.held] == self.labels
 
     @property

@@ -145,16 +145,18 @@ class RunningLoad:
         *_, last = [Report(), *map(Report.parse, self._reports.read_text().split("\n")[-2:-1])]
         return last
 
-    def go_on_for(self, requests: int) -> None:
-        """Wait until so many more requests have ended."""
-        goal = self.report.requests + requests
-        wait_until(lambda: self.report.requests >= goal, f"{requests} more requests", timeout_s=30)
-
     def stop(self) -> Report:
         """Let the requests under way finish; the report of the whole run."""
         self._process.send_signal(signal.SIGINT)
         self._process.wait(timeout=30)
         return self.report
+
+
+def go_on(requests: int, *loads: RunningLoad) -> None:
+    """Wait until each has ended so many more requests."""
+    goals = [(load, load.report.requests + requests) for load in loads]
+    for load, goal in goals:
+        wait_until(lambda: load.report.requests >= goal, f"{requests} more requests", timeout_s=30)  # noqa: B023
 
 
 @contextlib.contextmanager
@@ -166,7 +168,7 @@ def loading(bed: Bed, url: str, **options: object) -> Iterator[RunningLoad]:
         process = bed.client.popen(command, cwd=REPOSITORY, stdout=output)
     running = RunningLoad(process, reports)
     try:
-        running.go_on_for(int(str(options.get("connections", 1))))
+        go_on(int(str(options.get("connections", 1))), running)
         yield running
     finally:
         process.kill()
