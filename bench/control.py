@@ -29,10 +29,11 @@ from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
 from lb import config
-from lb.balancer import Balancer, open_balancer
+from lb.balancer import Balancer
 from lb.checker import Checker
 from lb.client import Client
 from lb.conditions import Conditions
+from lb.control_open import open_balancer
 from lb.health_check import HealthCheck
 from lb.model import Backend, Interface, Service, XdpMode
 from lb.options import Options

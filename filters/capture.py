@@ -15,7 +15,8 @@ from filters.emit import ACCEPTED, CONTEXT
 from filters.expr import SNAPLEN
 from filters.fragments import FragmentFlag
 from filters.hook import Field, Hook
-from filters.notes import NOTE_SIZE, Notes
+from filters.note_writer import Notes
+from filters.notes import NOTE_SIZE
 from filters.program import load_length
 from filters.ring import RECORDS, Account, Line, Rings, account_at
 from filters.vlan import TAG, TAG_END, TAG_SIZE

@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Self
 
+from filters.counts import Counts
 from filters.errors import NotWritten
 from filters.interfaces import promiscuous
 from filters.merge import in_order
 from filters.pcap import FilesFull, Sink, count_records
-from filters.ring import Counts, Rings
+from filters.ring import Rings
 from filters.taps import Request, Tap, Taps
 
 __all__ = ["Request", "Session"]

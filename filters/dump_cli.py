@@ -25,10 +25,10 @@ from filters.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError
 
 if TYPE_CHECKING:  # of these a command needs one or the other
+    from filters.counts import Counts
     from filters.dump import Session
     from filters.interfaces import Interface
     from filters.pcapng import Statistics
-    from filters.ring import Counts
     from filters.savefile import Packet, SaveFile
 
 _PROGRESS_S = 1.0

@@ -14,9 +14,9 @@ from functools import cached_property
 from itertools import accumulate
 
 from filters import native
+from filters.counts import Counts
 from filters.notes import ACTIONS, Note, Noted, Place, noted
 from filters.pcap import File, Sink, Span, record
-from filters.ring import Counts
 
 _SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
 _BYTE_ORDER, _VERSION, _UNKNOWN_LENGTH = 0x1A2B3C4D, (1, 0), -1

@@ -18,10 +18,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Self
 
 from filters import native
+from filters.counts import Counts
 from filters.errors import FilterError
 from filters.expr import SNAPLEN
 from filters.notes import NOTE_SIZE
@@ -79,24 +79,6 @@ def account_at(number: int) -> int:
 
 
 RECORDS = ctypes.sizeof(Line)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """matched = captured + lost + over."""
-
-    matched: int = 0
-    captured: int = 0
-    lost: int = 0
-    over: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.matched + other.matched,
-            self.captured + other.captured,
-            self.lost + other.lost,
-            self.over + other.over,
-        )
 
 
 class Rings:

@@ -19,7 +19,8 @@ from filters.cbpf import Instruction
 from filters.fragments import FragmentFlag, fragment_flag
 from filters.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.interfaces import Interface
-from filters.notes import Notes, Place
+from filters.note_writer import Notes
+from filters.notes import Place
 from filters.program import Entry, LoadedProgram, Rule, Tail, assemble, load
 from filters.ring import MOST_ACCOUNTS, Rings
 from filters.selftest import check

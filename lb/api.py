@@ -6,15 +6,13 @@ as a Problem. A change is answered when the kernel has it. The description of al
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from lb import api_explain, api_filters, api_stages, page
 from lb import api_models as models
 from lb.api_common import (
     ALWAYS,
@@ -27,33 +25,21 @@ from lb.api_common import (
     TheOwner,
     check_unchanged,
     content,
-    problems,
+    status_response,
 )
-from lb.api_errors import HANDLERS
 from lb.api_models import backends_of, options_of, services_of
 from lb.balancer import Balancer
-from lb.beside import Beside
 from lb.documents import (
     backend_document,
-    counters_document,
     interface_document,
-    status_document,
-    total,
 )
 from lb.errors import AlreadyExists
-from lb.guard import Caller
 from lb.health_check import Kind
-from lb.metrics import CONTENT_TYPE, exposition
 from lb.model import Backend, Service, State
 from lb.owner import Owner, Rendered, to_bytes
 from lb.problems import Place, Problem, of_error
-from lb.report import Report, Status
+from lb.report import Report
 from lb.vip import Vip
-
-DESCRIPTION = """\
-Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
-`/v1/services/10.0.0.100:80%2Ftcp`.
-"""
 
 
 class _Path:
@@ -283,7 +269,7 @@ async def plan(request: Request, body: models.ConfigBody, own_address: OwnAddres
 
 @router.get("/interfaces", response_model=list[models.InterfaceAnswer], responses=ALWAYS)
 async def list_interfaces(owner: TheOwner) -> Response:
-    return await _described(owner, lambda status: [interface_document(i) for i in status.interfaces])
+    return await status_response(owner, lambda status: [interface_document(i) for i in status.interfaces])
 
 
 @router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
@@ -312,115 +298,4 @@ async def detach(
 # What is going on
 
 
-@router.get("/status", response_model=models.StatusAnswer, responses=ALWAYS)
-async def status(owner: TheOwner) -> Response:
-    """Interfaces, services and counters, as the kernel has them."""
-    return await _described(owner, status_document)
-
-
-async def _described(owner: Owner, describe: Callable[[Status], object]) -> Response:
-    """A document of the status, which may be large: it is made in the balancer's thread."""
-    return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)
-
-
-@router.get("/stats", response_model=models.StatsAnswer, responses=ALWAYS)
-async def stats(owner: TheOwner) -> Response:
-    """The counters alone."""
-    return await _described(owner, _stats_document)
-
-
-def _stats_document(now: Status) -> dict[str, Any]:
-    services = [
-        {
-            "vip": str(s.service),
-            "slots_in_transition": s.slots_in_transition,
-            **counters_document(total(s)),
-            "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
-        }
-        for s in now.services
-    ]
-    reasons = {"answered": now.answered, "drops": now.drops, "passes": now.passes, "noted": now.noted}
-    return {"services": services} | {name: dict(counts) for name, counts in reasons.items()}
-
-
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM, "description": "Until either side ends"}}
-
-
-@router.get("/events", response_class=StreamingResponse, responses=ALWAYS | EVENTS)
-async def events(
-    owner: TheOwner,
-    last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
-) -> StreamingResponse:
-    """Server-sent events: change, attach, detach, health, drift, upgrade, filter, stage; missed: some are gone."""
-    return StreamingResponse(
-        owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
-
-
-@router.get("/whoami", response_model=models.CallerAnswer, responses=ALWAYS)
-async def whoami(request: Request) -> Response:
-    """Who asks, as the audit log has it, and what they may."""
-    caller: Caller = request.scope["state"]["caller"]
-    return Response(to_bytes({"who": caller.who, "role": caller.role}), media_type=JSON)
-
-
 # The application
-
-
-def create_app(owner: Owner, unready: Callable[[], str], beside: Beside | None = None) -> FastAPI:
-    """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
-    stages are of; None: there is none."""
-    app = FastAPI(
-        title="xdp-lb",
-        version="1",
-        description=DESCRIPTION,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        exception_handlers=HANDLERS,
-    )
-    app.state.owner, app.state.beside = owner, beside
-    routers = [router, page.router, *((api_filters.router, api_explain.router, api_stages.router) if beside else ())]
-    for each in routers:
-        app.include_router(each)
-    app.state.routes = [route for each in routers for route in each.routes]
-    app.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(_metrics)
-    app.get("/healthz", response_model=models.Health)(_healthz)
-    app.get("/readyz", response_model=models.Health, responses=problems(503))(_readyz(unready))
-    _describe_problems(app)
-    return app
-
-
-async def _metrics(owner: TheOwner) -> Response:
-    """For Prometheus: what the kernel counts, and what the daemon does."""
-    kernel = await owner.call(lambda balancer: exposition(balancer.status()))
-    return Response(kernel + owner.metrics.exposition(), media_type=CONTENT_TYPE)
-
-
-async def _healthz() -> Response:
-    """The daemon lives."""
-    return Response(b'{"status":"ok"}', media_type=JSON)
-
-
-def _readyz(unready: Callable[[], str]) -> Callable[[Owner], Awaitable[Response]]:
-    async def readyz(owner: TheOwner) -> Response:
-        """The kernel has what is stored. `problem`: why it is not by the installed program."""
-        if reason := unready():
-            raise Problem(503, reason, headers={"Retry-After": "1"})
-        problem = {"problem": owner.refused} if owner.refused else {}
-        return Response(to_bytes({"status": "ready"} | problem), media_type=JSON)
-
-    return readyz
-
-
-def _describe_problems(app: FastAPI) -> None:
-    """Add the schema that all problems refer to, when somebody asks for the description."""
-    describe = app.openapi
-
-    def described() -> dict[str, Any]:
-        document = describe()
-        document["components"]["schemas"]["ProblemAnswer"] = models.ProblemAnswer.model_json_schema()
-        return document
-
-    app.openapi = described  # type: ignore[method-assign]

@@ -12,8 +12,9 @@ from fastapi import Depends, Header, Query, Request, Response
 
 from lb.beside import Beside
 from lb.errors import Conflict
-from lb.owner import Owner
+from lb.owner import Owner, to_bytes
 from lb.problems import MEDIA_TYPE
+from lb.report import Status
 
 JSON = "application/json"
 
@@ -75,3 +76,8 @@ def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> 
     if _is_known(if_none_match, etag):
         return Response(status_code=304, headers={"ETag": etag})
     return Response(body(), media_type=JSON, headers={"ETag": etag})
+
+
+async def status_response(owner: Owner, describe: Callable[[Status], object]) -> Response:
+    """A document of the status, which may be large: it is made in the balancer's thread."""
+    return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)

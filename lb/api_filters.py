@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from filters.savefile import Packet
 from lb import api_filter_models as models
+from lb import api_models_explain
 from lb.access import Role
 from lb.api_common import (
     ALWAYS,
@@ -33,14 +34,13 @@ from lb.api_common import (
 from lb.capture_file import capture_of
 from lb.errors import InvalidInput
 from lb.events import KEPT
-from lb.filter_client import SSH_HEADER
 from lb.filter_documents import report_document, status_document, trial_document, wanted_document
 from lb.filter_output import report_lines
 from lb.filter_report import FilterReport, How, Trial
 from lb.firewall import Firewall
 from lb.owner import Owner, etag_of, to_bytes
 from lb.problems import Problem
-from lb.ssh import Connection, SshConnection
+from lb.ssh import SSH_HEADER, Connection, SshConnection
 
 SENTENCES = 4  # of a summary
 
@@ -248,7 +248,7 @@ async def restore(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
 async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> Response:
     """What rules would drop of the packets in a file. Nothing is counted, and nothing in force is touched. Rules that
     are not there take a token of role write: what is compiled takes its time."""
-    wishes, pcap = body.to_wishes(is_here=is_here(request)), models.pcap_bytes(body.pcap)
+    wishes, pcap = body.to_wishes(is_here=is_here(request)), api_models_explain.pcap_bytes(body.pcap)
     if wishes and request.scope["state"]["caller"].role is not Role.WRITE:
         raise Problem(403, "the token may only read: rules that are not there take one of role write")
 

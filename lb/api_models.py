@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
 from lb.access import Role
+from lb.api_models_common import Answer, Body, Count, Port, Weight
 from lb.documents import backend_document, service_document
 from lb.errors import InvalidInput, LbError
 from lb.model import (
     DEFAULT_FLOW_TIMEOUT_S,
     DEFAULT_RING_SIZE,
-    MAX_WEIGHT,
     Backend,
     Interface,
     Mode,
@@ -30,21 +30,8 @@ from lb.options import DEFAULTS, Options, from_values, values
 from lb.problems import Place
 from lb.vip import Vip
 
-LARGEST = 2**53 - 1  # what every JSON parser reads exactly
-Port = Annotated[int, Field(ge=0, le=65535)]
-Weight = Annotated[int, Field(ge=0, le=MAX_WEIGHT)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
 ModeName = Annotated[Mode, Field(strict=False)]
 XdpModeName = Annotated[XdpMode, Field(strict=False)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What the sender has said, without defaults."""
-        return self.model_dump(exclude_unset=True, mode="json")
 
 
 OPTION_TYPES = {list: list[str], int: Count, bool: bool, str: str}
@@ -241,10 +228,6 @@ class AttachBody(Body):
 # What goes out, for the description alone: lb.documents makes it.
 
 
-class Answer(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
 class BackendAnswer(Answer):
     backend: str
     address: str
@@ -374,13 +357,3 @@ class Health(Answer):
 class CallerAnswer(Answer):
     who: str
     role: Role
-
-
-class ProblemAnswer(Answer):
-    """RFC 9457; `field` is the JSON Pointer of the value at fault in the body, or null."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    field: str | None

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from lb import api_filter_models as models
+from lb import api_models_stages
 from lb.api_common import ALWAYS, CHANGES, JSON, TheBeside
 from lb.documents import Document
 from lb.owner import to_bytes
@@ -19,19 +19,19 @@ from lb.stage_remote import Here
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/stages", response_model=list[models.StageAnswer], responses=ALWAYS)
+@router.get("/stages", response_model=list[api_models_stages.StageAnswer], responses=ALWAYS)
 async def list_stages(beside: TheBeside) -> Response:
     """Those that run, and those that a killed process left at work."""
     return Response(await beside.stages(lambda paths: to_bytes(Here(paths).listed())), media_type=JSON)
 
 
-@router.get("/stages/{number}/tables", response_model=list[models.TableAnswer], responses=ALWAYS)
+@router.get("/stages/{number}/tables", response_model=list[api_models_stages.TableAnswer], responses=ALWAYS)
 async def get_tables(number: int, beside: TheBeside) -> Response:
     """What a stage has found up to now."""
     return Response(await beside.stages(lambda paths: to_bytes(Here(paths).tables(number))), media_type=JSON)
 
 
-@router.delete("/stages", response_model=list[models.StageAnswer], responses=CHANGES)
+@router.delete("/stages", response_model=list[api_models_stages.StageAnswer], responses=CHANGES)
 async def stop_stages(
     request: Request,
     beside: TheBeside,

@@ -6,23 +6,21 @@ made one desired state; lb.writer brings it about, and lb.repair keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from lb.capabilities import check_may_change
 from lb.conditions import Condition
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
-from lb.filter_guard import FilterGuard
-from lb.health_file import HealthFile
 from lb.model import Backend, Interface, OwnAddress, Service, State
+from lb.model_forwarding import Counters, Statistics
 from lb.options import Options
-from lb.paths import DEFAULT_NETNS, Paths
+from lb.paths import DEFAULT_NETNS
 from lb.ports import Dataplane, Guard, Network, NoGuard
 from lb.repair import Repairs
-from lb.report import BackendStatus, Counters, InterfaceStatus, Report, ServiceStatus, Statistics, Status
+from lb.report import BackendStatus, InterfaceStatus, Report, ServiceStatus, Status
 from lb.step import reply_interfaces, some
-from lb.store import Store, writer_lock
+from lb.store import Store
 from lb.vip import Vip
 from lb.writer import Writer
 
@@ -276,28 +274,3 @@ def _service_status(service: Service, statistics: Statistics, conditions: Mappin
 
 def _reasons(statistics: Statistics, prefix: str) -> dict[str, int]:
     return {name: n for name, n in statistics.reasons.items() if name.startswith(prefix)}
-
-
-@contextmanager
-def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) -> Iterator[Balancer]:
-    """The balancer of one network namespace; to `write` is to hold its lock until the end. `in_daemon`: see Writer.
-
-    Raises Busy, StoreError, DataplaneError.
-    """
-    from lb.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
-    from lb.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
-    from lb.neighbours import Network as KernelNetwork
-
-    with ExitStack() as stack:
-        if write:
-            check_may_change()
-            stack.enter_context(writer_lock(paths.lock, paths.netns))
-        store = stack.enter_context(Store.open(paths.store, write))
-        dataplane = KernelDataplane.open(paths)
-        stack.callback(dataplane.close)
-        guard = FilterGuard(paths, store, dataplane)
-        network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
-        balancer = Balancer(store, dataplane, network, paths.netns, guard)
-        balancer.writer.in_daemon = in_daemon
-        balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
-        yield balancer

@@ -18,7 +18,7 @@ from click.exceptions import Abort, Exit
 
 from lb import documents, output
 from lb.cli_options import OptionWords, json_option, split_list
-from lb.errors import LbError
+from lb.formats_error_text import explain, is_expected
 from lb.model import DEFAULT_RING_SIZE, Backend, Mode, Service
 from lb.progress import progress
 from lb.report import Report
@@ -44,7 +44,7 @@ def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
     paths = Paths.here()
     if daemon_listens(paths.socket):
         return cast("AbstractContextManager[Balancer]", open_remote(paths.socket))
-    from lb.balancer import open_balancer
+    from lb.control_open import open_balancer
 
     return open_balancer(paths, write=write)
 
@@ -60,22 +60,6 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"xdp-lb: {self.message}", err=True)
-
-
-def explain(error: Exception) -> str:
-    """One line for the operator: what, and why."""
-    if isinstance(error, LbError):
-        return str(error)
-    if isinstance(error, PermissionError):
-        return "not permitted: run as root (CAP_NET_ADMIN and CAP_BPF)"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'operating system'}: {error.strerror or error}"
-    words = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"internal error: {words} (XDP_LB_TRACEBACK=1 shows where)"
-
-
-def is_expected(error: Exception) -> bool:
-    return isinstance(error, LbError | OSError)
 
 
 @contextmanager

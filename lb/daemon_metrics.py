@@ -6,17 +6,12 @@ follows that of lb.metrics. Times are to the start of the answer: a stream of ev
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
-from lb.guard import App, Message, Receive, Send
 from lb.report import Report
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-NO_ROUTE = "none"  # paths of the clients' own making are no labels
 
 
 class DaemonMetrics:
@@ -55,24 +50,3 @@ class DaemonMetrics:
 
     def exposition(self) -> str:
         return generate_latest(self._registry).decode()
-
-
-class Measured:
-    """An ASGI application around another: what it takes to answer."""
-
-    def __init__(self, app: App, metrics: DaemonMetrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start = time.perf_counter()
-
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", NO_ROUTE)
-                self._metrics.answered(scope["method"], route, message["status"], time.perf_counter() - start)
-            await send(message)
-
-        await self._app(scope, receive, noting)

@@ -17,15 +17,15 @@ from ipaddress import ip_address
 from lb import maglev, ring
 from lb.directory import Directory
 from lb.errors import DataplaneError
-from lb.flow_hash import Sought, recorded_slots
-from lb.host_events import WayInForce
+from lb.hashing_flow_query import Sought
+from lb.hashing_recorded import recorded_slots
 from lb.kernel_errors import translated
 from lb.layout import Layout, Placed, Sizes, server_ids
 from lb.members import MemberKey, MemberTable, member_key, numbered
 from lb.model import Backend, Mode, Service
+from lb.model_forwarding import NextHop, Statistics, WayInForce
 from lb.paths import Paths
 from lb.programs import BEHIND_STAGES, Programs, now_ns
-from lb.report import NextHop, Statistics
 from lb.services import ServiceTable
 from lb.vip import Address, Vip
 from xdp.netlink import route_socket

@@ -13,7 +13,7 @@ from lb.model import Interface, XdpMode
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # most commands are of the balancer, and do not wait for this
-    from lb.decap import DecapReport, Prefix
+    from lb.decap_values import DecapReport, Prefix
 
 DEFAULT_GUE_PORT = 6080  # IANA
 
@@ -95,7 +95,8 @@ def attach(
       xdp-lb decap attach eth0 --vip 10.0.0.100,2001:db8::100 \\
           --from 10.0.0.0/24,2001:db8::/64
     """
-    from lb.decap import DecapConfig, open_decap
+    from lb.decap import open_decap
+    from lb.decap_values import DecapConfig
 
     config = DecapConfig(_prefixes(vips, "vip"), _prefixes(sources, "source"), gue_port)
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]

@@ -15,13 +15,13 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
 
-from lb.decap import DecapConfig, DecapStatistics, Prefix, TunnelCounters
+from lb.decap_values import DecapConfig, DecapStatistics, Prefix, TunnelCounters
 from lb.errors import DataplaneError
 from lb.kernel_errors import translated
 from lb.members import address_words
 from lb.model import Interface
+from lb.model_forwarding import Attachment
 from lb.paths import Paths
-from lb.report import Attachment
 from lb.vip import Address
 from xdp import attach as xdp_attach
 from xdp import tc

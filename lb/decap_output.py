@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from lb.decap import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
+from lb.decap_values import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
 from lb.documents import Document
+from lb.model_forwarding import Attachment
 from lb.output import Column, attachment_sentence, short, table
-from lb.report import Attachment
 
 
 def report_lines(report: DecapReport) -> Iterator[str]:

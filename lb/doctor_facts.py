@@ -20,13 +20,13 @@ from typing import Any
 from lb.capabilities import missing
 from lb.check_path import FAR, NEAR
 from lb.dataplane import KernelDataplane
-from lb.doctor import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
+from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
 from lb.layout import NAT_FLOWS, Sizes
 from lb.model import Service
+from lb.model_forwarding import Attachment
 from lb.paths import Paths
 from lb.programs import PROGRAM
-from lb.report import Attachment
 from lb.store import Store
 from xdp import ethtool
 from xdp import features as xdp_features

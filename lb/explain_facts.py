@@ -20,10 +20,10 @@ from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement
 from lb.explain_packet import Flow, Packet, check_size, make_frame, read
 from lb.explain_probe import Probe, Run, probing
 from lb.explain_tables import KernelTables
-from lb.filter_dataplane import NAME as FILTER
 from lb.filter_dataplane import KernelFilters
 from lb.filter_output import action_words, match_words
 from lb.firewall import clock
+from lb.firewall_attach_points import NAME as FILTER
 from lb.kernel_errors import translated
 from lb.paths import Paths
 from lb.programs import PROGRAM

@@ -40,12 +40,12 @@ class Here:
         self._explainer = explainer
 
     def flow(self, flow: Flow, tcp_flags: int = 0, interface: str | None = None) -> Document:
-        from lb.explain_output import document
+        from lb.explain_documents import document
 
         return document(self._explainer.flow(flow, tcp_flags, interface))
 
     def frame(self, frame: bytes, interface: str | None = None, *, length: int | None = None) -> Document:
-        from lb.explain_output import document
+        from lb.explain_documents import document
 
         return document(self._explainer.frame(frame, interface, _cut(len(frame), length)))
 

@@ -20,12 +20,11 @@ from lb.errors import Conflict, InvalidInput
 from lb.filter_documents import read_report, read_status, read_trial
 from lb.filter_report import FilterReport, How, RuleStatus, Trial, Wish
 from lb.rules import At, Rules, set_file
-from lb.ssh import SshConnection
+from lb.ssh import SSH_HEADER, SshConnection
 
 if TYPE_CHECKING:
     from lb.capture_file import Keep, Piece
 
-SSH_HEADER = "SSH-Connection"
 CHUNK = 24 << 20  # of a capture file, in one request: a third more in base64
 FILTERS = "/v1/filters"
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -25,128 +24,31 @@ from filters.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_
 from filters.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.program import Condition, Count, Counter, Drop, LoadedProgram, Pass, Tail, assemble, counters, load
 from filters.program import Rule as CompiledRule
-from filters.selftest import is_runnable
 from filters.sets import Prefixes, Tries
 from filters.translate import Translation, translate
 from lb.dataplane import KernelDataplane
-from lb.errors import DataplaneError, InvalidInput
+from lb.errors import DataplaneError
 from lb.filter_report import Counts
+from lb.firewall_attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
+from lb.firewall_trial import Judge, test_actions
+from lb.host_interfaces import ifindex_of
 from lb.kernel_errors import translated
 from lb.paths import Paths
 from lb.programs import PROGRAM as BALANCER
 from lb.rules import MOST_RULES, Action, At, Rule, Rules
-from lb.vip import Address
 from xdp import attach as xdp_attach
 from xdp import libbpf, tc
-from xdp.errors import Occupied, XdpError
+from xdp.errors import XdpError
 from xdp.maps import Map
-from xdp.netlink import NetlinkError, route_socket
-from xdp.object import Program, pinned_program, program_by_id, program_name
+from xdp.object import Program, pinned_program, program_by_id
 from xdp.pins import Pins
 
-FOLDER, NAME = "filter", "xdp_lb_filter"
 NEXT = "_next"
 # What a rule is tested with: rules there are those of plain interfaces, where packets may be in fragments.
 HOOKS: Mapping[At, Hook] = {At.XDP: replace(XDP_FRAGS, name=str(At.XDP)), At.TC_IN: TC_IN, At.TC_OUT: TC_OUT}
-_LONGEST_FRAME = 3520 + 16 * 4096
-_WITH_ETHERNET_HEADER = (1, 772)  # ARPHRD_ETHER, ARPHRD_LOOPBACK
-_TC_PLACES = {At.TC_IN: tc.LAST_IN, At.TC_OUT: tc.LAST_OUT}
-
-HookKey = tuple[str, At]
-"""Interface name and place."""
-
-
-def ifindex_of(name: str) -> int | None:
-    try:
-        return socket.if_nametoindex(name)
-    except (OSError, ValueError):  # of a name with a zero in it
-        return None
-
-
-def check_interface(name: str) -> None:
-    """Raises InvalidInput for an interface that is not there, or whose packets have no Ethernet header."""
-    if ifindex_of(name) is None:
-        raise InvalidInput(f"interface {name}: does not exist")
-    with suppress(OSError):
-        if int(_about(name, "type").read_text()) not in _WITH_ETHERNET_HEADER:
-            raise InvalidInput(f"interface {name}: its packets have no Ethernet header, which rules begin with")
-
-
-def own_mac(name: str) -> bytes:
-    """Of an interface; zeros where it has none, or is not there."""
-    try:
-        return bytes.fromhex(_about(name, "address").read_text().strip().replace(":", ""))
-    except (OSError, ValueError):
-        return bytes(6)
-
-
-def _about(interface: str, what: str) -> Path:
-    return Path("/sys/class/net", interface, what)
 
 
 # Where programs are
-
-
-@dataclass(frozen=True, slots=True)
-class Front:
-    """In the balancer's path, for all interfaces that it is attached to."""
-
-    dataplane: KernelDataplane
-    pin: str = "prog_front"
-
-    def exchange(self, _before: Program | None, after: Program | None) -> str | None:
-        stages = self.dataplane.stages
-        if after:
-            stages.set(stages.filter, after.fd)
-        elif self.dataplane.loaded:
-            stages.clear(stages.filter)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class AtXdp:
-    ifindex: int
-
-    @property
-    def pin(self) -> str:
-        return f"prog_{self.ifindex}_xdp"
-
-    def exchange(self, before: Program | None, after: Program | None) -> str | None:
-        if after is None:
-            if before:
-                xdp_attach.detach(self.ifindex, before.fd)
-            return None
-        try:
-            done = xdp_attach.attach(
-                self.ifindex,
-                after.fd,
-                after.id,
-                replace_fd=before.fd if before else None,
-                describe=lambda number: f"id {number}, name {program_name(number)}",
-            )
-        except Occupied as error:
-            raise Occupied(f"{error}, or filter with --at tc-in, beside it") from error
-        return done.warning if done.mode == xdp_attach.GENERIC and not before else None
-
-
-@dataclass(frozen=True, slots=True)
-class AtTc:
-    ifindex: int
-    at: At
-
-    @property
-    def pin(self) -> str:
-        return f"prog_{self.ifindex}_{self.at.replace('-', '_')}"
-
-    def exchange(self, _before: Program | None, after: Program | None) -> str | None:
-        if after:
-            tc.attach(self.ifindex, after.fd, NAME, _TC_PLACES[self.at])
-        else:
-            tc.detach(self.ifindex, _TC_PLACES[self.at])
-        return None
-
-
-Unit = Front | AtXdp | AtTc
 
 
 class Exchange:
@@ -228,7 +130,7 @@ class KernelFilters:
         if isinstance(unit, Front):
             return unit.dataplane.stages.filter in unit.dataplane.stages.occupied()
         if isinstance(unit, AtTc):
-            return tc.is_attached(unit.ifindex, _TC_PLACES[at])
+            return tc.is_attached(unit.ifindex, TC_PLACES[at])
         return self.in_place(unit) is not None
 
     def counts(self, slot: int) -> Counts:
@@ -437,7 +339,7 @@ class KernelFilters:
             compiled = [
                 CompiledRule(
                     _translation(rule, hook),
-                    [Count(counted, number), *_judgement(rule, number)],
+                    [Count(counted, number), *test_actions(rule, number)],
                     [In(tries.get(rule.slot) or self._tries_of(rule), rule.set.side)] if rule.set else [],
                 )
                 for number, rule in enumerate(rules)
@@ -525,67 +427,4 @@ def _translation(rule: Rule, hook: Hook) -> Translation:
     return translate(cbpf.decode(rule.instructions), hook)
 
 
-def _judgement(rule: Rule, number: int) -> list[Tail]:
-    """A limit never drops what one sends now and then."""
-    if rule.action is Action.DROP:
-        return [Answer(number + 1)]
-    return [Answer(0)] if rule.action is Action.PASS else []
-
-
-class Judge:
-    """Says of a frame what rules do to it, by running them; nothing of it is counted in force."""
-
-    def __init__(self, program: LoadedProgram, rules: Sequence[Rule], counted: Map) -> None:
-        self._program, self._rules, self._counted = program, rules, counted
-
-    def can_run(self, frame: bytes) -> bool:
-        return is_runnable(frame, self._program.hook) and len(frame) <= _LONGEST_FRAME
-
-    def dropped_by(self, frame: bytes) -> Rule | None:
-        verdict = self._program.test_run(frame).verdict
-        return self._rules[verdict - 1] if verdict else None
-
-    def matched(self) -> dict[int, int]:
-        """Slot -> packets, since the beginning."""
-        return {rule.slot: self._counted.total(number).packets for number, rule in enumerate(self._rules)}
-
-
 # Which interfaces a connection takes
-
-
-def carriers(own: Address, other: Address) -> set[str]:
-    """The interfaces that packets between an address of this host and another one come and go on, and those below them.
-
-    Empty where the kernel knows neither.
-    """
-    found = {name for name in (_owner(own), _way_to(other)) if name}
-    waiting = list(found)
-    while waiting:
-        for path in Path("/sys/class/net", waiting.pop()).glob("lower_*"):
-            name = path.name.removeprefix("lower_")
-            if name not in found:
-                found.add(name)
-                waiting.append(name)
-    return found
-
-
-def _owner(address: Address) -> str | None:
-    with route_socket() as ipr:
-        for message in ipr.get_addr(address=str(address)):
-            return _name(message["index"])
-    return None
-
-
-def _way_to(address: Address) -> str | None:
-    with route_socket() as ipr:
-        try:
-            (route,) = ipr.route("get", dst=str(address))
-        except NetlinkError:
-            return None
-        return _name(route.get_attr("RTA_OIF"))
-
-
-def _name(ifindex: int | None) -> str | None:
-    with suppress(OSError):
-        return socket.if_indextoname(ifindex) if ifindex else None
-    return None

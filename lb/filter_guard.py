@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from lb.errors import LbError
 from lb.paths import Paths
 from lb.rules import At
-from lb.store import Store, writer_lock
+from lb.store import Store
+from lb.store_lock import writer_lock
 
 if TYPE_CHECKING:
     from lb.dataplane import KernelDataplane

@@ -18,35 +18,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from filters import cbpf
-from filters.errors import FilterError
-from filters.expr import compile_expression
-from filters.interfaces import Interface, netmask
 from filters.savefile import Packet
-from filters.selftest import check
-from filters.sets import Prefixes, parse_prefixes, read_prefixes
+from filters.sets import Prefixes
 from lb.capabilities import check_may_change
 from lb.capture_file import Keep, open_capture, writer
 from lb.dataplane import KernelDataplane
 from lb.errors import InvalidInput, NotFound, part
-from lb.filter_dataplane import (
-    HOOKS,
-    HookKey,
-    KernelFilters,
-    carriers,
-    check_interface,
-    ifindex_of,
-    own_mac,
-)
+from lb.filter_dataplane import KernelFilters
 from lb.filter_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
-from lb.kernel_errors import translated
+from lb.firewall_attach_points import HookKey
+from lb.firewall_build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
+from lb.host_interfaces import carriers, ifindex_of, own_mac
 from lb.paths import Paths
 from lb.rule_store import PackedSet
-from lb.rules import At, Clock, Deadline, Rule, Rules, SetSource, rebased, set_file, set_of
+from lb.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.ssh import Connection, ssh_connection
-from lb.store import Store, writer_lock
-
-LONGEST_EXPRESSION = 1 << 14
+from lb.store import Store
+from lb.store_lock import writer_lock
 
 
 def clock() -> Clock:
@@ -68,7 +56,7 @@ class Firewall:
     def add(self, wish: Wish, position: int | None = None, how: How | None = None) -> FilterReport:
         """Behind the last rule of its interface, or at a position."""
         how, before = how or How(), self._rules()
-        rule, prefixes = _new(wish, before.free_slot(), clock(), how)
+        rule, prefixes = new_rule(wish, before.free_slot(), clock(), how)
         goal = before.with_rule(rule, position)
         sets = {} if prefixes is None else {rule.slot: prefixes}
         return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
@@ -81,14 +69,14 @@ class Firewall:
         sets: dict[int, Prefixes] = {}
         for place, wish in enumerate(wishes):
             with part("rules", place):
-                prefixes = _parsed(wish)
+                prefixes = given_prefixes(wish)
                 rule = next((rule for rule in left if self._is_as_wanted(rule, wish, prefixes)), None)
                 if rule:
                     left.remove(rule)
                 else:
-                    _check_has_list(wish)
+                    check_has_list(wish)
                     slot = Rules((*before.all, *new)).free_slot()
-                    rule, prefixes = _new(wish, slot, now, how, prefixes)
+                    rule, prefixes = new_rule(wish, slot, now, how, prefixes)
                     new.append(rule)
                     sets |= {} if prefixes is None else {slot: prefixes}
                 wanted.append(rule)
@@ -131,7 +119,7 @@ class Firewall:
         how, rules = how or How(), self._rules()
         rule = rules.numbered(interface, number)
         source = set_of(rule, number)
-        prefixes = _read(set_file(rule, number)) if set_list is None else _prefixes(set_list, source.path)
+        prefixes = read_set_file(set_file(rule, number)) if set_list is None else parse_list(set_list, source.path)
         now = replace(rule, set=replace(source, prefixes=len(prefixes)))
         goal = rules.replacing(now)
         if not how.force:
@@ -193,7 +181,7 @@ class Firewall:
 
     def judged_by(self, wishes: Sequence[Wish], packets: Iterable[Packet], keep: Keep) -> Trial:
         now = clock()
-        made = [_made(wish, slot, now) for slot, wish in enumerate(wishes)]
+        made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
         sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
         return self._try([[rule for rule, _ in made]], packets, keep, sets)
 
@@ -292,84 +280,6 @@ class Firewall:
                     keep(position, packet)
             matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
         return Trial(rules, matched, count, dropped, untested)
-
-
-def _new(wish: Wish, slot: int, now: Clock, how: How, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
-    """`prefixes`: those of its text, where they are known already."""
-    check_interface(wish.interface)
-    rule, found = _made(wish, slot, now, prefixes)
-    if how.selftest:
-        with translated(), part("expression"):
-            check(cbpf.decode(rule.instructions), HOOKS[rule.at])
-    return rule, found
-
-
-def _made(wish: Wish, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
-    with part("expression"):
-        instructions = cbpf.encode(_compiled(wish))
-    source = None
-    if wish.set_path is not None:
-        path, prefixes = _set(wish.set_path, wish.set_list, prefixes)
-        source = SetSource(path, wish.set_side, len(prefixes))
-    deadline = _deadline(wish, now)
-    rule = Rule(slot, wish.interface, wish.at, wish.action, wish.expression, instructions, wish.rate, source, deadline)
-    return rule, prefixes
-
-
-def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, Prefixes]:
-    """Its name, and what is in it; a file is read only where there is no text, be it an empty one."""
-    if text is None:
-        file = str(Path(path).absolute())
-        return file, _read(file)
-    with part("set", "list"):
-        return path, _prefixes(text, path) if prefixes is None else prefixes
-
-
-def _deadline(wish: Wish, now: Clock) -> Deadline | None:
-    if wish.until_s is not None:
-        with part("until"):
-            return Deadline.at(wish.until_s, now)
-    return None if wish.seconds is None else Deadline.after(wish.seconds, now)
-
-
-def _parsed(wish: Wish) -> Prefixes | None:
-    """Those of the text that it has; None: it has none."""
-    if wish.set_path is None or wish.set_list is None:
-        return None
-    with part("set", "list"):
-        return _prefixes(wish.set_list, wish.set_path)
-
-
-def _prefixes(text: str, name: str) -> Prefixes:
-    with translated():
-        return parse_prefixes(text, name)
-
-
-def _check_has_list(wish: Wish) -> None:
-    """Raises InvalidInput."""
-    if wish.set_path is not None and wish.set_list is None:
-        with part("set", "list"):
-            raise InvalidInput(f"set {wish.set_path}: list: missing: no rule that is there has this set")
-
-
-def _compiled(wish: Wish) -> tuple[cbpf.Instruction, ...]:
-    """libpcap's optimiser takes minutes for what is several times longer than the longest that is taken here."""
-    mask = netmask(Interface(wish.interface)) if ifindex_of(wish.interface) else 0
-    try:
-        length = len(compile_expression(wish.expression, netmask=mask, optimise=False))
-        if length > LONGEST_EXPRESSION:
-            raise InvalidInput(
-                f"expression {wish.expression[:40]}...: {length} instructions of classic BPF, the most is"
-                f" {LONGEST_EXPRESSION}: put addresses into a file and say --set FILE"
-            )
-        return compile_expression(wish.expression, netmask=mask)
-    except FilterError as error:
-        raise InvalidInput(f"expression {wish.expression!r}: {' '.join(str(error).split())}") from error
-
-
-def _read(path: str) -> Prefixes:
-    with translated():
-        return read_prefixes(Path(path))
 
 
 def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:

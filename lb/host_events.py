@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
+from lb.model_forwarding import WayInForce
 from lb.vip import Address
 
 SETTLE_S = 0.1
@@ -53,15 +54,6 @@ _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
 _ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _TYPE_MASK = 0x3FFF  # without NLA_F_NESTED, NLA_F_NET_BYTEORDER
 _BITS = {socket.AF_INET: 32, socket.AF_INET6: 128}
-
-
-@dataclass(frozen=True, slots=True)
-class WayInForce:
-    """Where the programs send what is for a backend: MAC addresses are six bytes, None = the FIB is asked."""
-
-    address: Address
-    ifindex: int
-    mac: bytes | None
 
 
 @dataclass

@@ -15,11 +15,10 @@ from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 
 from lb import ring
-from lb.host_events import WayInForce
 from lb.layout import Placed
 from lb.model import Backend, Service
+from lb.model_forwarding import Counters, NextHop, WayInForce
 from lb.options import Network, Options
-from lb.report import Counters, NextHop
 from lb.vip import Address
 
 MOST_MTU = 65535  # of IP

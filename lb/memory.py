@@ -14,10 +14,9 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
 from lb import maglev, ring
 from lb.errors import DataplaneError, NoRoute
-from lb.host_events import WayInForce
 from lb.members import numbered
 from lb.model import Backend, Interface, Mode, Service, XdpMode
-from lb.report import Attachment, Counters, NextHop, Statistics
+from lb.model_forwarding import Attachment, Counters, NextHop, Statistics, WayInForce
 from lb.vip import Address, Vip
 
 

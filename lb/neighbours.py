@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
-from lb.report import NextHop
+from lb.model_forwarding import NextHop
 from lb.vip import Address
 
 if TYPE_CHECKING:

@@ -18,17 +18,8 @@ from lb import option_words
 from lb.conditions import WHOLE
 from lb.documents import total
 from lb.model import Backend, Service
-from lb.report import (
-    Attachment,
-    BackendStatus,
-    Change,
-    ChangeKind,
-    Counters,
-    InterfaceStatus,
-    Report,
-    ServiceStatus,
-    Status,
-)
+from lb.model_forwarding import Attachment, Counters
+from lb.report import BackendStatus, Change, ChangeKind, InterfaceStatus, Report, ServiceStatus, Status
 from lb.ring import Plan
 
 SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}

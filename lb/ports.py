@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from lb.host_events import WayInForce
 from lb.model import Interface, Service
-from lb.report import Attachment, NextHop, Statistics
+from lb.model_forwarding import Attachment, NextHop, Statistics, WayInForce
 from lb.ring import Plan
 from lb.vip import Address, Vip
 

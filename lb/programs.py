@@ -18,7 +18,7 @@ from lb.errors import DataplaneError
 from lb.kernel_errors import translated
 from lb.layout import Sizes
 from lb.model import Interface
-from lb.report import Attachment
+from lb.model_forwarding import Attachment
 from xdp import attach as xdp_attach
 from xdp.errors import CannotCarry, LoadError, NotPermitted, XdpError
 from xdp.migrate import Succession, catch_up, check_meanings

@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lb.errors import LbError
-from lb.host_events import WayInForce
 from lb.model import Interface, State
-from lb.report import Attachment, NextHop, Report
+from lb.model_forwarding import Attachment, NextHop, WayInForce
+from lb.report import Report
 from lb.step import addresses_in_force, off_link, with_reply_interfaces
 from lb.vip import Address, Vip
 from lb.writer import ABSENT, Writer

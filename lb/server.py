@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import resource
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, suppress
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,10 +25,11 @@ import structlog
 
 from lb import config
 from lb.access import Access
-from lb.api import create_app
+from lb.api_app import create_app
+from lb.api_measured import Measured
 from lb.balancer import Balancer
 from lb.beside import Beside
-from lb.daemon_metrics import Measured
+from lb.daemon_sd_notify import feed_watchdog, notify
 from lb.errors import LbError
 from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
@@ -135,7 +135,7 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._reconcile_again(owner, wanted))
             group.create_task(self._reload_when_told(owner))
-            group.create_task(_watchdog(owner))
+            group.create_task(feed_watchdog(owner))
             for task in self._tasks:
                 group.create_task(_kept_running(task, owner))
 
@@ -215,27 +215,6 @@ async def _kept_running(task: Task, owner: Owner) -> None:
 
 
 # systemd's notification protocol, sd_notify(3)
-
-
-def notify(message: str) -> None:
-    """To the service manager, where there is one."""
-    name = os.environ.get("NOTIFY_SOCKET")
-    if not name:
-        return
-    address = "\0" + name[1:] if name.startswith("@") else name
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager, suppress(OSError):
-        manager.sendto(message.encode(), address)
-
-
-async def _watchdog(owner: Owner) -> None:
-    """The daemon is alive while both the event loop and the balancer's thread get on."""
-    period_us = os.environ.get("WATCHDOG_USEC", "")
-    if not period_us.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    while True:
-        await owner.call(lambda balancer: None)
-        notify("WATCHDOG=1")
-        await asyncio.sleep(int(period_us) / 2e6)
 
 
 def serve(

@@ -14,10 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from lb.errors import LbError
 from lb.vip import Address, parse_address
+
+if TYPE_CHECKING:
+    pass
 
 VARIABLE = "SSH_CONNECTION"
 
@@ -121,3 +124,6 @@ def _ancestors(proc: Path) -> Iterator[int]:
         except OSError:
             return
         pid = int(stat[stat.rindex(")") + 1 :].split()[1])
+
+
+SSH_HEADER = "SSH-Connection"

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from lb.errors import NoRoute
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
-from lb.report import Attachment, Change, NextHop, Report
+from lb.model_forwarding import Attachment, NextHop
+from lb.report import Change, Report
 from lb.ring import Plan
 from lb.vip import Address, Vip
 

@@ -7,81 +7,22 @@ and kernel go to the new state, or neither does.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
-import stat
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from errno import EEXIST, EISDIR, ENOTDIR
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lb.errors import Busy, LbError, StoreError
+from lb.errors import LbError, StoreError
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.options import changed_values, from_values
-from lb.rule_store import SCHEMA as RULE_SCHEMA
 from lb.rule_store import PackedSet, read_rules, read_set, write_rules
 from lb.rules import Rules
+from lb.store_files import LOCK_WAIT_S, WAYS_OUT, create_file, exists, translated
+from lb.store_schema import FIRST_WITH_RULES, MIGRATIONS, SCHEMA_VERSION, create_script
 from lb.vip import Vip, parse_address
-
-SCHEMA_VERSION = 3
-FIRST_WITH_RULES = 3
-LOCK_WAIT_S = 5.0
-LOCK_POLL_S = 0.02
-
-SCHEMA = """
-CREATE TABLE generation (value INTEGER NOT NULL);
-CREATE TABLE service (
-    vip TEXT PRIMARY KEY,
-    mode TEXT NOT NULL,
-    ring_size INTEGER NOT NULL,
-    flow_timeout_s INTEGER NOT NULL,
-    options TEXT NOT NULL DEFAULT '{}'
-) WITHOUT ROWID;
-CREATE TABLE backend (
-    vip TEXT NOT NULL,
-    address TEXT NOT NULL,
-    port INTEGER NOT NULL,
-    weight INTEGER NOT NULL,
-    draining INTEGER NOT NULL,
-    server_ids TEXT NOT NULL DEFAULT '',
-    PRIMARY KEY (vip, address, port)
-) WITHOUT ROWID;
-CREATE TABLE interface (
-    position INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    xdp_mode TEXT NOT NULL
-);
-CREATE TABLE own_address (address TEXT PRIMARY KEY, interface TEXT NOT NULL) WITHOUT ROWID;
-"""
-
-# From each version to the next. A new option needs no column, but a version: an older xdp-lb must not leave it out.
-MIGRATIONS = {
-    1: """
-ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
-ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
-""",
-    2: RULE_SCHEMA,
-}
-
-UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
-WAYS_OUT = {
-    sqlite3.SQLITE_NOTADB: "not a store of xdp-lb: move the file away",
-    sqlite3.SQLITE_CORRUPT: "damaged: move the file away and run xdp-lb apply -f lb.toml",
-    sqlite3.SQLITE_FULL: "the disk is full: free some space and repeat the command",
-    sqlite3.SQLITE_READONLY: UNWRITABLE,
-    sqlite3.SQLITE_CANTOPEN: UNWRITABLE,
-    sqlite3.SQLITE_PERM: "not permitted: run as root",
-    sqlite3.SQLITE_IOERR: "the disk reports an error: see the kernel's log",
-    sqlite3.SQLITE_BUSY: "another program holds it open: end that program and repeat the command",
-}
-
-_IN_THE_WAY = {EEXIST, EISDIR, ENOTDIR}
 
 
 class Store:
@@ -97,8 +38,8 @@ class Store:
     def open(cls, path: Path, write: bool) -> Store:
         """For reading alone, a store that is not there is an empty one, and nothing is created."""
         if write:
-            _create_file(path)
-        with _translated(path):
+            create_file(path)
+        with translated(path):
             store = cls(_connect(path, write), path)
             try:
                 store._prepare(write)
@@ -135,7 +76,7 @@ class Store:
 
     def load(self) -> State:
         """What was saved last. Raises StoreError."""
-        with _translated(self._path):
+        with translated(self._path):
             self._connection.execute("BEGIN")
             try:
                 if self._version():
@@ -163,7 +104,7 @@ class Store:
 
     def rules(self) -> Rules:
         """The filter rules that were saved last. Raises StoreError."""
-        with _translated(self._path):
+        with translated(self._path):
             if self._version() < FIRST_WITH_RULES:
                 return Rules()
             try:
@@ -173,7 +114,7 @@ class Store:
 
     def rule_set(self, slot: int) -> PackedSet:
         """The prefixes of a rule with a set."""
-        with _translated(self._path):
+        with translated(self._path):
             return read_set(self._connection, slot)
 
     @contextmanager
@@ -185,13 +126,13 @@ class Store:
 
     @contextmanager
     def _transaction(self, write: Callable[[], None]) -> Iterator[None]:
-        with _translated(self._path):
+        with translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
         try:
-            with _translated(self._path):
+            with translated(self._path):
                 write()
             yield
-            with _translated(self._path):
+            with translated(self._path):
                 self._connection.execute("COMMIT")
         except BaseException:
             self._roll_back()
@@ -211,7 +152,7 @@ class Store:
                 f" this one knows {SCHEMA_VERSION}): upgrade xdp-lb"
             )
         if write and version < SCHEMA_VERSION:
-            steps = [_create()] if version == 0 else [MIGRATIONS[v] for v in range(version, SCHEMA_VERSION)]
+            steps = [create_script()] if version == 0 else [MIGRATIONS[v] for v in range(version, SCHEMA_VERSION)]
             self._connection.executescript(
                 f"BEGIN IMMEDIATE; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
@@ -274,43 +215,8 @@ class Store:
         self._connection.executemany(f"INSERT INTO {table} VALUES {places}", rows)
 
 
-def _create() -> str:
-    return f"{SCHEMA} {RULE_SCHEMA} INSERT INTO generation VALUES ({int(time.time())});"
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Foreign errors become StoreError here, and nowhere else."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreError(f"store {path}: {_way_out(error)}") from error
-    except OSError as error:
-        name, reason = error.filename or path, error.strerror
-        way_out = "move it away" if error.errno in _IN_THE_WAY else "run as root"
-        raise StoreError(f"store {name}: {reason}: {way_out}, or set XDP_LB_STATE_DIR") from error
-
-
-def _way_out(error: sqlite3.Error) -> str:
-    # The low byte of an extended code is the plain one. What `_read_state` raises has none.
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return WAYS_OUT.get(code) or f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}"
-
-
-def _make_folder(path: Path) -> None:
-    path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-
-
-def _create_file(path: Path) -> None:
-    """SQLite gives its journal the permissions that it finds on the file."""
-    with _translated(path):
-        _make_folder(path)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
 def _connect(path: Path, write: bool) -> sqlite3.Connection:
-    if not write and not _is_there(path):
+    if not write and not exists(path):
         return sqlite3.connect(":memory:", isolation_level=None)
     # For a reader too: SQLite may have to roll back what a killed writer has left in the file.
     uri = f"{path.absolute().as_uri()}?mode=rw"
@@ -318,16 +224,6 @@ def _connect(path: Path, write: bool) -> sqlite3.Connection:
     if not write:
         connection.execute("PRAGMA query_only = ON")
     return connection
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return False
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
-    return True
 
 
 def _read_state(connection: sqlite3.Connection, version: int) -> State:
@@ -359,53 +255,3 @@ def _read_services(connection: sqlite3.Connection, version: int) -> Iterator[Ser
     for vip, mode, ring_size, flow_timeout_s, text in rows:
         members = tuple(backends.get(vip, ()))
         yield Service(Vip.parse(vip), Mode(mode), members, ring_size, flow_timeout_s, from_values(json.loads(text)))
-
-
-@contextmanager
-def writer_lock(path: Path, netns: str, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Hold the right to change `netns`. The kernel releases it with the process, however that ends.
-
-    Raises Busy when another process keeps it for `wait_s`, StoreError when the file cannot be made.
-    """
-    with _translated(path):
-        _make_folder(path)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not _locked_within(lock, wait_s):
-            raise Busy(
-                f"another xdp-lb ({_holder(lock)}) is changing network namespace {netns}: try again when it has ended"
-            )
-        with _translated(path):
-            _name_holder(lock)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _locked_within(lock: int, wait_s: float) -> bool:
-    deadline = time.monotonic() + wait_s
-    while not _locked(lock):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(LOCK_POLL_S)  # flock(2) can wait for ever or not at all
-    return True
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _name_holder(lock: int) -> None:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    words = f"pid {os.getpid()}, {' '.join(command.split())[:80]}".encode()
-    if os.pread(lock, len(words) + 1, 0) != words:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, words, 0)
-
-
-def _holder(lock: int) -> str:
-    return os.pread(lock, 400, 0).decode(errors="replace") or "starting"

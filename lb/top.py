@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lb.metrics import backend_state
-from lb.report import BackendStatus, Counters, ServiceStatus, Status
+from lb.model_forwarding import Counters
+from lb.report import BackendStatus, ServiceStatus, Status
 from lb.vip import Vip
 
 KEPT = 200  # values of a sparkline, more than a terminal shows

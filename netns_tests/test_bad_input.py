@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import open_balancer
+from lb.control_open import open_balancer
 from lb.paths import Paths
-from lb.store import SCHEMA_VERSION, writer_lock
+from lb.store_lock import writer_lock
+from lb.store_schema import SCHEMA_VERSION
 from netns_tests.topology import XDP_LB, Bed
 from xdp import attach as xdp_attach
 from xdp.object import LB_OBJECT, BpfObject

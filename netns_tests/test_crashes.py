@@ -17,7 +17,7 @@ from types import FrameType
 import pytest
 
 from lb import cli
-from lb.balancer import open_balancer
+from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.model import State
 from lb.paths import Paths

@@ -14,7 +14,7 @@ import pytest
 
 from lb import check_path, doctor_facts
 from lb.doctor import Finding, Severity, findings
-from lb.doctor import Host as HostFacts
+from lb.doctor_host import Host as HostFacts
 from lb.paths import Paths
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix
 from netns_tests.topology import _attach_pass_program as attach_pass_program

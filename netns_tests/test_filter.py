@@ -25,7 +25,8 @@ from lb.filter_report import Wish
 from lb.firewall import Firewall, open_firewall
 from lb.paths import Paths
 from lb.rules import Action, At
-from lb.store import Store, writer_lock
+from lb.store import Store
+from lb.store_lock import writer_lock
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
+from lb.balancer import Balancer
 from lb.check_path import FAR, NEAR, NETWORK4, OBJECT, RealPath
 from lb.checker import Checker, Way
 from lb.conditions import Condition, Conditions
+from lb.control_open import open_balancer
 from lb.health_check import HealthCheck
 from lb.host_events import Changes, HostEvents
 from lb.model import Backend, Mode, Service

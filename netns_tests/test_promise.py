@@ -42,8 +42,8 @@ from hypothesis.stateful import (
 from lb import dataplane as dataplane_module
 from lb.dataplane import KernelDataplane
 from lb.model import Backend, Mode, Service
+from lb.model_forwarding import NextHop
 from lb.options import Options
-from lb.report import NextHop
 from lb.vip import Address, Protocol, Vip
 from netns_tests import packets
 from netns_tests.model import SECOND_NS, Settings

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
+from lb.balancer import Balancer
+from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
-from lb.host_events import Changes, HostEvents, WayInForce
+from lb.host_events import Changes, HostEvents
+from lb.model_forwarding import WayInForce
 from lb.paths import Paths
 from lb.ring import current_member
 from lb.vip import Vip

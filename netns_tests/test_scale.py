@@ -25,7 +25,7 @@ from lb.dataplane import KernelDataplane
 from lb.layout import Sizes
 from lb.model import DEFAULT_FLOW_TIMEOUT_S as FLOW_TIMEOUT_S
 from lb.model import Backend, Mode, Service
-from lb.report import NextHop
+from lb.model_forwarding import NextHop
 from lb.vip import Address, Vip
 from netns_tests.model import SECOND_NS
 from netns_tests.packets import LB4, LB_MAC, VIP4, tcp4

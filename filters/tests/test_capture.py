@@ -14,13 +14,14 @@ import pytest
 from filters import cbpf
 from filters.capture import Capture
 from filters.cbpf import Instruction
+from filters.counts import Counts
 from filters.errors import FilterError
 from filters.expr import compile_expression
 from filters.fragments import FragmentFlag, fragment_flag
 from filters.hook import HOOKS, XDP, XDP_FRAGS, Hook
 from filters.pcap import offsets
 from filters.program import Drop, LoadedProgram, Rule, assemble, load
-from filters.ring import LARGEST_RECORD, LEAST_SIZE, Counts, Rings
+from filters.ring import LARGEST_RECORD, LEAST_SIZE, Rings
 from filters.tests.packets import FRAMES
 from filters.translate import translate
 from xdp.tests.kernels import KERNEL_CONTEXT

@@ -20,7 +20,8 @@ from filters.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Label
 from filters.emit import CONTEXT
 from filters.expr import compile_expression
 from filters.hook import XDP, Hook
-from filters.notes import NO_ACTION, Noted, Notes, Place, noted
+from filters.note_writer import Notes
+from filters.notes import NO_ACTION, Noted, Place, noted
 from filters.oracle import on_any_socket, oracle
 from filters.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 from filters.ring import LEAST_SIZE, Rings

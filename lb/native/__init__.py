@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from lb.flow_hash import Sought
+    from lb.hashing_flow_query import Sought
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -18,8 +18,9 @@ from lb.balancer import Balancer
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.model_forwarding import Attachment, Counters
 from lb.ports import NoGuard
-from lb.report import Attachment, ChangeKind, Counters, Report
+from lb.report import ChangeKind, Report
 from lb.store import Store
 from lb.vip import Vip
 

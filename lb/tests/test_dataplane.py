@@ -30,8 +30,8 @@ from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.memory import MemoryDataplane
 from lb.model import Backend, Interface, Mode, Service, XdpMode
+from lb.model_forwarding import Attachment, Counters, NextHop
 from lb.options import Options
-from lb.report import Attachment, Counters, NextHop
 from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lb.decap import DecapConfig, prefix_text
+from lb.decap_values import DecapConfig, prefix_text
 from lb.errors import InvalidInput
 from lb.options import parse_network
 

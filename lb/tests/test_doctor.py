@@ -7,22 +7,8 @@ from typing import Any
 
 import pytest
 
-from lb.doctor import (
-    QEMU_OFFLOADS_OFF,
-    Dataplane,
-    Finding,
-    Host,
-    Interface,
-    Neighbours,
-    Peer,
-    Program,
-    Queues,
-    Refusal,
-    Severity,
-    findings,
-    findings_document,
-    is_fit,
-)
+from lb.doctor import QEMU_OFFLOADS_OFF, Finding, Severity, findings, findings_document, is_fit
+from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.doctor_output import lines
 
 OK, WARN, FAIL = Severity

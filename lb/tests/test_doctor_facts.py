@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lb import doctor_facts
-from lb.doctor import Refusal
 from lb.doctor_facts import Roots, free_memory, read_host
+from lb.doctor_host import Refusal
 from lb.paths import Paths
 from xdp.errors import XdpError
 

@@ -25,7 +25,8 @@ from lb.explain import (
     found_by,
     members_reached,
 )
-from lb.explain_output import document, lines
+from lb.explain_documents import document
+from lb.explain_output import lines
 from lb.explain_packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
 from lb.layout import Placed
 from lb.model import Mode

@@ -27,7 +27,8 @@ from lb.documents import read_status, status_document, to_json
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.metrics import exposition
 from lb.model import Backend, Interface, Mode, Service
-from lb.report import Attachment, BackendStatus, Counters, InterfaceStatus, ServiceStatus, Status
+from lb.model_forwarding import Attachment, Counters
+from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.store import Store
 from lb.vip import Vip
 

@@ -7,17 +7,9 @@ import pytest
 
 from lb import documents, output
 from lb.model import Backend, Interface, Mode, Service, XdpMode
+from lb.model_forwarding import Attachment, Counters
 from lb.options import Options, parse_network
-from lb.report import (
-    Attachment,
-    BackendStatus,
-    Change,
-    Counters,
-    InterfaceStatus,
-    Report,
-    ServiceStatus,
-    Status,
-)
+from lb.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
 from lb.ring import Plan
 from lb.vip import Vip
 

@@ -18,12 +18,12 @@ from structlog.testing import capture_logs
 from lb import reconcile
 from lb.balancer import Balancer
 from lb.errors import DataplaneError
-from lb.host_events import Changes, WayInForce
+from lb.host_events import Changes
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Mode, Service
+from lb.model_forwarding import NextHop, WayInForce
 from lb.owner import Owner
 from lb.reconcile import ReconcileTask
-from lb.report import NextHop
 from lb.store import Store
 from lb.vip import Address, Vip
 

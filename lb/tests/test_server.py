@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from lb import access as access_module
-from lb import guard, listener, server
+from lb import daemon_sd_notify, guard, listener, server
 from lb.access import Access, Role
 from lb.balancer import Balancer
 from lb.cli import cli
@@ -256,15 +256,15 @@ def test_an_abstract_notify_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -
         manager.bind("\0" + name)
         manager.settimeout(DEADLINE_S)
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
-        server.notify("READY=1")
+        daemon_sd_notify.notify("READY=1")
         assert manager.recv(100) == b"READY=1"
 
 
 def test_without_a_service_manager_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    server.notify("READY=1")
+    daemon_sd_notify.notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    server.notify("READY=1")
+    daemon_sd_notify.notify("READY=1")
 
 
 def test_the_unit_file_names_this_program(monkeypatch: pytest.MonkeyPatch) -> None:

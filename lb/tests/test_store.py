@@ -20,7 +20,8 @@ from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMo
 from lb.options import Options, parse_network
 from lb.paths import Paths
 from lb.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
-from lb.store import Store, writer_lock
+from lb.store import Store
+from lb.store_lock import writer_lock
 from lb.vip import Vip
 
 STATE = State(

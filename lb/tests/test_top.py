@@ -28,7 +28,8 @@ from lb.cli import cli
 from lb.conditions import Condition
 from lb.errors import DataplaneError
 from lb.model import Backend, Interface, Mode, Service
-from lb.report import Attachment, BackendStatus, Counters, InterfaceStatus, ServiceStatus, Status
+from lb.model_forwarding import Attachment, Counters
+from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.top import Meter, Order, Rates, View
 from lb.top_view import Display, figure, last_offset, plain, rows, screen, shortened, sparkline
 from lb.vip import Vip
