@@ -42,12 +42,12 @@ from bench.live import FLOWS, on_one_cpu
 from bench.report import BenchError, Result, percent_lost
 from bench.traffic import CLIENTS
 from filters.capture import Capture
-from filters.expr import compile_expression
-from filters.hook import TC_IN, XDP_FRAGS
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import TC_IN, XDP_FRAGS
+from filters.compiler.translate import translate
 from filters.pcap import file_header
 from filters.program import Drop, Rule, assemble, load
 from filters.ring import Rings
-from filters.translate import translate
 from netns_tests.topology import Host, wait_until
 from xdp.link import hold_at_tc
 

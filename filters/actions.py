@@ -11,11 +11,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from filters import ebpf
-from filters.cbpf import IFINDEX
-from filters.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Instruction, Label
-from filters.emit import CONTEXT, Exits
-from filters.hook import Field, Hook
+from filters.compiler import ebpf
+from filters.compiler.cbpf import IFINDEX
+from filters.compiler.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Instruction, Label
+from filters.compiler.emit import CONTEXT, Exits
+from filters.compiler.hook import Field, Hook
 from filters.program import Count, Drop, Rule, Tail, emit_rule, refused
 from filters.sets import Tries
 from xdp import libbpf

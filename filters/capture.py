@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from filters import cbpf, ebpf
-from filters.ebpf import R0, R1, R2, R3, R4, R5, R7, R8, R10, Assembler, Label, Reg
-from filters.emit import ACCEPTED, CONTEXT
-from filters.expr import SNAPLEN
+from filters.compiler import cbpf, ebpf
+from filters.compiler.ebpf import R0, R1, R2, R3, R4, R5, R7, R8, R10, Assembler, Label, Reg
+from filters.compiler.emit import ACCEPTED, CONTEXT
+from filters.compiler.expr import SNAPLEN
+from filters.compiler.hook import Field, Hook
+from filters.compiler.vlan import TAG, TAG_END, TAG_SIZE
 from filters.fragments import FragmentFlag
-from filters.hook import Field, Hook
 from filters.note_writer import Notes
 from filters.notes import NOTE_SIZE
 from filters.program import load_length
 from filters.ring import RECORDS, Account, Line, Rings, account_at
-from filters.vlan import TAG, TAG_END, TAG_SIZE
 
 RECORD_HEADER = 16
 

@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import ETHERNET, compile_expression, libpcap
 from filters.dump_options import DIRECTIONS, USAGE, Options, UsageError, parse
 from filters.errors import DamagedFile, DumpError, FilterError, NotWritten
-from filters.expr import ETHERNET, compile_expression, libpcap
 from filters.outputs import Origin, Outputs
 from filters.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError

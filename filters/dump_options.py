@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filters.compiler.expr import SNAPLEN
 from filters.errors import DumpError
-from filters.expr import SNAPLEN
 
 USAGE = """\
 Usage: xdp-dump [-AbdDefhHKlnNOpqStuUvxX#] [ -B size ] [ -c count ] [--count]

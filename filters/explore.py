@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from filters import cbpf
-from filters.cbpf import Instruction
-from filters.graph import LOOP_ROUNDS
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.graph import LOOP_ROUNDS
 
 SHORTEST, LONGEST = 14, 2048  # an Ethernet header, which BPF_PROG_TEST_RUN wants, and what it takes in any kernel
 _TYPICAL = 96

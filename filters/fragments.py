@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from filters import ebpf
-from filters.ebpf import R0, R1, R7, Assembler, Label, Reg
-from filters.emit import CONTEXT
-from filters.hook import XDP_FRAGS, Hook
+from filters.compiler import ebpf
+from filters.compiler.ebpf import R0, R1, R7, Assembler, Label, Reg
+from filters.compiler.emit import CONTEXT
+from filters.compiler.hook import XDP_FRAGS, Hook
 from filters.program import assemble, load, load_length
 from xdp.errors import LoadError, NotPermitted, NotSupported
 from xdp.tracing import KernelTypes, kernel_types

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from filters.expr import ETHERNET
+from filters.compiler.expr import ETHERNET
 from filters.fields import fields
 from filters.notes import Noted, Place, action_words, noted
 from filters.pcap import Span

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from filters import cbpf, ebpf
-from filters.cbpf import Instruction
-from filters.hook import XDP
+from filters.compiler import cbpf, ebpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.hook import XDP
 from filters.selftest import load_bare
 from xdp.errors import NotPermitted
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from filters import cbpf, ebpf
-from filters.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
-from filters.emit import CONTEXT
-from filters.hook import Field, Hook
+from filters.compiler import cbpf, ebpf
+from filters.compiler.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
+from filters.compiler.emit import CONTEXT
+from filters.compiler.hook import Field, Hook
 from filters.notes import NO_ACTION, Note, Place
 from xdp.maps import Map
 

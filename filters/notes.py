@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from filters import cbpf
+from filters.compiler import cbpf
 from filters.pcap import Span, offsets, unpacked
 
 NO_ACTION = 0xFFFFFFFF

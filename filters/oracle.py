@@ -13,11 +13,11 @@ from dataclasses import replace
 from errno import ENOMEM
 from typing import Self
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.hook import NETWORK_HEADER, FrameField, Hook
 from filters.errors import InvalidFilter
 from filters.explore import run
-from filters.hook import NETWORK_HEADER, FrameField, Hook
 
 _SO_ATTACH_FILTER = 26
 _LARGEST_FRAME = 1 << 17

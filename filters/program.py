@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, Self
 
-from filters import ebpf
-from filters.ebpf import R0, R1, R2, R7, R10, Assembler, Instruction, Label, Reg
-from filters.emit import ACCEPTED, CONTEXT, Exits
+from filters.compiler import ebpf
+from filters.compiler.ebpf import R0, R1, R2, R7, R10, Assembler, Instruction, Label, Reg
+from filters.compiler.emit import ACCEPTED, CONTEXT, Exits
+from filters.compiler.hook import Hook
+from filters.compiler.translate import Translation
 from filters.errors import TooLong
-from filters.hook import Hook
-from filters.translate import Translation
 from xdp import libbpf
 from xdp.errors import LoadError, NotPermitted
 from xdp.maps import Map

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from typing import Self
 
 from filters import native
+from filters.compiler.expr import SNAPLEN
 from filters.counts import Counts
 from filters.errors import FilterError
-from filters.expr import SNAPLEN
 from filters.notes import NOTE_SIZE
 from filters.program import refused
 from xdp import libbpf

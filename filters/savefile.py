@@ -14,11 +14,11 @@ from ctypes import POINTER, c_long, c_uint8, c_uint32
 from dataclasses import dataclass
 from typing import Self
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import compile_for, libpcap
+from filters.compiler.hook import XDP_FRAGS
 from filters.errors import DamagedFile, DumpError
-from filters.expr import compile_for, libpcap
-from filters.hook import XDP_FRAGS
 from filters.program import LoadedProgram
 from filters.selftest import load_bare
 from xdp import libbpf

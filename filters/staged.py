@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from filters import ebpf
-from filters.cbpf import IFINDEX
-from filters.ebpf import R0, R1, R2, R3, R10, Assembler, Label
-from filters.emit import CONTEXT
-from filters.hook import XDP, Field, Hook
+from filters.compiler import ebpf
+from filters.compiler.cbpf import IFINDEX
+from filters.compiler.ebpf import R0, R1, R2, R3, R10, Assembler, Label
+from filters.compiler.emit import CONTEXT
+from filters.compiler.hook import XDP, Field, Hook
 from filters.program import LoadedProgram, assemble, load, refused
 from xdp import libbpf
 from xdp.errors import NotSupported

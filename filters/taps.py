@@ -15,16 +15,16 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from filters.capture import Capture
-from filters.cbpf import Instruction
+from filters.compiler.cbpf import Instruction
+from filters.compiler.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
+from filters.compiler.translate import Translation, translate
 from filters.fragments import FragmentFlag, fragment_flag
-from filters.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.interfaces import Interface
 from filters.note_writer import Notes
 from filters.notes import Place
 from filters.program import Entry, LoadedProgram, Rule, Tail, assemble, load
 from filters.ring import MOST_ACCOUNTS, Rings
 from filters.selftest import check
-from filters.translate import Translation, translate
 from xdp.errors import AttachError, LoadError, NotPermitted, NotSupported, Occupied, XdpError
 from xdp.link import hold_at_program, hold_at_tc, hold_at_xdp
 from xdp.maps import Map

@@ -11,15 +11,15 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from filters import cbpf, ebpf
-from filters.ebpf import R0, R1, R2, R3, R6, R7, R8, R9, R10, Assembler, Label
-from filters.emit import CONTEXT, DirectEmitter
-from filters.graph import BEYOND, Graph, LoadHeaderLength, LoadPacket, X
-from filters.guards import is_shared, upper_bounds
-from filters.hook import ANYWHERE, PROG_TYPE_TRACING, Field, FrameField, Hook
-from filters.passes import split
+from filters.compiler import cbpf, ebpf
+from filters.compiler.bounds import is_shared, upper_bounds
+from filters.compiler.ebpf import R0, R1, R2, R3, R6, R7, R8, R9, R10, Assembler, Label
+from filters.compiler.emit import CONTEXT, DirectEmitter
+from filters.compiler.graph import BEYOND, Graph, LoadHeaderLength, LoadPacket, X
+from filters.compiler.hook import ANYWHERE, PROG_TYPE_TRACING, Field, FrameField, Hook
+from filters.compiler.passes import split
+from filters.compiler.translate import Translation
 from filters.program import refused
-from filters.translate import Translation
 from xdp import libbpf
 from xdp.link import TRACE_ENTRY, TRACE_EXIT
 from xdp.maps import Map

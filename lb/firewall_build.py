@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from filters import cbpf
+from filters.compiler import cbpf
+from filters.compiler.expr import compile_expression
 from filters.errors import FilterError
-from filters.expr import compile_expression
 from filters.interfaces import Interface, netmask
 from filters.selftest import check
 from filters.sets import Prefixes, parse_prefixes, read_prefixes

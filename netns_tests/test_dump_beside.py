@@ -18,8 +18,8 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapNgReader, RawPcapReader
 
-from filters.ebpf import R0, Assembler
-from filters.hook import XDP
+from filters.compiler.ebpf import R0, Assembler
+from filters.compiler.hook import XDP
 from filters.program import KernelContext, Pass, load
 from filters.tests.packets import FRAMES
 from filters.traced import BEFORE

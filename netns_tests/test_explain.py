@@ -18,7 +18,7 @@ from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
-from filters.hook import XDP
+from filters.compiler.hook import XDP
 from filters.program import Drop, assemble, load
 from lb.explain import WORDS, Explanation
 from lb.explain_facts import Explainer, open_explainer

@@ -11,19 +11,19 @@ from dataclasses import replace
 
 import pytest
 
-from filters import cbpf
 from filters.capture import Capture
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import HOOKS, XDP, XDP_FRAGS, Hook
+from filters.compiler.translate import translate
 from filters.counts import Counts
 from filters.errors import FilterError
-from filters.expr import compile_expression
 from filters.fragments import FragmentFlag, fragment_flag
-from filters.hook import HOOKS, XDP, XDP_FRAGS, Hook
 from filters.pcap import offsets
 from filters.program import Drop, LoadedProgram, Rule, assemble, load
 from filters.ring import LARGEST_RECORD, LEAST_SIZE, Rings
 from filters.tests.packets import FRAMES
-from filters.translate import translate
 from xdp.tests.kernels import KERNEL_CONTEXT
 
 UDP = FRAMES["udp"]

@@ -7,9 +7,10 @@ from typing import NoReturn
 
 import pytest
 
-from filters import ebpf, fragments
+from filters import fragments
+from filters.compiler import ebpf
+from filters.compiler.hook import XDP_FRAGS
 from filters.fragments import FragmentFlag, fragment_flag
-from filters.hook import XDP_FRAGS
 from filters.program import assemble, load
 from xdp.errors import NotSupported
 from xdp.tests.kernels import KERNEL_CONTEXT

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from filters.expr import compile_expression
-from filters.hook import TC_IN, Hook
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import TC_IN, Hook
+from filters.compiler.translate import translate
 from filters.program import Count, Rule, assemble, counters, load
 from filters.tests.packets import FRAMES
-from filters.translate import translate
 from xdp import tc
 from xdp.tests.namespaces import FAR, NEAR, namespace_with_veth
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from filters import cbpf, ebpf
-from filters.cbpf import Instruction
-from filters.ebpf import R0, R1, Assembler
-from filters.emit import ACCEPTED
+from filters.compiler import cbpf, ebpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.ebpf import R0, R1, Assembler
+from filters.compiler.emit import ACCEPTED
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import HOOKS, TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
+from filters.compiler.translate import translate
 from filters.errors import InvalidFilter, TooLong
-from filters.expr import compile_expression
-from filters.hook import HOOKS, TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.oracle import KernelFilter
 from filters.program import Count, Counter, Drop, LoadedProgram, Pass, Rule, Tail, assemble, counters, load
 from filters.selftest import accepted, load_bare
 from filters.tests.packets import FRAMES
-from filters.translate import translate
 from xdp.errors import LoadError, NotPermitted
 
 NOBODY = 65534

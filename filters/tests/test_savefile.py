@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from filters.compiler.expr import compile_expression
 from filters.errors import DumpError, ExpressionError
-from filters.expr import compile_expression
 from filters.pcap import file_header, record
 from filters.savefile import FileFilter, Packet, SaveFile, file_filter
 from filters.tests.corpus import EXPRESSIONS

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import cbpf, ebpf, emit, selftest
-from filters.cbpf import Instruction
+from filters import selftest
+from filters.compiler import cbpf, ebpf, emit
+from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import HOOKS, XDP
 from filters.errors import InvalidFilter, SelftestFailed
 from filters.explore import LONGEST, SHORTEST, frames, run
-from filters.expr import compile_expression
-from filters.hook import HOOKS, XDP
 from filters.oracle import InterpretedFilter, KernelFilter, on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter

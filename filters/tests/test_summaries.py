@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from filters.expr import ETHERNET
+from filters.compiler.expr import ETHERNET
 from filters.pcap import file_header, record
 from filters.summaries import Summaries, Times
 from filters.tests.packets import FRAMES

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from filters import ebpf
 from filters.capture import Capture
-from filters.cbpf import Instruction
-from filters.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Label
-from filters.emit import CONTEXT
-from filters.expr import compile_expression
-from filters.hook import XDP, Hook
+from filters.compiler import ebpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Label
+from filters.compiler.emit import CONTEXT
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import XDP, Hook
+from filters.compiler.translate import translate
 from filters.note_writer import Notes
 from filters.notes import NO_ACTION, Noted, Place, noted
 from filters.oracle import on_any_socket, oracle
@@ -28,7 +29,6 @@ from filters.ring import LEAST_SIZE, Rings
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
 from filters.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach
-from filters.translate import translate
 from xdp.errors import NotPermitted, NotSupported
 from xdp.link import hold_at_program
 from xdp.maps import Map

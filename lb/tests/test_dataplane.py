@@ -22,8 +22,8 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from filters.ebpf import R0, R1, R2, R3, R6, Assembler
-from filters.hook import XDP
+from filters.compiler.ebpf import R0, R1, R2, R3, R6, Assembler
+from filters.compiler.hook import XDP
 from filters.program import load
 from lb import layout, lookup
 from lb.dataplane import KernelDataplane

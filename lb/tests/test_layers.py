@@ -90,7 +90,7 @@ def test_this_tree_is_where_the_packages_are() -> None:
     ("file", "source", "imported"),
     [
         ("xdp/maps.py", "import lb", "lb"),
-        ("xdp/tests/test_maps.py", "from filters.expr import parse", "filters.expr.parse"),
+        ("xdp/tests/test_maps.py", "from filters.compiler.expr import parse", "filters.compiler.expr.parse"),
         ("filters/program.py", "import lb.model", "lb.model"),
         ("lb/balancer.py", "from xdp import maps", "xdp.maps"),
         ("lb/web/dataplane.py", "import xdp", "xdp"),

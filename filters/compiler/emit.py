@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from filters import cbpf, ebpf
-from filters.ebpf import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, Assembler, Label, Reg
-from filters.graph import (
+from filters.compiler import cbpf, ebpf
+from filters.compiler.bounds import Guards, place_guards
+from filters.compiler.byte_order import NATIVE, Orders, byte_orders, in_order
+from filters.compiler.ebpf import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, Assembler, Label, Reg
+from filters.compiler.graph import (
     BEYOND,
     A,
     Arithmetic,
@@ -39,11 +41,9 @@ from filters.graph import (
     reads,
     writes,
 )
-from filters.guards import Guards, place_guards
-from filters.hook import Field, Helper, Hook
-from filters.order import NATIVE, Orders, byte_orders, in_order
-from filters.passes import liveness, split
-from filters.vlan import TAG, TAG_END, TAG_SIZE
+from filters.compiler.hook import Field, Helper, Hook
+from filters.compiler.passes import liveness, split
+from filters.compiler.vlan import TAG, TAG_END, TAG_SIZE
 
 CONTEXT, ACCEPTED = R6, R9
 

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import cbpf
-from filters.cbpf import Instruction
-from filters.ebpf import R1, R2, R3, Assembler
-from filters.emit import CONTEXT
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.ebpf import R1, R2, R3, Assembler
+from filters.compiler.emit import CONTEXT
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import TC_IN
+from filters.compiler.translate import translate
 from filters.explore import frames
-from filters.expr import compile_expression
-from filters.hook import TC_IN
 from filters.oracle import on_any_socket, oracle
 from filters.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 from filters.selftest import is_runnable, load_bare
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
 from filters.tests.strategies import FUZZ, programs
-from filters.translate import translate
 
 SKB_VLAN_PUSH = 18
 TAGGED = [f for f in FRAMES.values() if f[12:14] in (b"\x81\x00", b"\x88\xa8") and len(f) >= 18]

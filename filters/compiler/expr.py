@@ -14,8 +14,8 @@ from ctypes import POINTER, c_char_p, c_int, c_uint, c_uint32, c_void_p
 from functools import cache
 from typing import Any
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
 from filters.errors import ExpressionError, FilterError
 
 ETHERNET = 1  # DLT_EN10MB, <pcap/dlt.h>

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import cbpf
-from filters.cbpf import Instruction
-from filters.ebpf import R1, Assembler, Label
-from filters.emit import CONTEXT, Exits, HelperEmitter
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.ebpf import R1, Assembler, Label
+from filters.compiler.emit import CONTEXT, Exits, HelperEmitter
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import HOOKS, TC_IN, XDP, XDP_FRAGS, Hook
+from filters.compiler.translate import translate
 from filters.errors import ExpressionError
 from filters.explore import frames
-from filters.expr import compile_expression
-from filters.hook import HOOKS, TC_IN, XDP, XDP_FRAGS, Hook
 from filters.oracle import KernelFilter, on_any_socket, oracle
 from filters.program import LoadedProgram, Reject, ReturnLength, load
 from filters.selftest import accepted, is_runnable, load_bare, selftest
@@ -21,7 +22,6 @@ from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter
 from filters.tests.packets import FRAMES
 from filters.tests.strategies import FUZZ, programs
-from filters.translate import translate
 
 SHIFT_BY_X = "ip[2:2] << ip[8] > 5"
 

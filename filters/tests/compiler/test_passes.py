@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from filters import cbpf
-from filters.cbpf import Instruction
-from filters.errors import InvalidFilter, UnsupportedPrimitive
-from filters.expr import compile_expression
-from filters.graph import (
+from filters.compiler import cbpf
+from filters.compiler.bounds import place_guards, upper_bounds
+from filters.compiler.byte_order import NATIVE, byte_orders, in_order
+from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import compile_expression
+from filters.compiler.graph import (
     REJECT,
     A,
     Arithmetic,
@@ -26,10 +27,9 @@ from filters.graph import (
     control_flow,
     unroll,
 )
-from filters.guards import place_guards, upper_bounds
-from filters.hook import TC_IN, TC_OUT, XDP
-from filters.order import NATIVE, byte_orders, in_order
-from filters.passes import liveness, prune, split, with_answers, without_dead
+from filters.compiler.hook import TC_IN, TC_OUT, XDP
+from filters.compiler.passes import liveness, prune, split, with_answers, without_dead
+from filters.errors import InvalidFilter, UnsupportedPrimitive
 
 ETHERTYPE, PROTOCOL = LoadPacket(2, 12), LoadPacket(1, 23)
 ACCEPT = Block((), Return(1))

@@ -12,8 +12,19 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from filters import cbpf
-from filters.graph import A, Arithmetic, Branch, Graph, LoadPacket, Operation, Terminator, end_reads, reads, writes
+from filters.compiler import cbpf
+from filters.compiler.graph import (
+    A,
+    Arithmetic,
+    Branch,
+    Graph,
+    LoadPacket,
+    Operation,
+    Terminator,
+    end_reads,
+    reads,
+    writes,
+)
 
 NATIVE = 1
 USE, DEFINITION = "use", "definition"

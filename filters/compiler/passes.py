@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
-from filters import cbpf
-from filters.errors import UnsupportedPrimitive
-from filters.graph import (
+from filters.compiler import cbpf
+from filters.compiler.graph import (
     BEYOND,
     REJECT,
     A,
@@ -29,7 +28,8 @@ from filters.graph import (
     reads,
     writes,
 )
-from filters.hook import FrameField, Hook
+from filters.compiler.hook import FrameField, Hook
+from filters.errors import UnsupportedPrimitive
 
 
 def prune(graph: Graph) -> Graph:

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from filters import cbpf
+from filters.compiler import cbpf
+from filters.compiler.expr import compile_expression
 from filters.errors import ExpressionError
-from filters.expr import compile_expression
 from filters.tests.corpus import EXPRESSIONS, REFUSED
 
 RAW_IP = 12  # DLT_RAW

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from filters import cbpf
-from filters.graph import (
+from filters.compiler import cbpf
+from filters.compiler.graph import (
     BEYOND,
     A,
     Arithmetic,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from filters import ebpf
-from filters.ebpf import R0, R1, R2, R3, R6, R7, R10, Assembler, Instruction, Label
+from filters.compiler import ebpf
+from filters.compiler.ebpf import R0, R1, R2, R3, R6, R7, R10, Assembler, Instruction, Label
 from filters.errors import TooLong
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from filters import cbpf, ebpf
+from filters.compiler import cbpf, ebpf
 
 NETWORK_HEADER = 14  # of an Ethernet frame
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from filters import cbpf
-from filters.graph import (
+from filters.compiler import cbpf
+from filters.compiler.graph import (
     A,
     Arithmetic,
     Block,

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from filters import cbpf
-from filters.cbpf import Instruction
-from filters.ebpf import Assembler, Label
-from filters.emit import DirectEmitter, Exits, HelperEmitter, emit_beyond
-from filters.graph import Graph, control_flow, unroll
-from filters.hook import NETWORK_HEADER, Hook
-from filters.passes import prune, with_answers, without_dead
-from filters.vlan import with_tag_beside
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
+from filters.compiler.ebpf import Assembler, Label
+from filters.compiler.emit import DirectEmitter, Exits, HelperEmitter, emit_beyond
+from filters.compiler.graph import Graph, control_flow, unroll
+from filters.compiler.hook import NETWORK_HEADER, Hook
+from filters.compiler.passes import prune, with_answers, without_dead
+from filters.compiler.vlan import with_tag_beside
 
 _MAX_UNROLLED = 1 << 15
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
 from filters.errors import InvalidFilter
 from filters.oracle import KernelFilter
 from filters.tests.libpcap import bpf_image

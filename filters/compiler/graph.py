@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
 from filters.errors import InvalidFilter
 
 A, X = "A", "X"
