@@ -46,7 +46,7 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import TC_IN, XDP_FRAGS
 from filters.compiler.translate import translate
 from filters.pcap import file_header
-from filters.program import Drop, Rule, assemble, load
+from filters.programs.program import Drop, Rule, assemble, load
 from filters.ring import Rings
 from netns_tests.topology import Host, wait_until
 from xdp.link import hold_at_tc

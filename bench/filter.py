@@ -31,7 +31,7 @@ from bench.scenarios import ADDRESSES, BALANCER_MAC, CLIENT_MAC
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import TC_IN, XDP, Hook
 from filters.compiler.translate import translate
-from filters.program import Drop, LoadedProgram, Rule, assemble, load
+from filters.programs.program import Drop, LoadedProgram, Rule, assemble, load
 from xdp.link import hold_at_tc, hold_at_xdp
 from xdp.object import BpfObject, Program
 

@@ -14,7 +14,7 @@ from filters.compiler import ebpf
 from filters.compiler.ebpf import R0, R1, R7, Assembler, Label, Reg
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import XDP_FRAGS, Hook
-from filters.program import assemble, load, load_length
+from filters.programs.program import assemble, load, load_length
 from xdp.errors import LoadError, NotPermitted, NotSupported
 from xdp.tracing import KernelTypes, kernel_types
 
@@ -37,7 +37,7 @@ class FragmentFlag:
         )
 
     def load_length(self, asm: Assembler, hook: Hook, to: Reg) -> None:
-        """As filters.program.load_length()."""
+        """As filters.programs.program.load_length()."""
         fragmented, loaded = Label(), Label()
         asm.mov(R1, CONTEXT)
         asm.call_kernel(self.cast)

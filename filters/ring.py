@@ -25,7 +25,7 @@ from filters.compiler.expr import SNAPLEN
 from filters.counts import Counts
 from filters.errors import FilterError
 from filters.notes import NOTE_SIZE
-from filters.program import refused
+from filters.programs.program import refused
 from xdp import libbpf
 from xdp.errors import MapError
 from xdp.maps import Map

@@ -19,7 +19,7 @@ from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import compile_for, libpcap
 from filters.compiler.hook import XDP_FRAGS
 from filters.errors import DamagedFile, DumpError
-from filters.program import LoadedProgram
+from filters.programs.program import LoadedProgram
 from filters.selftest import load_bare
 from xdp import libbpf
 from xdp.errors import NotPermitted

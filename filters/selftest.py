@@ -15,7 +15,7 @@ from filters.compiler.translate import translate
 from filters.errors import SelftestFailed
 from filters.explore import SHORTEST, frames
 from filters.oracle import on_any_socket, oracle
-from filters.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
+from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 
 _FRAMES = 64
 _SHORTEST_AT_TC = {b"\x08\x00": 14 + 20, b"\x86\xdd": 14 + 40}

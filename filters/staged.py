@@ -20,7 +20,7 @@ from filters.compiler.cbpf import IFINDEX
 from filters.compiler.ebpf import R0, R1, R2, R3, R10, Assembler, Label
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import XDP, Field, Hook
-from filters.program import LoadedProgram, assemble, load, refused
+from filters.programs.program import LoadedProgram, assemble, load, refused
 from xdp import libbpf
 from xdp.errors import NotSupported
 from xdp.maps import Map, map_info

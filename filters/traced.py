@@ -19,7 +19,7 @@ from filters.compiler.graph import BEYOND, Graph, LoadHeaderLength, LoadPacket, 
 from filters.compiler.hook import ANYWHERE, PROG_TYPE_TRACING, Field, FrameField, Hook
 from filters.compiler.passes import split
 from filters.compiler.translate import Translation
-from filters.program import refused
+from filters.programs.program import refused
 from xdp import libbpf
 from xdp.link import TRACE_ENTRY, TRACE_EXIT
 from xdp.maps import Map

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from errno import EINVAL
 from functools import partial
 
-from filters.sets import Prefixes
+from filters.programs.sets import Prefixes
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached

@@ -19,13 +19,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from filters.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
 from filters.compiler import cbpf, ebpf
 from filters.compiler.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import Translation, translate
-from filters.program import Condition, Count, Counter, Drop, LoadedProgram, Pass, Tail, assemble, counters, load
-from filters.program import Rule as CompiledRule
-from filters.sets import Prefixes, Tries
+from filters.programs.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
+from filters.programs.program import (
+    Condition,
+    Count,
+    Counter,
+    Drop,
+    LoadedProgram,
+    Pass,
+    Tail,
+    assemble,
+    counters,
+    load,
+)
+from filters.programs.program import Rule as CompiledRule
+from filters.programs.sets import Prefixes, Tries
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.filter_report import Counts

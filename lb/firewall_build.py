@@ -8,8 +8,8 @@ from filters.compiler import cbpf
 from filters.compiler.expr import compile_expression
 from filters.errors import FilterError
 from filters.interfaces import Interface, netmask
+from filters.programs.sets import Prefixes, parse_prefixes, read_prefixes
 from filters.selftest import check
-from filters.sets import Prefixes, parse_prefixes, read_prefixes
 from lb.errors import InvalidInput, part
 from lb.filter_dataplane import HOOKS
 from lb.filter_report import How, Wish

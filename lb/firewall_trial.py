@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from filters.actions import Answer
-from filters.program import LoadedProgram, Tail
+from filters.programs.actions import Answer
+from filters.programs.program import LoadedProgram, Tail
 from filters.selftest import is_runnable
 from lb.rules import Action, Rule
 from xdp.maps import Map

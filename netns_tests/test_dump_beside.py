@@ -20,7 +20,7 @@ from scapy.utils import RawPcapNgReader, RawPcapReader
 
 from filters.compiler.ebpf import R0, Assembler
 from filters.compiler.hook import XDP
-from filters.program import KernelContext, Pass, load
+from filters.programs.program import KernelContext, Pass, load
 from filters.tests.packets import FRAMES
 from filters.traced import BEFORE
 from netns_tests.servers import start_http

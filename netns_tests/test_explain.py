@@ -19,7 +19,7 @@ from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
 from filters.compiler.hook import XDP
-from filters.program import Drop, assemble, load
+from filters.programs.program import Drop, assemble, load
 from lb.explain import WORDS, Explanation
 from lb.explain_facts import Explainer, open_explainer
 from lb.explain_packet import ACK, RST, SYN, Flow

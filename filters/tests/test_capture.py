@@ -21,7 +21,7 @@ from filters.counts import Counts
 from filters.errors import FilterError
 from filters.fragments import FragmentFlag, fragment_flag
 from filters.pcap import offsets
-from filters.program import Drop, LoadedProgram, Rule, assemble, load
+from filters.programs.program import Drop, LoadedProgram, Rule, assemble, load
 from filters.ring import LARGEST_RECORD, LEAST_SIZE, Rings
 from filters.tests.packets import FRAMES
 from xdp.tests.kernels import KERNEL_CONTEXT

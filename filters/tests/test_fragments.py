@@ -11,7 +11,7 @@ from filters import fragments
 from filters.compiler import ebpf
 from filters.compiler.hook import XDP_FRAGS
 from filters.fragments import FragmentFlag, fragment_flag
-from filters.program import assemble, load
+from filters.programs.program import assemble, load
 from xdp.errors import NotSupported
 from xdp.tests.kernels import KERNEL_CONTEXT
 from xdp.tracing import KernelTypes

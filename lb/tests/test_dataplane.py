@@ -24,7 +24,7 @@ from scapy.layers.l2 import Ether
 
 from filters.compiler.ebpf import R0, R1, R2, R3, R6, Assembler
 from filters.compiler.hook import XDP
-from filters.program import load
+from filters.programs.program import load
 from lb import layout, lookup
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError

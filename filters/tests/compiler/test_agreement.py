@@ -16,7 +16,7 @@ from filters.compiler.translate import translate
 from filters.errors import ExpressionError
 from filters.explore import frames
 from filters.oracle import KernelFilter, on_any_socket, oracle
-from filters.program import LoadedProgram, Reject, ReturnLength, load
+from filters.programs.program import LoadedProgram, Reject, ReturnLength, load
 from filters.selftest import accepted, is_runnable, load_bare, selftest
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter

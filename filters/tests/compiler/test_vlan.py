@@ -17,7 +17,7 @@ from filters.compiler.hook import TC_IN
 from filters.compiler.translate import translate
 from filters.explore import frames
 from filters.oracle import on_any_socket, oracle
-from filters.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
+from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 from filters.selftest import is_runnable, load_bare
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES

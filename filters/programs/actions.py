@@ -1,4 +1,5 @@
-"""What a firewall asks of packets and does with them, beside what filters.program has: sets, deadlines, rate limits.
+"""What a firewall asks of packets and does with them, beside what filters.programs.program has: sets, deadlines, rate
+limits.
 
 Enters: maps and numbers. Leaves: Conditions and Tails for Rules, and the assembly of rules that are for several
 interfaces into one program.
@@ -16,8 +17,8 @@ from filters.compiler.cbpf import IFINDEX
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Instruction, Label
 from filters.compiler.emit import CONTEXT, Exits
 from filters.compiler.hook import Field, Hook
-from filters.program import Count, Drop, Rule, Tail, emit_rule, refused
-from filters.sets import Tries
+from filters.programs.program import Count, Drop, Rule, Tail, emit_rule, refused
+from filters.programs.sets import Tries
 from xdp import libbpf
 from xdp.maps import Map
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from filters.errors import InvalidSet
-from filters.program import refused
+from filters.programs.program import refused
 from xdp import libbpf
 from xdp.errors import MapError
 from xdp.maps import Map

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from filters.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
 from filters.compiler import cbpf
 from filters.compiler.ebpf import R0, Assembler, Label, disassemble
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, TC_IN, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
-from filters.program import Condition, Count, Drop, LoadedProgram, Rule, Tail, assemble, counters, load
-from filters.sets import Tries, read_prefixes
+from filters.programs.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
+from filters.programs.program import Condition, Count, Drop, LoadedProgram, Rule, Tail, assemble, counters, load
+from filters.programs.sets import Tries, read_prefixes
 from filters.tests.packets import CLIENT, CLIENT6, FRAMES, HOST, HOST6
 from xdp import libbpf
 from xdp.maps import Map

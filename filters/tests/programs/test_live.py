@@ -13,7 +13,7 @@ import pytest
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import TC_IN, Hook
 from filters.compiler.translate import translate
-from filters.program import Count, Rule, assemble, counters, load
+from filters.programs.program import Count, Rule, assemble, counters, load
 from filters.tests.packets import FRAMES
 from xdp import tc
 from xdp.tests.namespaces import FAR, NEAR, namespace_with_veth

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from filters.errors import InvalidSet
-from filters.sets import Prefixes, Tries, read_prefixes
+from filters.programs.sets import Prefixes, Tries, read_prefixes
 
 MIXED = """\
 # networks that we do not want
