@@ -45,8 +45,8 @@ from filters.capture import Capture
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import TC_IN, XDP_FRAGS
 from filters.compiler.translate import translate
-from filters.pcap import file_header
 from filters.programs.program import Drop, Rule, assemble, load
+from filters.records.pcap import file_header
 from filters.ring import Rings
 from netns_tests.topology import Host, wait_until
 from xdp.link import hold_at_tc

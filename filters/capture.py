@@ -17,8 +17,8 @@ from filters.compiler.hook import Field, Hook
 from filters.compiler.vlan import TAG, TAG_END, TAG_SIZE
 from filters.fragments import FragmentFlag
 from filters.note_writer import Notes
-from filters.notes import NOTE_SIZE
 from filters.programs.program import load_length
+from filters.records.notes import NOTE_SIZE
 from filters.ring import RECORDS, Account, Line, Rings, account_at
 
 RECORD_HEADER = 16

@@ -15,7 +15,7 @@ from threading import Thread
 from typing import IO
 
 from filters.errors import DumpError
-from filters.pcap import Span
+from filters.records.pcap import Span
 
 _OPENING = "reading from file -"
 _NAME = re.compile("^tcpdump: ")

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Self
 
-from filters.counts import Counts
 from filters.errors import NotWritten
 from filters.interfaces import promiscuous
-from filters.merge import in_order
-from filters.pcap import FilesFull, Sink, count_records
+from filters.records.counts import Counts
+from filters.records.merge import in_order
+from filters.records.pcap import FilesFull, Sink, count_records
 from filters.ring import Rings
 from filters.taps import Request, Tap, Taps
 

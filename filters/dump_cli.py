@@ -21,14 +21,14 @@ from filters.compiler.expr import ETHERNET, compile_expression, libpcap
 from filters.dump_options import DIRECTIONS, USAGE, Options, UsageError, parse
 from filters.errors import DamagedFile, DumpError, FilterError, NotWritten
 from filters.outputs import Origin, Outputs
-from filters.pcap import FilesFull, record
+from filters.records.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError
 
 if TYPE_CHECKING:  # of these a command needs one or the other
-    from filters.counts import Counts
     from filters.dump import Session
     from filters.interfaces import Interface
     from filters.pcapng import Statistics
+    from filters.records.counts import Counts
     from filters.savefile import Packet, SaveFile
 
 _PROGRESS_S = 1.0
@@ -349,7 +349,7 @@ def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> i
 
 
 def _note_of_a_file() -> bytes:
-    from filters.notes import OF_A_FILE
+    from filters.records.notes import OF_A_FILE
 
     return OF_A_FILE
 

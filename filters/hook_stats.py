@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from filters.counts import Counts
 from filters.dump import Session
+from filters.records.counts import Counts
 from filters.taps import Tap
 from xdp import libbpf
 from xdp.errors import NotPermitted

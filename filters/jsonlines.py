@@ -14,8 +14,8 @@ from typing import Any
 
 from filters.compiler.expr import ETHERNET
 from filters.fields import fields
-from filters.notes import Noted, Place, action_words, noted
-from filters.pcap import Span
+from filters.records.notes import Noted, Place, action_words, noted
+from filters.records.pcap import Span
 
 
 class JsonLines:

@@ -8,7 +8,7 @@ from filters.compiler import cbpf, ebpf
 from filters.compiler.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import Field, Hook
-from filters.notes import NO_ACTION, Note, Place
+from filters.records.notes import NO_ACTION, Note, Place
 from xdp.maps import Map
 
 _KEY = -20  # on the stack

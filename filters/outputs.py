@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from filters.dump_options import Options
-from filters.pcap import File, Rotation, Sink, Span, file_header
+from filters.records.pcap import File, Rotation, Sink, Span, file_header
 
 if TYPE_CHECKING:
     from filters.decoder import Decoder

@@ -1,8 +1,8 @@
 """Capture files in the pcapng format: a section of interfaces, packets with what is known of them, statistics.
 
-Enters: records with notes (filters.notes), times in nanoseconds. Leaves: blocks in the host's byte order. The format:
-draft-ietf-opsawg-pcapng. Each packet names its interface and direction, and behind XDP in a comment what became of it:
-`XDP_TX forwarded`. filters.native has the loops over packets once more, in C.
+Enters: records with notes (filters.records.notes), times in nanoseconds. Leaves: blocks in the host's byte order. The
+format: draft-ietf-opsawg-pcapng. Each packet names its interface and direction, and behind XDP in a comment what
+became of it: `XDP_TX forwarded`. filters.native has the loops over packets once more, in C.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import cached_property
 from itertools import accumulate
 
 from filters import native
-from filters.counts import Counts
-from filters.notes import ACTIONS, Note, Noted, Place, noted
-from filters.pcap import File, Sink, Span, record
+from filters.records.counts import Counts
+from filters.records.notes import ACTIONS, Note, Noted, Place, noted
+from filters.records.pcap import File, Sink, Span, record
 
 _SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
 _BYTE_ORDER, _VERSION, _UNKNOWN_LENGTH = 0x1A2B3C4D, (1, 0), -1

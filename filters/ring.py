@@ -22,10 +22,10 @@ from typing import Self
 
 from filters import native
 from filters.compiler.expr import SNAPLEN
-from filters.counts import Counts
 from filters.errors import FilterError
-from filters.notes import NOTE_SIZE
 from filters.programs.program import refused
+from filters.records.counts import Counts
+from filters.records.notes import NOTE_SIZE
 from xdp import libbpf
 from xdp.errors import MapError
 from xdp.maps import Map

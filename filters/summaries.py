@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from filters.errors import DumpError
-from filters.pcap import Span, offsets, unpacked
+from filters.records.pcap import Span, offsets, unpacked
 
 _NOT_FOUND = "tcpdump: not found: install it, or scapy, to see packets as text, or write them to a file with -w"
 

@@ -21,8 +21,8 @@ from filters.compiler.translate import Translation, translate
 from filters.fragments import FragmentFlag, fragment_flag
 from filters.interfaces import Interface
 from filters.note_writer import Notes
-from filters.notes import Place
 from filters.programs.program import Entry, LoadedProgram, Rule, Tail, assemble, load
+from filters.records.notes import Place
 from filters.ring import MOST_ACCOUNTS, Rings
 from filters.selftest import check
 from xdp.errors import AttachError, LoadError, NotPermitted, NotSupported, Occupied, XdpError

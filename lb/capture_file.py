@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from filters.errors import FilterError
-from filters.pcap import file_header, record
+from filters.records.pcap import file_header, record
 from filters.savefile import Packet, SaveFile
 from lb.errors import InvalidInput
 

@@ -131,7 +131,7 @@ def packet(bed: Bed, port: int) -> bytes:
 
 
 def capture(frames: list[bytes]) -> bytes:
-    from filters.pcap import file_header, record
+    from filters.records.pcap import file_header, record
 
     return file_header(1, 65535, nano=False) + b"".join(record(1, n, f, len(f)) for n, f in enumerate(frames))
 

@@ -1,4 +1,5 @@
-"""The loops of filters.merge, filters.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so, through ctypes.
+"""The loops of filters.records.merge, filters.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so, through
+ctypes.
 
 Without them, which `make build` compiles and the wheel carries, it is done in Python, thirty times slower.
 """

@@ -15,11 +15,11 @@ from pyroute2 import netns
 from filters import selftest, taps
 from filters.compiler.ebpf import disassemble
 from filters.compiler.expr import compile_expression
-from filters.counts import Counts
 from filters.dump import Request, Session
 from filters.errors import DumpError, NotWritten, SelftestFailed
 from filters.interfaces import Interface, all_interfaces, chosen, netmask
-from filters.pcap import Span, count_records
+from filters.records.counts import Counts
+from filters.records.pcap import Span, count_records
 from filters.tests.packets import FRAMES
 from xdp.errors import NotSupported
 from xdp.netlink import route_socket

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scapy.utils import RawPcapNgReader
 
 from filters import native, pcapng
-from filters.counts import Counts
-from filters.notes import NO_ACTION, Note, Place
-from filters.pcap import record
 from filters.pcapng import Layout, Source, Statistics, WithoutNotes
+from filters.records.counts import Counts
+from filters.records.notes import NO_ACTION, Note, Place
+from filters.records.pcap import record
 
 LAYOUT = Layout([Source(3, "eth0"), Source(5, "eth1")], ["", "forwarded", "drop_no_backend"])
 HEADER = pcapng.file_header("test", LAYOUT, 1, 65535, "udp port 53")

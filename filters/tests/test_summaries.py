@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from filters.compiler.expr import ETHERNET
-from filters.pcap import file_header, record
+from filters.records.pcap import file_header, record
 from filters.summaries import Summaries, Times
 from filters.tests.packets import FRAMES
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from filters import native
-from filters.merge import in_order, merged
-from filters.pcap import offsets, record
+from filters.records.merge import in_order, merged
+from filters.records.pcap import offsets, record
 
 _TIMES = st.lists(st.tuples(st.sampled_from([0, 1, 2**32 - 1]), st.integers(0, 5)), min_size=1, max_size=20)
 

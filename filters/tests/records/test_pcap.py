@@ -9,7 +9,7 @@ import pytest
 from scapy.utils import RawPcapReader
 
 from filters.errors import DumpError, NotWritten
-from filters.pcap import File, FilesFull, Rotation, count_records, file_header, offsets, record
+from filters.records.pcap import File, FilesFull, Rotation, count_records, file_header, offsets, record
 
 HEADER = file_header(1, 96, nano=False)
 SIZE = 16 + 84

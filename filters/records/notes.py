@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from filters.compiler import cbpf
-from filters.pcap import Span, offsets, unpacked
+from filters.records.pcap import Span, offsets, unpacked
 
 NO_ACTION = 0xFFFFFFFF
 # enum xdp_action, <linux/bpf.h>

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from filters import native
-from filters.pcap import offsets
+from filters.records.pcap import offsets
 
 
 def in_order(by_cpu: Sequence[Sequence[memoryview]]) -> Sequence[memoryview]:
