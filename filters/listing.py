@@ -8,7 +8,7 @@ from itertools import zip_longest
 from filters.compiler import cbpf, ebpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.hook import XDP
-from filters.selftest import load_bare
+from filters.selftest.selftest import load_bare
 from xdp.errors import NotPermitted
 
 

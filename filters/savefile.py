@@ -20,7 +20,7 @@ from filters.compiler.expr import compile_for, libpcap
 from filters.compiler.hook import XDP_FRAGS
 from filters.errors import DamagedFile, DumpError
 from filters.programs.program import LoadedProgram
-from filters.selftest import load_bare
+from filters.selftest.selftest import load_bare
 from xdp import libbpf
 from xdp.errors import NotPermitted
 

@@ -24,7 +24,7 @@ from filters.note_writer import Notes
 from filters.programs.program import Entry, LoadedProgram, Rule, Tail, assemble, load
 from filters.records.notes import Place
 from filters.ring import MOST_ACCOUNTS, Rings
-from filters.selftest import check
+from filters.selftest.selftest import check
 from xdp.errors import AttachError, LoadError, NotPermitted, NotSupported, Occupied, XdpError
 from xdp.link import hold_at_program, hold_at_tc, hold_at_xdp
 from xdp.maps import Map

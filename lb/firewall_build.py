@@ -9,7 +9,7 @@ from filters.compiler.expr import compile_expression
 from filters.errors import FilterError
 from filters.interfaces import Interface, netmask
 from filters.programs.sets import Prefixes, parse_prefixes, read_prefixes
-from filters.selftest import check
+from filters.selftest.selftest import check
 from lb.errors import InvalidInput, part
 from lb.filter_dataplane import HOOKS
 from lb.filter_report import How, Wish

@@ -16,8 +16,8 @@ from bench.filter import EXPRESSIONS, UDP_53, WAYS, XDP_DROP, XDP_PASS, DropRig,
 from bench.report import BenchError
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import XDP
-from filters.explore import frames
-from filters.selftest import is_runnable
+from filters.selftest.frames import frames
+from filters.selftest.selftest import is_runnable
 from filters.tests.packets import FRAMES
 from netns_tests.topology import remaining_namespaces
 from xdp.object import BpfObject

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyroute2 import netns
 
-from filters import selftest, taps
+from filters import taps
 from filters.compiler.ebpf import disassemble
 from filters.compiler.expr import compile_expression
 from filters.dump import Request, Session
@@ -20,6 +20,7 @@ from filters.errors import DumpError, NotWritten, SelftestFailed
 from filters.interfaces import Interface, all_interfaces, chosen, netmask
 from filters.records.counts import Counts
 from filters.records.pcap import Span, count_records
+from filters.selftest import selftest
 from filters.tests.packets import FRAMES
 from xdp.errors import NotSupported
 from xdp.netlink import route_socket

@@ -22,10 +22,10 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import XDP, Hook
 from filters.compiler.translate import translate
 from filters.note_writer import Notes
-from filters.oracle import on_any_socket, oracle
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 from filters.records.notes import NO_ACTION, Noted, Place, noted
 from filters.ring import LEAST_SIZE, Rings
+from filters.selftest.oracle import on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
 from filters.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach

@@ -14,10 +14,10 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, TC_IN, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
 from filters.errors import ExpressionError
-from filters.explore import frames
-from filters.oracle import KernelFilter, on_any_socket, oracle
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, load
-from filters.selftest import accepted, is_runnable, load_bare, selftest
+from filters.selftest.frames import frames
+from filters.selftest.oracle import KernelFilter, on_any_socket, oracle
+from filters.selftest.selftest import accepted, is_runnable, load_bare, selftest
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter
 from filters.tests.packets import FRAMES

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.errors import InvalidFilter
-from filters.oracle import KernelFilter
+from filters.selftest.oracle import KernelFilter
 from filters.tests.libpcap import bpf_image
 from filters.tests.strategies import FUZZ, programs
 

@@ -15,10 +15,10 @@ from filters.compiler.emit import CONTEXT
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import TC_IN
 from filters.compiler.translate import translate
-from filters.explore import frames
-from filters.oracle import on_any_socket, oracle
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
-from filters.selftest import is_runnable, load_bare
+from filters.selftest.frames import frames
+from filters.selftest.oracle import on_any_socket, oracle
+from filters.selftest.selftest import is_runnable, load_bare
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
 from filters.tests.strategies import FUZZ, programs

@@ -16,9 +16,9 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
 from filters.errors import InvalidFilter, TooLong
-from filters.oracle import KernelFilter
 from filters.programs.program import Count, Counter, Drop, LoadedProgram, Pass, Rule, Tail, assemble, counters, load
-from filters.selftest import accepted, load_bare
+from filters.selftest.oracle import KernelFilter
+from filters.selftest.selftest import accepted, load_bare
 from filters.tests.packets import FRAMES
 from xdp.errors import LoadError, NotPermitted
 

@@ -17,7 +17,7 @@ from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.hook import NETWORK_HEADER, FrameField, Hook
 from filters.errors import InvalidFilter
-from filters.explore import run
+from filters.selftest.frames import run
 
 _SO_ATTACH_FILTER = 26
 _LARGEST_FRAME = 1 << 17

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import selftest
 from filters.compiler import cbpf, ebpf, emit
 from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, XDP
 from filters.errors import InvalidFilter, SelftestFailed
-from filters.explore import LONGEST, SHORTEST, frames, run
-from filters.oracle import InterpretedFilter, KernelFilter, on_any_socket, oracle
+from filters.selftest import selftest
+from filters.selftest.frames import LONGEST, SHORTEST, frames, run
+from filters.selftest.oracle import InterpretedFilter, KernelFilter, on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter
 from filters.tests.packets import FRAMES

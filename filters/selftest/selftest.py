@@ -13,9 +13,9 @@ from filters.compiler.cbpf import Instruction
 from filters.compiler.hook import Hook
 from filters.compiler.translate import translate
 from filters.errors import SelftestFailed
-from filters.explore import SHORTEST, frames
-from filters.oracle import on_any_socket, oracle
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
+from filters.selftest.frames import SHORTEST, frames
+from filters.selftest.oracle import on_any_socket, oracle
 
 _FRAMES = 64
 _SHORTEST_AT_TC = {b"\x08\x00": 14 + 20, b"\x86\xdd": 14 + 40}
