@@ -26,10 +26,10 @@ from xdp.errors import NotPermitted, XdpError
 
 if TYPE_CHECKING:  # of these a command needs one or the other
     from filters.dump import Session
+    from filters.files.pcapng import Statistics
+    from filters.files.savefile import Packet, SaveFile
     from filters.interfaces import Interface
-    from filters.pcapng import Statistics
     from filters.records.counts import Counts
-    from filters.savefile import Packet, SaveFile
 
 _PROGRESS_S = 1.0
 _PRINTING_BUFFER = 1 << 21
@@ -207,7 +207,7 @@ def _origin(options: Options, interfaces: Sequence[Interface], session: Session)
 
 def _statistics(interfaces: Sequence[Interface], session: Session) -> list[Statistics]:
     """So far, at the end of a file."""
-    from filters.pcapng import Statistics
+    from filters.files.pcapng import Statistics
 
     now_ns, counts = time.time_ns(), session.counts_by_interface()
     numbers = {interface.name: number for number, interface in enumerate(interfaces)}
@@ -240,7 +240,7 @@ def _permission_explained(interfaces: Sequence[Interface]) -> Iterator[None]:
 
 
 def _listening(options: Options, interfaces: Sequence[Interface]) -> str:
-    from filters.savefile import link_type_words
+    from filters.files.savefile import link_type_words
 
     names = "any" if "any" in options.interfaces else ", ".join(interface.name for interface in interfaces)
     line = f"listening on {names}, link-type {link_type_words(ETHERNET)}, snapshot length {options.snaplen} bytes"
@@ -308,7 +308,7 @@ def _packets(number: int) -> str:
 
 
 def _read(options: Options, path: str) -> int:
-    from filters.savefile import SaveFile, file_filter
+    from filters.files.savefile import SaveFile, file_filter
 
     with SaveFile(path, nano=options.in_nanoseconds) as file:
         words = f"link-type {file.link_type_words}, snapshot length {file.snaplen}"

@@ -16,9 +16,9 @@ from filters.dump_options import Options
 from filters.records.pcap import File, Rotation, Sink, Span, file_header
 
 if TYPE_CHECKING:
-    from filters.decoder import Decoder
-    from filters.jsonlines import JsonLines
-    from filters.pcapng import Blocks, Statistics
+    from filters.files.decoder import Decoder
+    from filters.files.jsonlines import JsonLines
+    from filters.files.pcapng import Blocks, Statistics
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Outputs:
     def _blocks(self, options: Options, origin: Origin) -> Sink:
         from importlib.metadata import version
 
-        from filters import pcapng
+        from filters.files import pcapng
 
         assert options.write is not None
         layout = pcapng.Layout([pcapng.Source(*interface) for interface in origin.interfaces] or [pcapng.Source(0)])
@@ -96,7 +96,7 @@ class Outputs:
         return blocks
 
     def _json(self, origin: Origin) -> Sink:
-        from filters.jsonlines import JsonLines
+        from filters.files.jsonlines import JsonLines
 
         lines = JsonLines(origin.link_type, dict(socket.if_nameindex()))
         self._told.append(lines)
@@ -104,11 +104,11 @@ class Outputs:
 
     def _text(self, options: Options, origin: Origin) -> Sink:
         if shutil.which("tcpdump") is None:
-            from filters.summaries import Summaries, Times
+            from filters.files.summaries import Summaries, Times
 
             times = Times(options.times, nano=options.in_nanoseconds)
             return _without_notes(options, Summaries(origin.link_type, times))
-        from filters.decoder import Decoder
+        from filters.files.decoder import Decoder
 
         nano = ("--nano",) if options.in_nanoseconds else ()
         self._decoder = Decoder(_header(options, origin), (*nano, *options.decode))
@@ -132,6 +132,6 @@ def _without_notes(options: Options, sink: Sink) -> Sink:
     """For sinks that know of none."""
     if not options.notes:
         return sink
-    from filters.pcapng import WithoutNotes
+    from filters.files.pcapng import WithoutNotes
 
     return WithoutNotes(sink)

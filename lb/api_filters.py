@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from filters.savefile import Packet
+from filters.files.savefile import Packet
 from lb import api_filter_models as models
 from lb import api_models_explain
 from lb.access import Role

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from filters.errors import FilterError
+from filters.files.savefile import Packet, SaveFile
 from filters.records.pcap import file_header, record
-from filters.savefile import Packet, SaveFile
 from lb.errors import InvalidInput
 
 ETHERNET = 1  # DLT_EN10MB

@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
-from filters.savefile import Packet
 from lb.capabilities import check_may_change
 from lb.capture_file import Keep, open_capture, writer
 from lb.dataplane import KernelDataplane

@@ -1,5 +1,5 @@
-"""The loops of filters.records.merge, filters.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so, through
-ctypes.
+"""The loops of filters.records.merge, filters.files.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so,
+through ctypes.
 
 Without them, which `make build` compiles and the wheel carries, it is done in Python, thirty times slower.
 """

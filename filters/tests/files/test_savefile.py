@@ -11,8 +11,8 @@ import pytest
 
 from filters.compiler.expr import compile_expression
 from filters.errors import DumpError, ExpressionError
+from filters.files.savefile import FileFilter, Packet, SaveFile, file_filter
 from filters.records.pcap import file_header, record
-from filters.savefile import FileFilter, Packet, SaveFile, file_filter
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.libpcap import bpf_filter
 from filters.tests.packets import FRAMES

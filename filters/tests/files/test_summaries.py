@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from filters.compiler.expr import ETHERNET
+from filters.files.summaries import Summaries, Times
 from filters.records.pcap import file_header, record
-from filters.summaries import Summaries, Times
 from filters.tests.packets import FRAMES
 
 TIMES = [(1_700_000_000, 5), (1_700_000_000, 999_999), (1_700_003_661, 0), (1_700_003_660, 7)]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from filters.errors import DamagedFile, DumpError
+from filters.files.savefile import Packet, SaveFile
 from filters.records.notes import NOTE_SIZE, OF_A_FILE, noted
 from filters.records.pcap import file_header, record
-from filters.savefile import Packet, SaveFile
 from filters.tests.foreign_pcap import DAMAGED, FILES, FIRST, NANO, SECOND, Blocks, Expected, Pcap, T
 
 

@@ -10,7 +10,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet
 
-from filters.fields import fields
+from filters.files.fields import fields
 from filters.tests.packets import FRAMES
 
 ETHER = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.utils import RawPcapNgReader
 
-from filters import native, pcapng
-from filters.pcapng import Layout, Source, Statistics, WithoutNotes
+from filters import native
+from filters.files import pcapng
+from filters.files.pcapng import Layout, Source, Statistics, WithoutNotes
 from filters.records.counts import Counts
 from filters.records.notes import NO_ACTION, Note, Place
 from filters.records.pcap import record

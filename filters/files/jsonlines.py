@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filters.compiler.expr import ETHERNET
-from filters.fields import fields
+from filters.files.fields import fields
 from filters.records.notes import Noted, Place, action_words, noted
 from filters.records.pcap import Span
 
