@@ -25,7 +25,7 @@ from filters.records.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError
 
 if TYPE_CHECKING:  # of these a command needs one or the other
-    from filters.dump import Session
+    from filters.capture.session import Session
     from filters.files.pcapng import Statistics
     from filters.files.savefile import Packet, SaveFile
     from filters.interfaces import Interface
@@ -169,7 +169,7 @@ def _capture(options: Options) -> int:
             print(flush=True)
         _say(_summary(session.settled(), "\n"))
         if options.hook_stats:
-            from filters.hook_stats import table
+            from filters.capture.hook_stats import table
 
             _say(table(session))
     if failure:
@@ -179,7 +179,7 @@ def _capture(options: Options) -> int:
 
 
 def _session(options: Options, instructions: Sequence[Instruction], interfaces: Sequence[Interface]) -> Session:
-    from filters.dump import Request, Session
+    from filters.capture.session import Request, Session
 
     ingress, egress = DIRECTIONS[options.direction]
     return Session(
@@ -217,7 +217,7 @@ def _statistics(interfaces: Sequence[Interface], session: Session) -> list[Stati
 def _measured(options: Options) -> AbstractContextManager[None]:
     if not options.hook_stats:
         return nullcontext()
-    from filters.hook_stats import measured
+    from filters.capture.hook_stats import measured
 
     return measured()
 

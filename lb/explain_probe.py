@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from filters.capture.staged import Balancer, Onward, StagedEntry
 from filters.compiler import ebpf
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R7, R10, Assembler, Label
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import XDP, Hook
 from filters.programs.program import LoadedProgram, assemble, load, refused
-from filters.staged import Balancer, Onward, StagedEntry
 from xdp import libbpf
 from xdp.maps import Map
 from xdp.object import BpfObject, XdpMd

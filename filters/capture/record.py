@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from filters.capture.fragments import FragmentFlag
+from filters.capture.note_writer import Notes
+from filters.capture.ring import RECORDS, Account, Line, Rings, account_at
 from filters.compiler import cbpf, ebpf
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R5, R7, R8, R10, Assembler, Label, Reg
 from filters.compiler.emit import ACCEPTED, CONTEXT
 from filters.compiler.expr import SNAPLEN
 from filters.compiler.hook import Field, Hook
 from filters.compiler.vlan import TAG, TAG_END, TAG_SIZE
-from filters.fragments import FragmentFlag
-from filters.note_writer import Notes
 from filters.programs.program import load_length
 from filters.records.notes import NOTE_SIZE
-from filters.ring import RECORDS, Account, Line, Rings, account_at
 
 RECORD_HEADER = 16
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pyroute2 import netns
 
-from filters import taps
+from filters.capture import taps
+from filters.capture.session import Request, Session
 from filters.compiler.ebpf import disassemble
 from filters.compiler.expr import compile_expression
-from filters.dump import Request, Session
 from filters.errors import DumpError, NotWritten, SelftestFailed
 from filters.interfaces import Interface, all_interfaces, chosen, netmask
 from filters.records.counts import Counts

@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from filters.capture import Capture
+from filters.capture.note_writer import Notes
+from filters.capture.record import Capture
+from filters.capture.ring import LEAST_SIZE, Rings
+from filters.capture.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach
 from filters.compiler import ebpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Label
@@ -21,14 +24,11 @@ from filters.compiler.emit import CONTEXT
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import XDP, Hook
 from filters.compiler.translate import translate
-from filters.note_writer import Notes
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
 from filters.records.notes import NO_ACTION, Noted, Place, noted
-from filters.ring import LEAST_SIZE, Rings
 from filters.selftest.oracle import on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
-from filters.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach
 from xdp.errors import NotPermitted, NotSupported
 from xdp.link import hold_at_program
 from xdp.maps import Map

@@ -11,18 +11,18 @@ from dataclasses import replace
 
 import pytest
 
-from filters.capture import Capture
+from filters.capture.fragments import FragmentFlag, fragment_flag
+from filters.capture.record import Capture
+from filters.capture.ring import LARGEST_RECORD, LEAST_SIZE, Rings
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
 from filters.errors import FilterError
-from filters.fragments import FragmentFlag, fragment_flag
 from filters.programs.program import Drop, LoadedProgram, Rule, assemble, load
 from filters.records.counts import Counts
 from filters.records.pcap import offsets
-from filters.ring import LARGEST_RECORD, LEAST_SIZE, Rings
 from filters.tests.packets import FRAMES
 from xdp.tests.kernels import KERNEL_CONTEXT
 

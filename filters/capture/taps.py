@@ -1,7 +1,8 @@
 """The programs of a capture, and where they hang: at XDP, tc, or on the XDP program that is there already.
 
 Enters: a Request, interfaces, Rings. Leaves: Taps, each a program at work with an account of its own. All of them go
-with the process, however it ends (of a stage in the balancer's path a relay stays that does nothing: filters.staged).
+with the process, however it ends (of a stage in the balancer's path a relay stays that does nothing:
+filters.capture.staged).
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
 
-from filters.capture import Capture
+from filters.capture.fragments import FragmentFlag, fragment_flag
+from filters.capture.note_writer import Notes
+from filters.capture.record import Capture
+from filters.capture.ring import MOST_ACCOUNTS, Rings
 from filters.compiler.cbpf import Instruction
 from filters.compiler.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import Translation, translate
-from filters.fragments import FragmentFlag, fragment_flag
 from filters.interfaces import Interface
-from filters.note_writer import Notes
 from filters.programs.program import Entry, LoadedProgram, Rule, Tail, assemble, load
 from filters.records.notes import Place
-from filters.ring import MOST_ACCOUNTS, Rings
 from filters.selftest.selftest import check
 from xdp.errors import AttachError, LoadError, NotPermitted, NotSupported, Occupied, XdpError
 from xdp.link import hold_at_program, hold_at_tc, hold_at_xdp
@@ -31,8 +32,8 @@ from xdp.maps import Map
 from xdp.tracing import Target
 
 if TYPE_CHECKING:  # only beside another XDP program
-    from filters import staged
-    from filters.traced import Offsets
+    from filters.capture import staged
+    from filters.capture.traced import Offsets
 
 _PROGRAM_NAME = "xdp_dump"
 _PLACES = {place.words: place for place in Place}
@@ -190,7 +191,7 @@ class Taps:
             self._staged.setdefault((running.program_id, place), []).append(interface)
 
     def _trace(self, interface: Interface, place: Place, program_id: int) -> None:
-        from filters.traced import BEFORE, BEHIND, TracedEntry, reach
+        from filters.capture.traced import BEFORE, BEHIND, TracedEntry, reach
         from xdp.tracing import target
 
         hook = BEHIND if place is Place.XDP_EXIT else BEFORE
@@ -208,7 +209,7 @@ class Taps:
 
     @cached_property
     def _traced(self) -> tuple[Map, Offsets]:
-        from filters.traced import Offsets, contexts
+        from filters.capture.traced import Offsets, contexts
         from xdp.tracing import kernel_types
 
         with kernel_types() as types:
@@ -224,7 +225,7 @@ class Taps:
 
     def _balancer(self, program_id: int) -> staged.Balancer | None:
         """None for somebody else's program, and for a balancer of another version, whose maps we do not know."""
-        from filters.staged import balancer
+        from filters.capture.staged import balancer
 
         if program_id not in self._balancers:
             try:

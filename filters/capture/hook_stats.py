@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from filters.dump import Session
+from filters.capture.session import Session
+from filters.capture.taps import Tap
 from filters.records.counts import Counts
-from filters.taps import Tap
 from xdp import libbpf
 from xdp.errors import NotPermitted
 from xdp.object import program_info

@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Self
 
+from filters.capture.ring import Rings
+from filters.capture.taps import Request, Tap, Taps
 from filters.errors import NotWritten
 from filters.interfaces import promiscuous
 from filters.records.counts import Counts
 from filters.records.merge import in_order
 from filters.records.pcap import FilesFull, Sink, count_records
-from filters.ring import Rings
-from filters.taps import Request, Tap, Taps
 
 __all__ = ["Request", "Session"]
 

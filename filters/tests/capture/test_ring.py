@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from filters import native
-from filters.ring import LEAST_SIZE, Rings
+from filters.capture.ring import LEAST_SIZE, Rings
 
 LONG_S = 60.0
 

@@ -7,10 +7,10 @@ from typing import NoReturn
 
 import pytest
 
-from filters import fragments
+from filters.capture import fragments
+from filters.capture.fragments import FragmentFlag, fragment_flag
 from filters.compiler import ebpf
 from filters.compiler.hook import XDP_FRAGS
-from filters.fragments import FragmentFlag, fragment_flag
 from filters.programs.program import assemble, load
 from xdp.errors import NotSupported
 from xdp.tests.kernels import KERNEL_CONTEXT
