@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from filters.dump_options import Options, UsageError, parse
+from filters.cli.options import Options, UsageError, parse
 from filters.errors import DumpError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from filters.dump_options import Options
+from filters.cli.options import Options
 from filters.records.pcap import File, Rotation, Sink, Span, file_header
 
 if TYPE_CHECKING:

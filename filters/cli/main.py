@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
+from filters.cli.options import DIRECTIONS, USAGE, Options, UsageError, parse
+from filters.cli.outputs import Origin, Outputs
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import ETHERNET, compile_expression, libpcap
-from filters.dump_options import DIRECTIONS, USAGE, Options, UsageError, parse
 from filters.errors import DamagedFile, DumpError, FilterError, NotWritten
-from filters.outputs import Origin, Outputs
 from filters.records.pcap import FilesFull, record
 from xdp.errors import NotPermitted, XdpError
 
@@ -108,7 +108,7 @@ def _compiled(options: Options, interface: Interface) -> tuple[Instruction, ...]
 
 
 def _show_code(instructions: Sequence[Instruction], times: int) -> None:
-    from filters.listing import side_by_side
+    from filters.cli.listing import side_by_side
 
     shown = {1: side_by_side, 2: cbpf.c_array}.get(times, cbpf.decimal)
     print(shown(instructions))
