@@ -18,7 +18,7 @@ import click
 
 from bench import report
 from bench.report import BenchError, Result
-from lb import maglev, native, ring
+from lb.hashing import maglev, native, ring
 from lb.model import check_ring_size
 from xdp.object import LB_OBJECT, BpfObject
 

@@ -21,11 +21,11 @@ from pyroute2.ethtool.ioctl import IoctlEthtool
 
 from lb.checker import Direct, Key, Way
 from lb.errors import DataplaneError, NoRoute
+from lb.hashing.ring import MEMBERS
 from lb.host_events import Changes
 from lb.members import address_words, numbered
 from lb.model import Backend, Mode, Service
 from lb.model_forwarding import NextHop, WayInForce
-from lb.ring import MEMBERS
 from lb.vip import Address
 from xdp import link, tc
 from xdp.errors import NotSupported, XdpError

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from lb import maglev, ring
 from lb.directory import Directory
 from lb.errors import DataplaneError
-from lb.hashing_flow_query import Sought
-from lb.hashing_recorded import recorded_slots
+from lb.hashing import maglev, ring
+from lb.hashing.flow_query import Sought
+from lb.hashing.recorded import recorded_slots
 from lb.kernel_errors import translated
 from lb.layout import Layout, Placed, Sizes, server_ids
 from lb.members import MemberKey, MemberTable, member_key, numbered

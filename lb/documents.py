@@ -14,11 +14,11 @@ from dataclasses import astuple, fields
 from typing import Any
 
 from lb.conditions import UP, Condition
+from lb.hashing.ring import Plan
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.model_forwarding import Attachment, Counters
 from lb.options import from_values, values
 from lb.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
-from lb.ring import Plan
 from lb.vip import Vip, parse_address
 
 Document = dict[str, Any]

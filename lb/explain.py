@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from lb import ring
 from lb.explain_packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
-from lb.flow_hash import flow_hash, slot_of
+from lb.hashing import ring
+from lb.hashing.flow_hash import flow_hash, slot_of
 from lb.layout import Placed
 from lb.model import Mode
 from lb.vip import Address, join_port
@@ -305,7 +305,7 @@ def _slot(flow: Flow, served: Served, tables: Tables) -> Slot:
 
 
 def source_words(flow: Flow) -> tuple[int, ...]:
-    """The client's address as lb.flow_hash wants it."""
+    """The client's address as lb.hashing.flow_hash wants it."""
     packed = flow.source.packed
     return struct.unpack(f"={len(packed) // 4}I", packed)
 

@@ -15,7 +15,7 @@ from typing import Any
 from lb.directory import Table
 from lb.explain import Choice, Member, Recorded, Reply, Served, client_of, source_words
 from lb.explain_packet import Flow, Packet
-from lb.flow_hash import flow_hash, mix
+from lb.hashing.flow_hash import flow_hash, mix
 from lb.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, SourceKey
 from lb.members import address_words
 from lb.model import Mode

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 
-from lb import ring
+from lb.hashing import ring
 from lb.layout import Placed
 from lb.model import Backend, Service
 from lb.model_forwarding import Counters, NextHop, WayInForce

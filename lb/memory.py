@@ -1,7 +1,7 @@
 """The balancer's surroundings in memory: a dataplane and a network for tests, without a kernel.
 
 Enters: what the balancer writes. Leaves: the plans that the kernel's rings would give, since
-members and slot words are really kept, by lb.maglev and lb.ring. Each write passes a Fuse, which a
+members and slot words are really kept, by lb.hashing.maglev and lb.hashing.ring. Each write passes a Fuse, which a
 test sets to blow at a chosen one, in the middle of a change.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
-from lb import maglev, ring
 from lb.errors import DataplaneError, NoRoute
+from lb.hashing import maglev, ring
 from lb.members import numbered
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.model_forwarding import Attachment, Counters, NextHop, Statistics, WayInForce

@@ -14,8 +14,8 @@ from enum import StrEnum
 from itertools import combinations, pairwise
 
 from lb.errors import AlreadyExists, InvalidInput, NotFound
+from lb.hashing.maglev import RING_SIZES, is_prime, nearest_primes
 from lb.health_check import Kind
-from lb.maglev import RING_SIZES, is_prime, nearest_primes
 from lb.options import DEFAULTS, Network, Options
 from lb.vip import Address, Protocol, Vip, join_port, split_port
 

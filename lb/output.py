@@ -17,10 +17,10 @@ from typing import Literal
 from lb import option_words
 from lb.conditions import WHOLE
 from lb.documents import total
+from lb.hashing.ring import Plan
 from lb.model import Backend, Service
 from lb.model_forwarding import Attachment, Counters
 from lb.report import BackendStatus, Change, ChangeKind, InterfaceStatus, Report, ServiceStatus, Status
-from lb.ring import Plan
 
 SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}
 STYLES = {

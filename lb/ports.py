@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from lb.hashing.ring import Plan
 from lb.model import Interface, Service
 from lb.model_forwarding import Attachment, NextHop, Statistics, WayInForce
-from lb.ring import Plan
 from lb.vip import Address, Vip
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from lb.conditions import Condition
+from lb.hashing.ring import Plan
 from lb.model import Backend, Interface, Service
 from lb.model_forwarding import Attachment, Counters
-from lb.ring import Plan
 from lb.vip import Vip
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lb.errors import NoRoute
+from lb.hashing.ring import Plan
 from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
 from lb.model_forwarding import Attachment, NextHop
 from lb.report import Change, Report
-from lb.ring import Plan
 from lb.vip import Address, Vip
 
 T = TypeVar("T")

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 
 from lb.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
 from lb.errors import DataplaneError, LbError, NoRoute
+from lb.hashing.ring import Plan
 from lb.model import Interface, Service, State
 from lb.model_forwarding import Attachment, NextHop
 from lb.ports import Dataplane, Guard, Network
 from lb.report import Report
-from lb.ring import Plan
 from lb.step import (
     Outcome,
     Served,

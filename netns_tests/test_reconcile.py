@@ -18,10 +18,10 @@ import pytest
 from lb.balancer import Balancer
 from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
+from lb.hashing.ring import current_member
 from lb.host_events import Changes, HostEvents
 from lb.model_forwarding import WayInForce
 from lb.paths import Paths
-from lb.ring import current_member
 from lb.vip import Vip
 from netns_tests.servers import start_http
 from netns_tests.test_serve import SERVE, WEB, end, start

@@ -13,11 +13,11 @@ from lb import documents, output
 from lb.balancer import Balancer
 from lb.conditions import Condition
 from lb.errors import DataplaneError
+from lb.hashing.ring import current_member, previous_member
 from lb.health_check import HealthCheck
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model import Backend, Interface, Service, State
 from lb.options import Options
-from lb.ring import current_member, previous_member
 from lb.store import Store
 from lb.vip import Vip
 from lb.writer import UNCHECKED

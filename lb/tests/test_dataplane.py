@@ -28,11 +28,11 @@ from filters.programs.program import load
 from lb import layout, lookup
 from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
+from lb.hashing.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.memory import MemoryDataplane
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.model_forwarding import Attachment, Counters, NextHop
 from lb.options import Options
-from lb.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.vip import Address, Vip
 from xdp import attach as xdp_attach
 from xdp import libbpf

@@ -28,9 +28,9 @@ from lb.explain import (
 from lb.explain_documents import document
 from lb.explain_output import lines
 from lb.explain_packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
+from lb.hashing.ring import pack
 from lb.layout import Placed
 from lb.model import Mode
-from lb.ring import pack
 from lb.vip import Address, Vip
 
 CLIENT, VIP = ip_address("192.0.2.7"), ip_address("203.0.113.10")

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from lb import documents, output
+from lb.hashing.ring import Plan
 from lb.model import Backend, Interface, Mode, Service, XdpMode
 from lb.model_forwarding import Attachment, Counters
 from lb.options import Options, parse_network
 from lb.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
-from lb.ring import Plan
 from lb.vip import Vip
 
 WEB = Vip.parse("10.0.0.1:80/tcp")

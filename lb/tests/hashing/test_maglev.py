@@ -10,16 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lb.maglev import (
-    RING_SIZES,
-    WEIGHTS,
-    is_prime,
-    nearest_primes,
-    permutation,
-    populate,
-    table,
-    turns,
-)
+from lb.hashing.maglev import RING_SIZES, WEIGHTS, is_prime, nearest_primes, permutation, populate, table, turns
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lb.flow_hash import flow_hash, mix, slot_of
+from lb.hashing.flow_hash import flow_hash, mix, slot_of
 
 
 def test_mix_is_the_finaliser_of_splitmix64() -> None:

@@ -1,4 +1,4 @@
-"""The loops of lb.maglev, lb.ring and lb.flow_hash in C: ring.so, through ctypes.
+"""The loops of lb.hashing.maglev, lb.hashing.ring and lb.hashing.flow_hash in C: ring.so, through ctypes.
 
 Every function here but `compiled` is the twin of a pure one, which says what it does and is the oracle of its tests:
 the same arguments go in, the same result comes out, or None for arguments that only the pure function can judge.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from lb.hashing_flow_query import Sought
+    from lb.hashing.flow_query import Sought
 
 P = ParamSpec("P")
 R = TypeVar("R")

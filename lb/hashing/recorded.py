@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lb import native
-from lb.hashing_flow_query import Sought
+from lb.hashing import native
+from lb.hashing.flow_query import Sought
 
 
 @native.compiled(native.recorded_slots)

@@ -21,8 +21,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lb.maglev import table
-from lb.ring import (
+from lb.hashing.maglev import table
+from lb.hashing.ring import (
     MEMBERS,
     RUN_GAP,
     TRACK,

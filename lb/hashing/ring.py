@@ -27,7 +27,7 @@ from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from lb import native
+from lb.hashing import native
 
 MEMBERS = range(1, 1 << 15)
 MEMBER_MASK = 0x7FFF

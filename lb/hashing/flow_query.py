@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from lb.flow_hash import flow_hash, slot_of
+from lb.hashing.flow_hash import flow_hash, slot_of
 
 
 @dataclass(frozen=True, slots=True)

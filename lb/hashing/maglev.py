@@ -15,7 +15,7 @@ from hashlib import blake2b
 from itertools import count
 from math import isqrt
 
-from lb import native
+from lb.hashing import native
 
 RING_SIZES = range(251, 131072)  # the first and the last of them are primes
 WEIGHTS = range(65536)

@@ -1,4 +1,4 @@
-"""ring.so against its oracle, the pure Python of lb.maglev, lb.ring and lb.flow_hash."""
+"""ring.so against its oracle, the pure Python of lb.hashing.maglev, lb.hashing.ring and lb.hashing.flow_hash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lb import hashing_flow_query, hashing_recorded, maglev, native, ring
+from lb.hashing import flow_query, maglev, native, recorded, ring
 
 WORD = st.integers(0, 2**32 - 1)
 MEMBER = st.integers(0, ring.MEMBERS[-1])
@@ -185,6 +185,6 @@ def test_slots_of_recorded_flows_are_those_of_the_oracle(
     first = ip_network(
         (int.from_bytes(VIPS[size][0], "big") if size == 4 else VIPS[size][0], length), strict=False
     ).network_address.packed
-    sought = hashing_flow_query.Sought(first, length, ports, protocol, oldest_ns, seed, ring_size)
-    expected = unwrap(hashing_recorded.recorded_slots)(keys, flows, sought)
+    sought = flow_query.Sought(first, length, ports, protocol, oldest_ns, seed, ring_size)
+    expected = unwrap(recorded.recorded_slots)(keys, flows, sought)
     assert native.recorded_slots(keys, flows, sought) == expected
