@@ -19,7 +19,7 @@ import click
 from bench import report
 from bench.report import BenchError, Result
 from lb.hashing import maglev, native, ring
-from lb.model import check_ring_size
+from lb.model.state import check_ring_size
 from xdp.object import LB_OBJECT, BpfObject
 
 SIZES = (16381, 65537, 131071)

@@ -34,12 +34,12 @@ from lb.documents import (
     interface_document,
 )
 from lb.errors import AlreadyExists
-from lb.health_check import Kind
-from lb.model import Backend, Service, State
+from lb.model.health_check import Kind
+from lb.model.report import Report
+from lb.model.state import Backend, Service, State
+from lb.model.vip import Vip
 from lb.owner import Owner, Rendered, to_bytes
 from lb.problems import Place, Problem, of_error
-from lb.report import Report
-from lb.vip import Vip
 
 
 class _Path:

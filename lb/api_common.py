@@ -12,9 +12,9 @@ from fastapi import Depends, Header, Query, Request, Response
 
 from lb.beside import Beside
 from lb.errors import Conflict
+from lb.model.report import Status
 from lb.owner import Owner, to_bytes
 from lb.problems import MEDIA_TYPE
-from lb.report import Status
 
 JSON = "application/json"
 

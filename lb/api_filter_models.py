@@ -1,7 +1,7 @@
 """The bodies of the API about filter rules, explanations and stages: what may come in, and what goes out.
 
-Enters: JSON that pydantic has checked for types. Leaves: values of lb.filter_report and lb.explain_packet, or a Problem
-that points at the value at fault. Text that is listed again has to be printable: it must not steer a terminal.
+Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.rule_report and lb.explain_packet, or a
+Problem that points at the value at fault. Text that is listed again has to be printable: it must not steer a terminal.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import Field
 
 from lb.api_models_common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
-from lb.filter_report import Wish
+from lb.model.rule_report import Wish
+from lb.model.rules import LONGEST_S, Action, At, Rate
 from lb.problems import Place
-from lb.rules import LONGEST_S, Action, At, Rate
 
 AtName = Annotated[At, Field(strict=False)]
 ActionName = Annotated[Action, Field(strict=False)]

@@ -36,8 +36,8 @@ from lb.errors import InvalidInput
 from lb.events import KEPT
 from lb.filter_documents import report_document, status_document, trial_document, wanted_document
 from lb.filter_output import report_lines
-from lb.filter_report import FilterReport, How, Trial
 from lb.firewall import Firewall
+from lb.model.rule_report import FilterReport, How, Trial
 from lb.owner import Owner, etag_of, to_bytes
 from lb.problems import Problem
 from lb.ssh import SSH_HEADER, Connection, SshConnection

@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lb.model import (
-    MAX_WEIGHT,
-)
+from lb.model.state import MAX_WEIGHT
 
 LARGEST = 2**53 - 1  # what every JSON parser reads exactly
 Port = Annotated[int, Field(ge=0, le=65535)]

@@ -20,8 +20,8 @@ from lb.documents import (
     total,
 )
 from lb.guard import Caller
+from lb.model.report import Status
 from lb.owner import to_bytes
-from lb.report import Status
 
 router = APIRouter(prefix="/v1")
 

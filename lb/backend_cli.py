@@ -9,8 +9,8 @@ import click
 from lb import completion, documents, output
 from lb.cli_options import backend_argument, json_option, server_id_option, split_list, vip_argument
 from lb.command import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
-from lb.model import Backend
-from lb.vip import Vip
+from lb.model.state import Backend
+from lb.model.vip import Vip
 
 NO_SERVER_ID = ("none",)
 

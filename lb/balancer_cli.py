@@ -30,9 +30,9 @@ from lb.command import (
     wants_colour,
 )
 from lb.errors import InvalidInput
-from lb.model import Backend, Interface, XdpMode
-from lb.report import Report
-from lb.vip import Address, Vip
+from lb.model.report import Report
+from lb.model.state import Backend, Interface, XdpMode
+from lb.model.vip import Address, Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
     from lb.balancer import Balancer

@@ -24,9 +24,9 @@ from lb.errors import DataplaneError, NoRoute
 from lb.hashing.ring import MEMBERS
 from lb.host_events import Changes
 from lb.members import address_words, numbered
-from lb.model import Backend, Mode, Service
-from lb.model_forwarding import NextHop, WayInForce
-from lb.vip import Address
+from lb.model.forwarding import NextHop, WayInForce
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Address
 from xdp import link, tc
 from xdp.errors import NotSupported, XdpError
 from xdp.netlink import NetlinkError, route_socket, translate

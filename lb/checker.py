@@ -13,14 +13,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from lb.conditions import Condition, Conditions
 from lb.errors import LbError
 from lb.health import BackendHealth, Remembered, steps_of, words_of
-from lb.health_check import Kind
 from lb.host_events import Changes
-from lb.model import Backend, Service
+from lb.model.conditions import Condition, Conditions
+from lb.model.health_check import Kind
+from lb.model.state import Backend, Service
+from lb.model.vip import Address, Vip
 from lb.probes import CannotCheck, Target, probe
-from lb.vip import Address, Vip
 
 GATHER_S = 0.02  # what changes together goes into one change of the rings
 RETRY_S = 1.0

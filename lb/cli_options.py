@@ -1,7 +1,7 @@
 """The words that commands share: arguments and options of click, and those that say what a service may ask for.
 
 Enters: a command's function. Leaves: the same with arguments and options on it. `option_words` gathers the options of a
-service in one value, which becomes lb.options.Options once the service is known.
+service in one value, which becomes lb.model.options.Options once the service is known.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from lb import completion
-from lb.health_check import HealthCheck
-from lb.model import DEFAULT_RING_SIZE, Mode
-from lb.options import DEFAULTS, FIELDS, GUE_PORT, Network, Options, parse_network
-from lb.vip import Vip
+from lb.model.health_check import HealthCheck
+from lb.model.options import DEFAULTS, FIELDS, GUE_PORT, Network, Options, parse_network
+from lb.model.state import DEFAULT_RING_SIZE, Mode
+from lb.model.vip import Vip
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]

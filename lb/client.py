@@ -1,4 +1,4 @@
-"""The API from Python: values of lb.model in, reports out, as with lb.balancer.
+"""The API from Python: values of lb.model.state in, reports out, as with lb.balancer.
 
 Enters: the Unix socket of a daemon, or a URL and a token. Leaves: what the daemon answers. Its problems become the
 errors of lb.errors that they were made of; DaemonError where there is no answer. Beside the balancer's methods there
@@ -25,12 +25,12 @@ from lb.daemon_http import DaemonHttp, Tagged
 from lb.documents import Document, read_report, read_service, read_status
 from lb.explain_client import ExplainClient
 from lb.filter_client import FilterClient
-from lb.model import Backend, Interface, Service
-from lb.options import changed_values
-from lb.report import Report, Status
+from lb.model.options import changed_values
+from lb.model.report import Report, Status
+from lb.model.state import Backend, Interface, Service
+from lb.model.vip import Vip
 from lb.ssh import SshConnection, ssh_connection
 from lb.stage_client import StageClient
-from lb.vip import Vip
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class Client:
     def set_options(
         self, vip: Vip, options: Mapping[str, Any], *, etag: str | None = None, dry_run: bool = False
     ) -> Report:
-        """Those that are to change, by the names and values of lb.options.values."""
+        """Those that are to change, by the names and values of lb.model.options.values."""
         return self._change("PATCH", _path(vip), {"options": dict(options)}, etag, dry_run)
 
     def add_backends(

@@ -19,10 +19,10 @@ from click.exceptions import Abort, Exit
 from lb import documents, output
 from lb.cli_options import OptionWords, json_option, split_list
 from lb.formats_error_text import explain, is_expected
-from lb.model import DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.model.report import Report
+from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.model.vip import Vip
 from lb.progress import progress
-from lb.report import Report
-from lb.vip import Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
     from lb.balancer import Balancer

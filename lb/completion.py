@@ -19,8 +19,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from lb.model import State
-from lb.vip import Vip
+from lb.model.state import State
+from lb.model.vip import Vip
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "xdp-lb"

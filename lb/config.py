@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lb.errors import InvalidInput, LbError
-from lb.health_check import HealthCheck
-from lb.model import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service
-from lb.options import DEFAULTS, FIELDS, PREFIX_FIELDS, Options, parse_network
-from lb.vip import Vip
+from lb.model.health_check import HealthCheck
+from lb.model.options import DEFAULTS, FIELDS, PREFIX_FIELDS, Options, parse_network
+from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.model.vip import Vip
 
 Value = TypeVar("Value", str, int, bool, list[object])
 

@@ -22,12 +22,12 @@ from lb.hashing.recorded import recorded_slots
 from lb.kernel_errors import translated
 from lb.layout import Layout, Placed, Sizes, server_ids
 from lb.members import MemberKey, MemberTable, member_key, numbered
-from lb.model import Backend, Mode, Service
-from lb.model_forwarding import NextHop, Statistics, WayInForce
+from lb.model.forwarding import NextHop, Statistics, WayInForce
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Address, Vip
 from lb.paths import Paths
 from lb.programs import BEHIND_STAGES, Programs, now_ns
 from lb.services import ServiceTable
-from lb.vip import Address, Vip
 from xdp.netlink import route_socket
 from xdp.object import Loaded
 from xdp.pins import Pins

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from lb.decap_values import DecapConfig, DecapReport, DecapStatus
-from lb.model import Interface
+from lb.model.state import Interface
 from lb.paths import Paths
 
 if TYPE_CHECKING:

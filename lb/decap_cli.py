@@ -9,7 +9,7 @@ import click
 
 from lb import completion
 from lb.documents import to_json
-from lb.model import Interface, XdpMode
+from lb.model.state import Interface, XdpMode
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # most commands are of the balancer, and do not wait for this
@@ -154,7 +154,7 @@ def status(as_json: bool) -> None:
 
 
 def _prefixes(texts: Sequence[str], what: str) -> tuple[Prefix, ...]:
-    from lb.options import parse_network
+    from lb.model.options import parse_network
 
     words = [word.strip() for text in texts for word in text.split(",")]
     return tuple(dict.fromkeys(parse_network(word, what) for word in words))

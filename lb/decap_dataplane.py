@@ -19,10 +19,10 @@ from lb.decap_values import DecapConfig, DecapStatistics, Prefix, TunnelCounters
 from lb.errors import DataplaneError
 from lb.kernel_errors import translated
 from lb.members import address_words
-from lb.model import Interface
-from lb.model_forwarding import Attachment
+from lb.model.forwarding import Attachment
+from lb.model.state import Interface
+from lb.model.vip import Address
 from lb.paths import Paths
-from lb.vip import Address
 from xdp import attach as xdp_attach
 from xdp import tc
 from xdp.errors import LoadError

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from lb.decap_values import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
 from lb.documents import Document
-from lb.model_forwarding import Attachment
+from lb.model.forwarding import Attachment
 from lb.output import Column, attachment_sentence, short, table
 
 

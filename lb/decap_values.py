@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING
 
 from lb.errors import InvalidInput
-from lb.model_forwarding import Attachment
-from lb.vip import Address
+from lb.model.forwarding import Attachment
+from lb.model.vip import Address
 
 if TYPE_CHECKING:
     pass

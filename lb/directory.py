@@ -15,8 +15,8 @@ from typing import Any
 
 from lb.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
 from lb.members import address_words
-from lb.model import Service
-from lb.vip import Vip
+from lb.model.state import Service
+from lb.model.vip import Vip
 
 
 class Table:

@@ -23,8 +23,8 @@ from lb.dataplane import KernelDataplane
 from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
 from lb.layout import NAT_FLOWS, Sizes
-from lb.model import Service
-from lb.model_forwarding import Attachment
+from lb.model.forwarding import Attachment
+from lb.model.state import Service
 from lb.paths import Paths
 from lb.programs import PROGRAM
 from lb.store import Store

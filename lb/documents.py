@@ -1,6 +1,6 @@
 """Reports, services and status -> JSON documents for programs, and the way back.
 
-In come the frozen values of lb.report and lb.model; out go dicts and lists that `json` can write.
+In come the frozen values of lb.model.report and lb.model.state; out go dicts and lists that `json` can write.
 The keys are stable, in snake_case, and each docstring names those of its document. What `read_...` returns prints as
 the value that the document was made of; it raises KeyError, TypeError, ValueError or LbError for what is no such
 document.
@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import astuple, fields
 from typing import Any
 
-from lb.conditions import UP, Condition
 from lb.hashing.ring import Plan
-from lb.model import Backend, Interface, Mode, Service, XdpMode
-from lb.model_forwarding import Attachment, Counters
-from lb.options import from_values, values
-from lb.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
-from lb.vip import Vip, parse_address
+from lb.model.conditions import UP, Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.options import from_values, values
+from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.vip import Vip, parse_address
 
 Document = dict[str, Any]
 
@@ -42,7 +42,7 @@ def backend_document(backend: Backend) -> Document:
 
 def service_document(service: Service) -> Document:
     """`vip`, `address`, `prefix_length`, `port` (0: any), `last_port`, `protocol`, `set` (empty: none), `mode`,
-    `ring_size`, `flow_timeout_s`, `options` (the fields of lb.options.Options), `backends`."""
+    `ring_size`, `flow_timeout_s`, `options` (the fields of lb.model.options.Options), `backends`."""
     return {
         **_service_head(service),
         "backends": [backend_document(b) for b in service.backends],

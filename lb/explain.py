@@ -18,8 +18,8 @@ from lb.explain_packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
 from lb.hashing import ring
 from lb.hashing.flow_hash import flow_hash, slot_of
 from lb.layout import Placed
-from lb.model import Mode
-from lb.vip import Address, join_port
+from lb.model.state import Mode
+from lb.model.vip import Address, join_port
 
 NS = 1_000_000_000
 NAT_ENDED = 2 | 8  # enum nat_state: NAT_CLIENT_FIN, NAT_RESET

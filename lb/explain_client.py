@@ -12,7 +12,7 @@ from typing import Any
 from lb.daemon_http import DaemonHttp
 from lb.documents import Document
 from lb.explain_packet import Flow, flag_letters
-from lb.vip import join_port
+from lb.model.vip import join_port
 
 NAMES = {IPPROTO_TCP: "tcp", IPPROTO_UDP: "udp"}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lb.documents import Document
 from lb.explain import Choice, Explanation, Stage, found_by, words
 from lb.explain_packet import describe, mac_text
-from lb.options import GUE_PORT
+from lb.model.options import GUE_PORT
 
 
 def document(explanation: Explanation) -> Document:

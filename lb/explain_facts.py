@@ -25,13 +25,13 @@ from lb.filter_output import action_words, match_words
 from lb.firewall import clock
 from lb.firewall_attach_points import NAME as FILTER
 from lb.kernel_errors import translated
+from lb.model.rules import Action, At, Rule
+from lb.model.vip import Address
 from lb.paths import Paths
 from lb.programs import PROGRAM
-from lb.rules import Action, At, Rule
 from lb.stage import Records
 from lb.stage_source import PROGRAM as USERS
 from lb.store import Store
-from lb.vip import Address
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError
 from xdp.netlink import NetlinkError, route_socket

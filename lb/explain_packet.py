@@ -15,8 +15,8 @@ from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_IPIP, IPPROTO_IPV6, IPP
 from typing import NamedTuple
 
 from lb.errors import InvalidInput, part
-from lb.options import GUE_PORT
-from lb.vip import Address, join_port, split_port
+from lb.model.options import GUE_PORT
+from lb.model.vip import Address, join_port, split_port
 
 ETHERNET_SIZE = 14
 LEAST_FRAME, MOST_FRAME = ETHERNET_SIZE, 3520 - 64  # what BPF_PROG_TEST_RUN takes in one piece, room left for a mark

@@ -18,9 +18,9 @@ from lb.explain_packet import Flow, Packet
 from lb.hashing.flow_hash import flow_hash, mix
 from lb.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, SourceKey
 from lb.members import address_words
-from lb.model import Mode
+from lb.model.state import Mode
+from lb.model.vip import Address
 from lb.services import ServiceTable
-from lb.vip import Address
 from xdp.maps import Map
 from xdp.object import BpfObject
 

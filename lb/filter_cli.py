@@ -13,12 +13,12 @@ import click
 from lb import completion
 from lb.documents import to_json
 from lb.errors import InvalidInput
+from lb.model.rules import Action, At, Rate, parse_duration
 from lb.paths import Paths
-from lb.rules import Action, At, Rate, parse_duration
 
 if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
     from lb.filter_remote import Filters
-    from lb.filter_report import FilterReport, Wish
+    from lb.model.rule_report import FilterReport, Wish
 
 SIDES = ("src", "dst")
 
@@ -113,7 +113,7 @@ def add(
       # What the host sends
       xdp-lb filter add eth0 drop 'tcp dst port 25' --at tc-out
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     wish = make_wish(interface, action, words, set_path, set_side, at, duration)
     how = How(force=force, selftest=not no_selftest, dry_run=dry_run)
@@ -129,7 +129,7 @@ def make_wish(
     at: str = str(At.XDP),
     duration: str | None = None,
 ) -> Wish:
-    from lb.filter_report import Wish
+    from lb.model.rule_report import Wish
 
     if set_side and set_path is None:
         raise click.UsageError("--set-side needs --set.")
@@ -189,7 +189,7 @@ def move(interface: str, number: int, to: int, force: bool, dry_run: bool, as_js
     Examples:
       xdp-lb filter move eth0 3 1
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     run(lambda firewall: firewall.move(interface, number, to, How(force=force, dry_run=dry_run)), as_json)
 
@@ -210,7 +210,7 @@ def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter del eth0 2
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     run(lambda firewall: firewall.delete(interface, number, How(force=force, dry_run=dry_run)), as_json)
 
@@ -232,7 +232,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
       xdp-lb filter flush eth0
       xdp-lb filter flush --all
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     if everywhere == (interface is not None):
         raise click.UsageError("Name an interface, or say --all.")
@@ -257,7 +257,7 @@ def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter reload eth0 1
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     run(lambda firewall: firewall.reload(interface, number, How(force=force, dry_run=dry_run)), as_json)
 
@@ -278,7 +278,7 @@ def restore(force: bool, dry_run: bool, as_json: bool) -> None:
     Examples:
       xdp-lb filter restore
     """
-    from lb.filter_report import How
+    from lb.model.rule_report import How
 
     run(lambda firewall: firewall.restore(How(force=force, dry_run=dry_run)), as_json)
 

@@ -18,8 +18,8 @@ from lb.daemon_http import DaemonHttp, Tagged
 from lb.documents import Document
 from lb.errors import Conflict, InvalidInput
 from lb.filter_documents import read_report, read_status, read_trial
-from lb.filter_report import FilterReport, How, RuleStatus, Trial, Wish
-from lb.rules import At, Rules, set_file
+from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish
+from lb.model.rules import At, Rules, set_file
 from lb.ssh import SSH_HEADER, SshConnection
 
 if TYPE_CHECKING:

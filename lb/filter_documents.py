@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from lb.documents import Document
-from lb.filter_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
-from lb.rules import Action, At, Rate, Rule, SetSource
+from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
+from lb.model.rules import Action, At, Rate, Rule, SetSource
 
 _NS = 1_000_000_000
 

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from lb.errors import LbError
+from lb.model.rules import At
 from lb.paths import Paths
-from lb.rules import At
 from lb.store import Store
 from lb.store_lock import writer_lock
 
@@ -54,7 +54,7 @@ class FilterGuard:
 
     def _repaired(self, firewall: Firewall) -> tuple[list[str], list[str]]:
         """Each hook by itself: what is wrong with one is no matter of the others."""
-        from lb.filter_report import How
+        from lb.model.rule_report import How
 
         done, failed = [], []
         for hook in firewall.lost():

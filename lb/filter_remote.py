@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from lb.filter_report import FilterReport, How, RuleStatus, Trial, Wish
+from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish
+from lb.model.rules import At
 from lb.paths import Paths
 from lb.remote import daemon_listens
-from lb.rules import At
 
 
 class Filters(Protocol):

@@ -1,10 +1,10 @@
 """The one writer of filter rules: from the rules in force to those that are asked for.
 
-Enters: an operator's wish, in values of lb.filter_report. Leaves: a FilterReport of what became of it. A change goes
-validate -> compile and load -> ask the new programs about the operator's connection -> open the store's transaction ->
-exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in the kernel. A
-process that is killed in between leaves the old rules in the store; the next change of that hook brings the kernel back
-to it.
+Enters: an operator's wish, in values of lb.model.rule_report. Leaves: a FilterReport of what became of it. A change
+goes validate -> compile and load -> ask the new programs about the operator's connection -> open the store's
+transaction -> exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in
+the kernel. A process that is killed in between leaves the old rules in the store; the next change of that hook brings
+the kernel back to it.
 
 The balancer tells when it comes to an interface or leaves it: make_way(), take_over().
 """
@@ -25,13 +25,13 @@ from lb.capture_file import Keep, open_capture, writer
 from lb.dataplane import KernelDataplane
 from lb.errors import InvalidInput, NotFound, part
 from lb.filter_dataplane import KernelFilters
-from lb.filter_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
 from lb.firewall_attach_points import HookKey
 from lb.firewall_build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
 from lb.host_interfaces import carriers, ifindex_of, own_mac
+from lb.model.rule_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
+from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.paths import Paths
 from lb.rule_store import PackedSet
-from lb.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.ssh import Connection, ssh_connection
 from lb.store import Store
 from lb.store_lock import writer_lock

@@ -12,10 +12,10 @@ from filters.programs.sets import Prefixes, parse_prefixes, read_prefixes
 from filters.selftest.selftest import check
 from lb.errors import InvalidInput, part
 from lb.filter_dataplane import HOOKS
-from lb.filter_report import How, Wish
 from lb.host_interfaces import check_interface, ifindex_of
 from lb.kernel_errors import translated
-from lb.rules import Clock, Deadline, Rule, SetSource
+from lb.model.rule_report import How, Wish
+from lb.model.rules import Clock, Deadline, Rule, SetSource
 
 LONGEST_EXPRESSION = 1 << 14
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from filters.programs.actions import Answer
 from filters.programs.program import LoadedProgram, Tail
 from filters.selftest.selftest import is_runnable
-from lb.rules import Action, Rule
+from lb.model.rules import Action, Rule
 from xdp.maps import Map
 
 _LONGEST_FRAME = 3520 + 16 * 4096

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lb.conditions import UP, WHOLE, Condition
-from lb.health_check import HealthCheck
-from lb.model import Service
+from lb.model.conditions import UP, WHOLE, Condition
+from lb.model.health_check import HealthCheck
+from lb.model.state import Service
 
 LEAST_STEP_S = 1.0
 LEAST_STEPS = 10

@@ -24,11 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lb.conditions import WHOLE, Condition, Conditions
 from lb.errors import LbError
 from lb.health import Ramp, Remembered
-from lb.model import Service
-from lb.vip import Vip
+from lb.model.conditions import WHOLE, Condition, Conditions
+from lb.model.state import Service
+from lb.model.vip import Vip
 
 MOST = 1e9
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

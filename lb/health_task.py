@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager
 import structlog
 
 from lb.checker import Checker, Ways, conditions_of
-from lb.conditions import UP, Condition, Conditions
 from lb.documents import Document
 from lb.health_file import Found, HealthFile
+from lb.model.conditions import UP, Condition, Conditions
+from lb.model.vip import Vip
 from lb.owner import Owner
 from lb.reconcile import HostChanges
-from lb.vip import Vip
 
 log = structlog.get_logger("xdp-lb")
 

@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-from lb.model_forwarding import WayInForce
-from lb.vip import Address
+from lb.model.forwarding import WayInForce
+from lb.model.vip import Address
 
 SETTLE_S = 0.1
 BUFFER_SIZE = 32 << 20  # of bytes; a notification takes up to 1.3 KB of them

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lb.errors import InvalidInput
-from lb.vip import Address
+from lb.model.vip import Address
 from xdp.netlink import NetlinkError, route_socket
 
 _WITH_ETHERNET_HEADER = (1, 772)  # ARPHRD_ETHER, ARPHRD_LOOPBACK

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from lb.model import Mode, Service
-from lb.vip import Protocol as Transport
-from lb.vip import Vip
+from lb.model.state import Mode, Service
+from lb.model.vip import Protocol as Transport
+from lb.model.vip import Vip
 
 # What maps hold at least. Rings: 64 services of the default size, 4 MiB. A translated flow has two entries, together
 # about 260 bytes for IPv4.

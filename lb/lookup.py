@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
 from lb.members import MemberKey, member_key
-from lb.model import Service
-from lb.options import Network
-from lb.vip import Address, Protocol, Vip
+from lb.model.options import Network
+from lb.model.state import Service
+from lb.model.vip import Address, Protocol, Vip
 
 ECHO = {4: socket.IPPROTO_ICMP, 6: socket.IPPROTO_ICMPV6}
 NO_SERVICE = 0xFFFFFFFF

@@ -16,10 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from lb.hashing import ring
 from lb.layout import Placed
-from lb.model import Backend, Service
-from lb.model_forwarding import Counters, NextHop, WayInForce
-from lb.options import Network, Options
-from lb.vip import Address
+from lb.model.forwarding import Counters, NextHop, WayInForce
+from lb.model.options import Network, Options
+from lb.model.state import Backend, Service
+from lb.model.vip import Address
 
 MOST_MTU = 65535  # of IP
 MOST_VARIED_BITS = 32

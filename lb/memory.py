@@ -15,9 +15,9 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
 from lb.members import numbered
-from lb.model import Backend, Interface, Mode, Service, XdpMode
-from lb.model_forwarding import Attachment, Counters, NextHop, Statistics, WayInForce
-from lb.vip import Address, Vip
+from lb.model.forwarding import Attachment, Counters, NextHop, Statistics, WayInForce
+from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.vip import Address, Vip
 
 
 def refuse() -> None:

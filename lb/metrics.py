@@ -19,11 +19,11 @@ from enum import StrEnum
 from importlib.metadata import version
 from itertools import chain, compress
 
-from lb.conditions import WHOLE
-from lb.model import Mode
+from lb.model.conditions import WHOLE
+from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.model.state import Mode
+from lb.model.vip import Protocol
 from lb.paths import DEFAULT_NETNS
-from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
-from lb.vip import Protocol
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("active", "draining", "unresolved", "down")

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
-from lb.model_forwarding import NextHop
-from lb.vip import Address
+from lb.model.forwarding import NextHop
+from lb.model.vip import Address
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute

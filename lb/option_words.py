@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lb.health_check import HealthCheck
-from lb.options import DEFAULTS, FIELDS, Network, Options
+from lb.model.health_check import HealthCheck
+from lb.model.options import DEFAULTS, FIELDS, Network, Options
 
 
 def _seconds(value: int) -> str:

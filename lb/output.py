@@ -1,6 +1,6 @@
 """Reports, services and status -> the sentences and tables that people read.
 
-In come the frozen values of lb.report and lb.model; out go lines. Nothing here knows a terminal:
+In come the frozen values of lb.model.report and lb.model.state; out go lines. Nothing here knows a terminal:
 colour is asked for by the caller, and tables are never cut to a width, since a shortened address
 names nothing. Large counters are shortened; the exact ones are in the JSON documents.
 """
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lb import option_words
-from lb.conditions import WHOLE
 from lb.documents import total
 from lb.hashing.ring import Plan
-from lb.model import Backend, Service
-from lb.model_forwarding import Attachment, Counters
-from lb.report import BackendStatus, Change, ChangeKind, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.conditions import WHOLE
+from lb.model.forwarding import Attachment, Counters
+from lb.model.report import BackendStatus, Change, ChangeKind, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.state import Backend, Service
 
 SIGNS = {ChangeKind.ADD: "+", ChangeKind.CHANGE: "~", ChangeKind.REMOVE: "-"}
 STYLES = {

@@ -23,9 +23,9 @@ from lb.daemon_metrics import DaemonMetrics
 from lb.documents import Document, change_head, plan_document, report_document, service_document
 from lb.errors import LbError
 from lb.events import KEPT, Events
-from lb.model import Service, State
-from lb.report import Report
-from lb.vip import Vip
+from lb.model.report import Report
+from lb.model.state import Service, State
+from lb.model.vip import Vip
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """What the balancer asks of the kernel, of the host and of the filter in front, as protocols.
 
-Enters and leaves: values of lb.model and lb.report. lb.dataplane, lb.neighbours and lb.filter_guard do it in the
-kernel, lb.memory in memory.
+Enters and leaves: values of lb.model.state and lb.model.report. lb.dataplane, lb.neighbours and lb.filter_guard do it
+in the kernel, lb.memory in memory.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from lb.hashing.ring import Plan
-from lb.model import Interface, Service
-from lb.model_forwarding import Attachment, NextHop, Statistics, WayInForce
-from lb.vip import Address, Vip
+from lb.model.forwarding import Attachment, NextHop, Statistics, WayInForce
+from lb.model.state import Interface, Service
+from lb.model.vip import Address, Vip
 
 
 class Dataplane(Protocol):

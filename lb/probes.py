@@ -1,8 +1,9 @@
 """One check of one backend: a connection, an HTTP exchange, a datagram or a script, over asyncio.
 
-Enters: where to connect to and what is asked for (lb.health_check). Leaves: an Outcome, within the check's timeout.
-What goes wrong on this host (no descriptor or port left) says nothing about the backend and raises CannotCheck. Sockets
-end with a reset, as HAProxy's checks do: thousands of checks a second would leave every local port in TIME_WAIT.
+Enters: where to connect to and what is asked for (lb.model.health_check). Leaves: an Outcome, within the check's
+timeout. What goes wrong on this host (no descriptor or port left) says nothing about the backend and raises
+CannotCheck. Sockets end with a reset, as HAProxy's checks do: thousands of checks a second would leave every local
+port in TIME_WAIT.
 
 An exchange without TLS waits for its bare socket in an epoll of its own, at half the cost of asyncio's streams.
 """
@@ -27,8 +28,8 @@ from typing import Self
 from weakref import WeakKeyDictionary
 
 from lb.health import SUCCESS, Outcome
-from lb.health_check import HealthCheck, Kind, seconds_text
-from lb.vip import join_port
+from lb.model.health_check import HealthCheck, Kind, seconds_text
+from lb.model.vip import join_port
 
 OURS = {EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL, EAGAIN}
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger

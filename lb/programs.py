@@ -17,8 +17,8 @@ from typing import Any
 from lb.errors import DataplaneError
 from lb.kernel_errors import translated
 from lb.layout import Sizes
-from lb.model import Interface
-from lb.model_forwarding import Attachment
+from lb.model.forwarding import Attachment
+from lb.model.state import Interface
 from xdp import attach as xdp_attach
 from xdp.errors import CannotCarry, LoadError, NotPermitted, XdpError
 from xdp.migrate import Succession, catch_up, check_meanings

@@ -20,9 +20,9 @@ import structlog
 from lb.balancer import Balancer
 from lb.errors import LbError
 from lb.host_events import Changes
+from lb.model.report import Report
+from lb.model.vip import Address, Vip
 from lb.owner import Owner
-from lb.report import Report
-from lb.vip import Address, Vip
 
 log = structlog.get_logger("xdp-lb")
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lb.model import Backend, Interface, Service, State
-from lb.options import Options, values
-from lb.report import Report, Status
-from lb.vip import Vip
+from lb.model.options import Options, values
+from lb.model.report import Report, Status
+from lb.model.state import Backend, Interface, Service, State
+from lb.model.vip import Vip
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lb.errors import LbError
-from lb.model import Interface, State
-from lb.model_forwarding import Attachment, NextHop, WayInForce
-from lb.report import Report
+from lb.model.forwarding import Attachment, NextHop, WayInForce
+from lb.model.report import Report
+from lb.model.state import Interface, State
+from lb.model.vip import Address, Vip
 from lb.step import addresses_in_force, off_link, with_reply_interfaces
-from lb.vip import Address, Vip
 from lb.writer import ABSENT, Writer
 
 

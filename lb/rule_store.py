@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 
-from lb.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
+from lb.model.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
 
 PackedSet = tuple[bytes, bytes]
 """The keys of the IPv4 and IPv6 tries."""

@@ -115,7 +115,7 @@ def _is_in_a_home() -> bool:
 
 
 def _listen_address(text: str) -> tuple[str, int]:
-    from lb.vip import split_port
+    from lb.model.vip import split_port
 
     address, port = split_port(text, f"listen {text}")
     if port is None:

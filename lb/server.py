@@ -33,10 +33,10 @@ from lb.daemon_sd_notify import feed_watchdog, notify
 from lb.errors import LbError
 from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
-from lb.model import Service
+from lb.model.report import Report
+from lb.model.state import Service
 from lb.owner import Owner
 from lb.paths import Paths
-from lb.report import Report
 
 log = structlog.get_logger("xdp-lb")
 

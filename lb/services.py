@@ -13,9 +13,9 @@ from typing import Any
 
 from lb.layout import Placed
 from lb.members import address_words
-from lb.model import Mode, Service
-from lb.options import Options
-from lb.vip import Protocol, Vip
+from lb.model.options import Options
+from lb.model.state import Mode, Service
+from lb.model.vip import Protocol, Vip
 
 _PLACED_FIELDS = (
     "number",

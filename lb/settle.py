@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from lb.model.vip import Vip
 from lb.owner import Owner
-from lb.vip import Vip
 
 PERIOD_S = 2.0
 

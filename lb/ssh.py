@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lb.errors import LbError
-from lb.vip import Address, parse_address
+from lb.model.vip import Address, parse_address
 
 if TYPE_CHECKING:
     pass

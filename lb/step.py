@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from lb.errors import NoRoute
 from lb.hashing.ring import Plan
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State
-from lb.model_forwarding import Attachment, NextHop
-from lb.report import Change, Report
-from lb.vip import Address, Vip
+from lb.model.forwarding import Attachment, NextHop
+from lb.model.report import Change, Report
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State
+from lb.model.vip import Address, Vip
 
 T = TypeVar("T")
 

@@ -16,13 +16,13 @@ from types import TracebackType
 from typing import Self
 
 from lb.errors import LbError, StoreError
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
-from lb.options import changed_values, from_values
+from lb.model.options import changed_values, from_values
+from lb.model.rules import Rules
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.model.vip import Vip, parse_address
 from lb.rule_store import PackedSet, read_rules, read_set, write_rules
-from lb.rules import Rules
 from lb.store_files import LOCK_WAIT_S, WAYS_OUT, create_file, exists, translated
 from lb.store_schema import FIRST_WITH_RULES, MIGRATIONS, SCHEMA_VERSION, create_script
-from lb.vip import Vip, parse_address
 
 
 class Store:

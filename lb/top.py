@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lb.metrics import backend_state
-from lb.model_forwarding import Counters
-from lb.report import BackendStatus, ServiceStatus, Status
-from lb.vip import Vip
+from lb.model.forwarding import Counters
+from lb.model.report import BackendStatus, ServiceStatus, Status
+from lb.model.vip import Vip
 
 KEPT = 200  # values of a sparkline, more than a terminal shows
 

@@ -19,8 +19,8 @@ from lb.cli_options import (
     vip_argument,
 )
 from lb.command import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
-from lb.report import Report
-from lb.vip import Vip
+from lb.model.report import Report
+from lb.model.vip import Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
     from lb.balancer import Balancer

@@ -1,7 +1,7 @@
 """From the state in force to another: store and dataplane are written here, and nowhere else.
 
-Enters: the desired state of lb.model, and what health checks have found. Leaves: a Report. A change goes plan -> open
-the store's transaction -> dataplane -> commit -> acknowledge:
+Enters: the desired state of lb.model.state, and what health checks have found. Leaves: a Report. A change goes plan ->
+open the store's transaction -> dataplane -> commit -> acknowledge:
 
 - Before the first write to the dataplane its generation becomes 0, after the commit that of the
   store. Where the two differ, a change was cut short (or the host has booted), and the next change
@@ -17,13 +17,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from lb.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
-from lb.model import Interface, Service, State
-from lb.model_forwarding import Attachment, NextHop
+from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
+from lb.model.forwarding import Attachment, NextHop
+from lb.model.report import Report
+from lb.model.state import Interface, Service, State
+from lb.model.vip import Address, Vip
 from lb.ports import Dataplane, Guard, Network
-from lb.report import Report
 from lb.step import (
     Outcome,
     Served,
@@ -40,7 +41,6 @@ from lb.step import (
     with_reply_interfaces,
 )
 from lb.store import Store
-from lb.vip import Address, Vip
 
 REPAIRED = "the kernel did not hold what is stored: everything is written anew"
 UNCHECKED = "health checks run only while xdp-lb serve does"

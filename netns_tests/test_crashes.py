@@ -19,7 +19,7 @@ import pytest
 from lb import cli
 from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
-from lb.model import State
+from lb.model.state import State
 from lb.paths import Paths
 from lb.store import Store
 from lb.writer import Writer

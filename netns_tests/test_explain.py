@@ -23,8 +23,8 @@ from filters.programs.program import Drop, assemble, load
 from lb.explain import WORDS, Explanation
 from lb.explain_facts import Explainer, open_explainer
 from lb.explain_packet import ACK, RST, SYN, Flow
+from lb.model.vip import parse_address
 from lb.paths import Paths
-from lb.vip import parse_address
 from netns_tests import packets
 from netns_tests.packets import frame, ip4
 from netns_tests.program import FLOW_TABLES

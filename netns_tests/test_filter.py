@@ -21,10 +21,10 @@ from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.filter_report import Wish
 from lb.firewall import Firewall, open_firewall
+from lb.model.rule_report import Wish
+from lb.model.rules import Action, At
 from lb.paths import Paths
-from lb.rules import Action, At
 from lb.store import Store
 from lb.store_lock import writer_lock
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix, wait_until

@@ -20,9 +20,9 @@ from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.hashing.ring import current_member
 from lb.host_events import Changes, HostEvents
-from lb.model_forwarding import WayInForce
+from lb.model.forwarding import WayInForce
+from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.vip import Vip
 from netns_tests.servers import start_http
 from netns_tests.test_serve import SERVE, WEB, end, start
 from netns_tests.topology import FRONT, Bed, Host, _attach_pass_program, wait_until

@@ -18,7 +18,7 @@ from scapy.packet import Packet, Raw
 
 from lb.decap_dataplane import OBJECT, PROGRAM, load
 from lb.decap_values import DecapConfig
-from lb.options import parse_network
+from lb.model.options import parse_network
 from netns_tests.packets import (
     BACKEND4,
     BACKEND6,

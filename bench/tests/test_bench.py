@@ -23,7 +23,7 @@ from bench.scenarios import BACKEND_MAC, BALANCER_MAC, MAIN_SCENARIOS, OTHER_SCE
 from bench.timing import compare, timed
 from bench.traffic import IN_ORDER, SHUFFLED
 from lb.hashing.ring import current_member, is_tracked, previous_member
-from lb.model import DEFAULT_RING_SIZE
+from lb.model.state import DEFAULT_RING_SIZE
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = MAIN_SCENARIOS + OTHER_SCENARIOS

@@ -17,12 +17,12 @@ import pytest
 from lb.balancer import Balancer
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
-from lb.model_forwarding import Attachment, Counters
+from lb.model.forwarding import Attachment, Counters
+from lb.model.report import ChangeKind, Report
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.model.vip import Vip
 from lb.ports import NoGuard
-from lb.report import ChangeKind, Report
 from lb.store import Store
-from lb.vip import Vip
 
 ETH0, ETH1 = Interface("eth0"), Interface("eth1")
 WEB = Vip.parse("10.0.0.1:80/tcp")

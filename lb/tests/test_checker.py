@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from lb.checker import Checker, Key, Way
-from lb.conditions import Condition, Conditions
 from lb.errors import DataplaneError
 from lb.health import Ramp, Remembered, words_of
-from lb.health_check import HealthCheck
 from lb.host_events import Changes
-from lb.model import Backend, Service
-from lb.options import Options
-from lb.vip import Vip, parse_address
+from lb.model.conditions import Condition, Conditions
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Service
+from lb.model.vip import Vip, parse_address
 
 WEB = Vip.parse("10.0.0.1:80")
 LOOPBACK = parse_address("127.0.0.1")

@@ -21,7 +21,7 @@ from lb.balancer import Balancer
 from lb.cli import cli
 from lb.errors import Busy, DataplaneError
 from lb.memory import MemoryDataplane, MemoryNetwork
-from lb.model import Interface
+from lb.model.state import Interface
 from lb.progress import progress
 from lb.store import Store
 

@@ -17,11 +17,11 @@ from lb.cli import cli
 from lb.client import Client
 from lb.errors import AlreadyExists, Conflict, DaemonError, DataplaneError, InvalidInput, NotFound
 from lb.memory import MemoryDataplane
-from lb.model import Backend, Service
+from lb.model.state import Backend, Service
+from lb.model.vip import Vip
 from lb.remote import RemoteBalancer, daemon_listens
 from lb.tests.daemon import Running, serving, through
 from lb.tests.test_cli import RING, WEB, Host
-from lb.vip import Vip
 
 FILE = """
 [[service]]

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from lb import completion
 from lb.cli import cli
 from lb.errors import StoreError
-from lb.model import Backend, Service, State
-from lb.options import Options, parse_network
-from lb.vip import Vip
+from lb.model.options import Options, parse_network
+from lb.model.state import Backend, Service, State
+from lb.model.vip import Vip
 
 WEB = Service(Vip.parse("10.0.0.1:80"), backends=(Backend.parse("10.0.0.11:80"),))
 DNS = Service(Vip.parse("[2001:db8::1]:53/udp"), backends=(Backend.parse("[2001:db8::11]:53"),))

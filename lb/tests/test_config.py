@@ -9,10 +9,10 @@ import pytest
 
 from lb import config
 from lb.errors import InvalidInput
-from lb.health_check import HealthCheck
-from lb.model import Backend, Mode, Service
-from lb.options import Options, parse_network
-from lb.vip import Vip
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options, parse_network
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Vip
 
 WHOLE = """
 [[service]]

@@ -6,7 +6,7 @@ import pytest
 
 from lb.decap_values import DecapConfig, prefix_text
 from lb.errors import InvalidInput
-from lb.options import parse_network
+from lb.model.options import parse_network
 
 
 def config(*destinations: str, gue_port: int = 6080) -> DecapConfig:

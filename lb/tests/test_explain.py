@@ -30,8 +30,8 @@ from lb.explain_output import lines
 from lb.explain_packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
 from lb.hashing.ring import pack
 from lb.layout import Placed
-from lb.model import Mode
-from lb.vip import Address, Vip
+from lb.model.state import Mode
+from lb.model.vip import Address, Vip
 
 CLIENT, VIP = ip_address("192.0.2.7"), ip_address("203.0.113.10")
 FLOW = Flow(6, CLIENT, 40000, VIP, 443)

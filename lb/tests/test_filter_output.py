@@ -8,8 +8,8 @@ import pytest
 
 from lb.filter_documents import read_report, read_status, read_trial, report_document, status_document, trial_document
 from lb.filter_output import duration, report_lines, status_lines, trial_lines
-from lb.filter_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
-from lb.rules import Action, At, Rate, Rule, SetSource
+from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
+from lb.model.rules import Action, At, Rate, Rule, SetSource
 
 NS = 1_000_000_000
 DROP = Rule(0, "eth0", At.XDP, Action.DROP, "udp port 53", b"", set=SetSource("/etc/bad.txt", "src", 1000))

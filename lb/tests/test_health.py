@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from lb.conditions import UP, Condition, in_force, left_behind
 from lb.health import SUCCESS, BackendHealth, Outcome, Ramp, Remembered, steps_of, words_of
-from lb.health_check import HealthCheck
-from lb.model import Backend, Service
-from lb.options import Options
-from lb.vip import Vip
+from lb.model.conditions import UP, Condition, in_force, left_behind
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Service
+from lb.model.vip import Vip
 
 CHECK = HealthCheck.parse("tcp rise=2 fall=3")
 REFUSED = Outcome("connection refused")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lb.conditions import Condition
 from lb.health import Ramp, Remembered
-from lb.health_check import HealthCheck
 from lb.health_file import HealthFile
-from lb.model import Backend, Service
-from lb.options import Options
-from lb.vip import Vip
+from lb.model.conditions import Condition
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Service
+from lb.model.vip import Vip
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("[2001:db8::1]:0/udp@near")
 A, B = "10.0.0.11:80", "10.0.0.12:80"

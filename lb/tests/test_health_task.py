@@ -14,16 +14,16 @@ from typing import Any
 
 from lb.balancer import Balancer
 from lb.checker import Key, Way
-from lb.health_check import HealthCheck
 from lb.health_file import HealthFile
 from lb.health_task import HealthTask
 from lb.host_events import Changes
 from lb.memory import MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Service
-from lb.options import Options
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Interface, Service
+from lb.model.vip import Vip, parse_address
 from lb.owner import Owner
 from lb.store import Store
-from lb.vip import Vip, parse_address
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

@@ -91,7 +91,7 @@ def test_this_tree_is_where_the_packages_are() -> None:
     [
         ("xdp/maps.py", "import lb", "lb"),
         ("xdp/tests/test_maps.py", "from filters.compiler.expr import parse", "filters.compiler.expr.parse"),
-        ("filters/program.py", "import lb.model", "lb.model"),
+        ("filters/program.py", "import lb.model.state", "lb.model.state"),
         ("lb/balancer.py", "from xdp import maps", "xdp.maps"),
         ("lb/web/dataplane.py", "import xdp", "xdp"),
         ("lb/cli.py", "def main():\n    from xdp.attach import attach", "xdp.attach.attach"),
@@ -113,7 +113,7 @@ def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str
         ("xdp/object.py", "import xdp.libbpf, ctypes\nfrom . import btf"),
         ("filters/program.py", "from xdp.object import load"),
         ("lb/dataplane.py", "from xdp import maps"),
-        ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model import Service"),
+        ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model.state import Service"),
         ("netns_tests/conftest.py", "import lb.cli\nfrom xdp.object import load"),
         ("bench/live.py", "from netns_tests.topology import Bed\nfrom netns_tests import topology"),
     ],

@@ -23,9 +23,9 @@ from lb.lookup import (
     port_blocks,
 )
 from lb.members import member_key
-from lb.model import Backend, Mode, Service, State
-from lb.options import Options
-from lb.vip import Address, Protocol, Vip
+from lb.model.options import Options
+from lb.model.state import Backend, Mode, Service, State
+from lb.model.vip import Address, Protocol, Vip
 
 SMALL = 251
 

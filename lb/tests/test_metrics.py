@@ -21,16 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lb.balancer import Balancer
 from lb.cli import cli
-from lb.conditions import Condition
 from lb.daemon_metrics import DaemonMetrics
 from lb.documents import read_status, status_document, to_json
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.metrics import exposition
-from lb.model import Backend, Interface, Mode, Service
-from lb.model_forwarding import Attachment, Counters
-from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.model.conditions import Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.vip import Vip
 from lb.store import Store
-from lb.vip import Vip
 
 # What others build on. A name or a label that goes is a change that users have to be told of.
 NAMES = {

@@ -7,11 +7,11 @@ import pytest
 
 from lb import documents, output
 from lb.hashing.ring import Plan
-from lb.model import Backend, Interface, Mode, Service, XdpMode
-from lb.model_forwarding import Attachment, Counters
-from lb.options import Options, parse_network
-from lb.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
-from lb.vip import Vip
+from lb.model.forwarding import Attachment, Counters
+from lb.model.options import Options, parse_network
+from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.vip import Vip
 
 WEB = Vip.parse("10.0.0.1:80/tcp")
 DNS6 = Vip.parse("[2001:db8::1]:53/udp")

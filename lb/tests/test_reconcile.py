@@ -20,12 +20,12 @@ from lb.balancer import Balancer
 from lb.errors import DataplaneError
 from lb.host_events import Changes
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Mode, Service
-from lb.model_forwarding import NextHop, WayInForce
+from lb.model.forwarding import NextHop, WayInForce
+from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.vip import Address, Vip
 from lb.owner import Owner
 from lb.reconcile import ReconcileTask
 from lb.store import Store
-from lb.vip import Address, Vip
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

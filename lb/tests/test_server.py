@@ -35,12 +35,12 @@ from lb.balancer import Balancer
 from lb.cli import cli
 from lb.client import Client
 from lb.errors import DaemonError, InvalidInput
-from lb.model import State
+from lb.model.state import State
+from lb.model.vip import Vip
 from lb.owner import Owner
 from lb.store import Store
 from lb.tests.daemon import Running, running, serving
 from lb.tests.test_cli import RING, WEB, Host
-from lb.vip import Vip
 
 DEADLINE_S = 20.0
 TOML = '[[service]]\nvip = "{vip}"\nring_size = 251\nbackends = ["10.0.0.11"]\n'

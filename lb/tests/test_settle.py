@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lb.balancer import Balancer
 from lb.memory import MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Service
+from lb.model.state import Backend, Interface, Service
+from lb.model.vip import Vip
 from lb.owner import Owner
 from lb.settle import SettleTask
 from lb.store import Store
-from lb.vip import Vip
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

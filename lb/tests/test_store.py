@@ -16,13 +16,13 @@ import pytest
 
 from lb import paths
 from lb.errors import Busy, StoreError
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
-from lb.options import Options, parse_network
+from lb.model.options import Options, parse_network
+from lb.model.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
 from lb.store import Store
 from lb.store_lock import writer_lock
-from lb.vip import Vip
 
 STATE = State(
     services=(

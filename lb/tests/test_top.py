@@ -25,14 +25,14 @@ from click.testing import CliRunner, Result
 
 from lb import top_session
 from lb.cli import cli
-from lb.conditions import Condition
 from lb.errors import DataplaneError
-from lb.model import Backend, Interface, Mode, Service
-from lb.model_forwarding import Attachment, Counters
-from lb.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.model.conditions import Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
+from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.vip import Vip
 from lb.top import Meter, Order, Rates, View
 from lb.top_view import Display, figure, last_offset, plain, rows, screen, shortened, sparkline
-from lb.vip import Vip
 
 WEB, DNS = Vip.parse("10.0.0.1:80/tcp"), Vip.parse("10.0.0.1:53/udp")
 FIRST, SECOND = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

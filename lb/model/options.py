@@ -1,7 +1,7 @@
 """What a service may ask for beyond a VIP, a mode and backends (pure).
 
 Enters: numbers and prefixes of the operator. Leaves: Options that are valid by construction, and their values as JSON
-has them; whether they suit the service that has them, lb.model finds out.
+has them; whether they suit the service that has them, lb.model.state finds out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from lb.errors import InvalidInput
-from lb.health_check import HealthCheck
+from lb.model.health_check import HealthCheck
 
 Network = IPv4Network | IPv6Network
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lb.rules import Action, At, Rate, Rule
+from lb.model.rules import Action, At, Rate, Rule
 
 
 @dataclass(frozen=True, slots=True)

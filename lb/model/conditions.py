@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lb.model import MAX_WEIGHT, Backend, Service
-from lb.vip import Vip
+from lb.model.state import MAX_WEIGHT, Backend, Service
+from lb.model.vip import Vip
 
 WHOLE = 100
 SHOWN = 3  # backends, in a sentence

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lb.errors import InvalidInput
-from lb.health_check import HealthCheck, Kind
+from lb.model.health_check import HealthCheck, Kind
 
 WORDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x2FF), max_size=20)
 TIMES = {

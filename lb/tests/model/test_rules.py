@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lb.errors import InvalidInput, LbError, NotFound
-from lb.rules import (
+from lb.model.rules import (
     LONGEST_S,
     MOST_RULES,
     Action,

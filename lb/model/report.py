@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lb.conditions import Condition
 from lb.hashing.ring import Plan
-from lb.model import Backend, Interface, Service
-from lb.model_forwarding import Attachment, Counters
-from lb.vip import Vip
+from lb.model.conditions import Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.state import Backend, Interface, Service
+from lb.model.vip import Vip
 
 
 class ChangeKind(StrEnum):

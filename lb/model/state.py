@@ -15,9 +15,9 @@ from itertools import combinations, pairwise
 
 from lb.errors import AlreadyExists, InvalidInput, NotFound
 from lb.hashing.maglev import RING_SIZES, is_prime, nearest_primes
-from lb.health_check import Kind
-from lb.options import DEFAULTS, Network, Options
-from lb.vip import Address, Protocol, Vip, join_port, split_port
+from lb.model.health_check import Kind
+from lb.model.options import DEFAULTS, Network, Options
+from lb.model.vip import Address, Protocol, Vip, join_port, split_port
 
 MAX_WEIGHT = 65535  # as ipvsadm's
 DEFAULT_RING_SIZE = 16381
@@ -52,7 +52,7 @@ class Backend:
     """A server behind a service: `ADDR[:PORT][@WEIGHT]`. Port 0 stands for the port the client
     asked for: in a service with a port, that port. server_ids: what names it in QUIC connection IDs, each
     `CONFIG:HEX`, the config rotation codepoint (0 to 6) and the ID of 1 to 15 bytes. down: health checks have found it
-    dead; only lb.conditions says so, of what is in force: never desired, never stored."""
+    dead; only lb.model.conditions says so, of what is in force: never desired, never stored."""
 
     address: Address
     port: int = 0

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lb.errors import InvalidInput
-from lb.vip import Protocol, Vip
+from lb.model.vip import Protocol, Vip
 
 IPV4 = st.integers(1 << 24, (127 << 24) - 1).map(IPv4Address)
 IPV6 = st.integers(0x2000 << 112, (0x4000 << 112) - 1).map(IPv6Address)

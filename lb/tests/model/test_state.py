@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lb.errors import AlreadyExists, InvalidInput, NotFound
-from lb.model import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
-from lb.options import Options, parse_network
-from lb.vip import Protocol, Vip
+from lb.model.options import Options, parse_network
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
+from lb.model.vip import Protocol, Vip
 
 WEB = Vip.parse("10.0.0.1:80/tcp")
 WEB_NEAR = Vip.parse("10.0.0.1:80/tcp@near")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from lb.model import Backend
-from lb.vip import Address, Vip
+from lb.model.state import Backend
+from lb.model.vip import Address, Vip
 
 
 @dataclass(frozen=True, slots=True)

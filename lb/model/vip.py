@@ -13,7 +13,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from lb.errors import InvalidInput
-from lb.options import Network, is_unicast
+from lb.model.options import Network, is_unicast
 
 Address = IPv4Address | IPv6Address
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lb import option_words
 from lb.errors import InvalidInput
-from lb.health_check import HealthCheck
-from lb.options import DEFAULTS, FIELDS, Options, changed_values, from_values, parse_network, values
+from lb.model.health_check import HealthCheck
+from lb.model.options import DEFAULTS, FIELDS, Options, changed_values, from_values, parse_network, values
 
 RATES = st.integers(0, 1_000_000_000)
 PREFIXES = st.one_of(

@@ -11,15 +11,15 @@ import pytest
 
 from lb import documents, output
 from lb.balancer import Balancer
-from lb.conditions import Condition
 from lb.errors import DataplaneError
 from lb.hashing.ring import current_member, previous_member
-from lb.health_check import HealthCheck
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
-from lb.model import Backend, Interface, Service, State
-from lb.options import Options
+from lb.model.conditions import Condition
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Interface, Service, State
+from lb.model.vip import Vip
 from lb.store import Store
-from lb.vip import Vip
 from lb.writer import UNCHECKED
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
