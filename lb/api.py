@@ -1,7 +1,7 @@
 """The REST API under /v1, over the balancer's owner.
 
-Enters: requests that lb.guard has let through. Leaves: the documents of lb.documents, with entity tags, and every error
-as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
+Enters: requests that lb.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
+every error as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
 """
 
 from __future__ import annotations
@@ -29,17 +29,14 @@ from lb.api_common import (
 )
 from lb.api_models import backends_of, options_of, services_of
 from lb.balancer import Balancer
-from lb.documents import (
-    backend_document,
-    interface_document,
-)
 from lb.errors import AlreadyExists
+from lb.formats.documents import backend_document, interface_document
+from lb.formats.problems import Place, Problem, of_error
 from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
 from lb.model.vip import Vip
 from lb.owner import Owner, Rendered, to_bytes
-from lb.problems import Place, Problem, of_error
 
 
 class _Path:

@@ -19,9 +19,9 @@ from lb.api_common import (
 )
 from lb.api_errors import HANDLERS
 from lb.beside import Beside
-from lb.metrics import CONTENT_TYPE, exposition
+from lb.formats.problems import Problem
+from lb.formats.prometheus import CONTENT_TYPE, exposition
 from lb.owner import Owner, to_bytes
-from lb.problems import Problem
 
 DESCRIPTION = """\
 Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:

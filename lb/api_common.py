@@ -12,9 +12,9 @@ from fastapi import Depends, Header, Query, Request, Response
 
 from lb.beside import Beside
 from lb.errors import Conflict
+from lb.formats.problems import MEDIA_TYPE
 from lb.model.report import Status
 from lb.owner import Owner, to_bytes
-from lb.problems import MEDIA_TYPE
 
 JSON = "application/json"
 

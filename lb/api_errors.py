@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from lb.errors import InvalidInput, LbError
+from lb.formats.problems import MEDIA_TYPE, Problem, of_error, pointer
 from lb.owner import to_bytes
-from lb.problems import MEDIA_TYPE, Problem, of_error, pointer
 
 
 def _response(request: Request, problem: Problem) -> Response:

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from lb.api_models_common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
+from lb.formats.problems import Place
 from lb.model.rule_report import Wish
 from lb.model.rules import LONGEST_S, Action, At, Rate
-from lb.problems import Place
 
 AtName = Annotated[At, Field(strict=False)]
 ActionName = Annotated[Action, Field(strict=False)]

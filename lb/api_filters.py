@@ -31,15 +31,15 @@ from lb.api_common import (
     content,
     is_here,
 )
-from lb.capture_file import capture_of
 from lb.errors import InvalidInput
 from lb.events import KEPT
 from lb.filter_documents import report_document, status_document, trial_document, wanted_document
 from lb.filter_output import report_lines
 from lb.firewall import Firewall
+from lb.formats.capture_file import capture_of
+from lb.formats.problems import Problem
 from lb.model.rule_report import FilterReport, How, Trial
 from lb.owner import Owner, etag_of, to_bytes
-from lb.problems import Problem
 from lb.ssh import SSH_HEADER, Connection, SshConnection
 
 SENTENCES = 4  # of a summary

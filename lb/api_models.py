@@ -1,8 +1,8 @@
 """The bodies of the API: what may come in, and, for its description, what goes out.
 
 Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.state, or a Problem that points at the
-value at fault. The documents are those of lb.documents, and what was read may be sent back: keys that follow from
-others (such as `address` from `vip`) may be there if they agree.
+value at fault. The documents are those of lb.formats.documents, and what was read may be sent back: keys that follow
+from others (such as `address` from `vip`) may be there if they agree.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pydantic import Field, create_model
 
 from lb.access import Role
 from lb.api_models_common import Answer, Body, Count, Port, Weight
-from lb.documents import backend_document, service_document
 from lb.errors import InvalidInput, LbError
+from lb.formats.documents import backend_document, service_document
+from lb.formats.problems import Place
 from lb.model.options import DEFAULTS, Options, from_values, values
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Vip
-from lb.problems import Place
 
 ModeName = Annotated[Mode, Field(strict=False)]
 XdpModeName = Annotated[XdpMode, Field(strict=False)]
@@ -217,7 +217,7 @@ class AttachBody(Body):
     own_address: bool = Field(True, description="Put a VIP that nobody has on an interface")
 
 
-# What goes out, for the description alone: lb.documents makes it.
+# What goes out, for the description alone: lb.formats.documents makes it.
 
 
 class BackendAnswer(Answer):

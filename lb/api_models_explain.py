@@ -11,7 +11,7 @@ from pydantic import Field
 from lb.api_models_common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.explain_packet import Flow, check_size, parse_flags, parse_flow, parse_hex
-from lb.problems import Place
+from lb.formats.problems import Place
 
 
 class ExplainBody(Body):

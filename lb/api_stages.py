@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from lb import api_models_stages
 from lb.api_common import ALWAYS, CHANGES, JSON, TheBeside
-from lb.documents import Document
+from lb.formats.documents import Document
 from lb.owner import to_bytes
 from lb.stage_remote import Here
 

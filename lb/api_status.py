@@ -14,11 +14,7 @@ from lb.api_common import (
     TheOwner,
     status_response,
 )
-from lb.documents import (
-    counters_document,
-    status_document,
-    total,
-)
+from lb.formats.documents import counters_document, status_document, total
 from lb.guard import Caller
 from lb.model.report import Status
 from lb.owner import to_bytes

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import click
 
-from lb import completion, documents, output
+from lb import completion
 from lb.cli_options import backend_argument, json_option, server_id_option, split_list, vip_argument
 from lb.command import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
+from lb.formats import documents, text
 from lb.model.state import Backend
 from lb.model.vip import Vip
 
@@ -139,4 +140,4 @@ def backend_list(vip: Vip | None, as_json: bool) -> None:
     if as_json:
         echo_json(documents.backends_document(services))
     else:
-        echo_lines(output.backends_table(services, colour=wants_colour()))
+        echo_lines(text.backends_table(services, colour=wants_colour()))

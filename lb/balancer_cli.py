@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import documents, output
 from lb.cli_options import (
     OptionWords,
     backends_option,
@@ -30,6 +29,7 @@ from lb.command import (
     wants_colour,
 )
 from lb.errors import InvalidInput
+from lb.formats import documents, text
 from lb.model.report import Report
 from lb.model.state import Backend, Interface, XdpMode
 from lb.model.vip import Address, Vip
@@ -98,7 +98,7 @@ def attach(
 
     def restore(balancer: Balancer) -> Report:
         report = balancer.attach(wanted, own_addresses=not no_vip_address, dry_run=request.dry_run)
-        return with_note(report, output.extent(balancer.state.services))
+        return with_note(report, text.extent(balancer.state.services))
 
     def serve(balancer: Balancer) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
@@ -183,7 +183,7 @@ def status(as_json: bool) -> None:
     if as_json:
         echo_json(documents.status_document(now))
     else:
-        echo_lines(output.status_lines(now, colour=wants_colour()))
+        echo_lines(text.status_lines(now, colour=wants_colour()))
 
 
 @click.command()
@@ -234,7 +234,7 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       xdp-lb apply -f lb.toml --dry-run
       xdp-lb apply -f lb.toml
     """
-    from lb import config  # with tomllib, which no other command needs
+    from lb.formats import config  # with tomllib, which no other command needs
 
     services = config.read(path)
     report = request.report(
@@ -247,7 +247,7 @@ DIFF_COLOURS = {"+": "green", "~": "yellow", "-": "red"}
 
 
 def coloured_diff(report: Report) -> list[str]:
-    lines = output.diff_lines(report)
+    lines = text.diff_lines(report)
     if not wants_colour():
         return lines
     return [click.style(line, fg=DIFF_COLOURS.get(line.lstrip()[:1])) for line in lines]

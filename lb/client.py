@@ -22,9 +22,9 @@ from urllib.parse import quote
 import httpx
 
 from lb.daemon_http import DaemonHttp, Tagged
-from lb.documents import Document, read_report, read_service, read_status
 from lb.explain_client import ExplainClient
 from lb.filter_client import FilterClient
+from lb.formats.documents import Document, read_report, read_service, read_status
 from lb.model.options import changed_values
 from lb.model.report import Report, Status
 from lb.model.state import Backend, Interface, Service

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 
 from lb.errors import DaemonError, LbError
-from lb.problems import MEDIA_TYPE, to_error
+from lb.formats.problems import MEDIA_TYPE, to_error
 
 T = TypeVar("T")
 

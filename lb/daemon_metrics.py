@@ -1,7 +1,7 @@
 """What the daemon counts of itself: how long its API takes to answer, and what its changes moved.
 
 Enters: each request that passes through, and reports of changes. Leaves: text of Prometheus' exposition format, which
-follows that of lb.metrics. Times are to the start of the answer: a stream of events has no end of its own.
+follows that of lb.formats.prometheus. Times are to the start of the answer: a stream of events has no end of its own.
 """
 
 from __future__ import annotations

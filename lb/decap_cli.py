@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lb import completion
-from lb.documents import to_json
+from lb.formats.documents import to_json
 from lb.model.state import Interface, XdpMode
 from lb.paths import Paths
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from lb.decap_values import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
-from lb.documents import Document
+from lb.formats.documents import Document
+from lb.formats.text import Column, attachment_sentence, short, table
 from lb.model.forwarding import Attachment
-from lb.output import Column, attachment_sentence, short, table
 
 
 def report_lines(report: DecapReport) -> Iterator[str]:

@@ -11,7 +11,7 @@ import click
 from lb import completion
 from lb.cli_options import json_option
 from lb.command import echo_json, echo_lines, wants_colour
-from lb.documents import Document
+from lb.formats.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for
     from lb.explain_request import Asked
@@ -147,8 +147,8 @@ def _of_digits(digits: str, interface: str | None) -> Explain:
 
 def _of_file(path: Path, number: int | None, interface: str | None) -> Explain:
     def explain(asked: Asked) -> Iterator[Document]:
-        from lb.capture_file import open_capture
         from lb.explain_request import explain_capture
+        from lb.formats.capture_file import open_capture
 
         with open_capture(str(path)) as capture:
             yield from explain_capture(asked, capture, number, interface)

@@ -10,8 +10,8 @@ from socket import IPPROTO_TCP, IPPROTO_UDP
 from typing import Any
 
 from lb.daemon_http import DaemonHttp
-from lb.documents import Document
 from lb.explain_packet import Flow, flag_letters
+from lb.formats.documents import Document
 from lb.model.vip import join_port
 
 NAMES = {IPPROTO_TCP: "tcp", IPPROTO_UDP: "udp"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lb.documents import Document
 from lb.explain import Choice, Explanation, Stage, found_by, words
 from lb.explain_packet import describe, mac_text
+from lb.formats.documents import Document
 from lb.model.options import GUE_PORT
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import click
 
-from lb.documents import Document
 from lb.explain import Source
+from lb.formats.documents import Document
 
 LABEL_WIDTH = 11
 COLOURS = {"drop": "red", "aborted": "red", "pass": "yellow", "tx": "green", "redirect": "green"}

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from lb.documents import Document
 from lb.errors import InvalidInput
 from lb.explain_packet import Flow
+from lb.formats.documents import Document
 from lb.paths import Paths
 from lb.remote import daemon_listens
 
 if TYPE_CHECKING:
-    from lb.capture_file import Capture
     from lb.explain_facts import Explainer
+    from lb.formats.capture_file import Capture
 
 
 class Asked(Protocol):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lb import completion
-from lb.documents import to_json
 from lb.errors import InvalidInput
+from lb.formats.documents import to_json
 from lb.model.rules import Action, At, Rate, parse_duration
 from lb.paths import Paths
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lb.daemon_http import DaemonHttp, Tagged
-from lb.documents import Document
 from lb.errors import Conflict, InvalidInput
 from lb.filter_documents import read_report, read_status, read_trial
+from lb.formats.documents import Document
 from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish
 from lb.model.rules import At, Rules, set_file
 from lb.ssh import SSH_HEADER, SshConnection
 
 if TYPE_CHECKING:
-    from lb.capture_file import Keep, Piece
+    from lb.formats.capture_file import Keep, Piece
 
 CHUNK = 24 << 20  # of a capture file, in one request: a third more in base64
 FILTERS = "/v1/filters"
@@ -105,7 +105,7 @@ class FilterClient:
 
     def _trial(self, body: Document, path: str, write_to: str | None) -> Trial:
         """Of a file of any size, piece by piece."""
-        from lb.capture_file import open_capture, pieces, writer  # with libpcap
+        from lb.formats.capture_file import open_capture, pieces, writer  # with libpcap
 
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return reduce(_added, (self._trial_of(piece, body, keep) for piece in pieces(capture, CHUNK)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from lb.documents import Document
+from lb.formats.documents import Document
 from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
 from lb.model.rules import Action, At, Rate, Rule, SetSource
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from lb.formats.text import Column, short, table
 from lb.model.rule_report import FilterReport, RuleChange, RuleStatus, Trial
 from lb.model.rules import Rule
-from lb.output import Column, short, table
 
 _NS = 1_000_000_000
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))

@@ -23,7 +23,7 @@ import structlog
 from lb import page
 from lb.access import Access, Entry, Failures, Role
 from lb.errors import LbError
-from lb.problems import MEDIA_TYPE, Problem
+from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.ssh import Connection
 
 LARGEST_BODY = 1 << 20

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import structlog
 
 from lb.checker import Checker, Ways, conditions_of
-from lb.documents import Document
+from lb.formats.documents import Document
 from lb.health_file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip

@@ -22,8 +22,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lb.errors import DaemonError, InvalidInput
+from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.guard import Peer
-from lb.problems import MEDIA_TYPE, Problem
 from lb.ssh import Connection
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a request, to the end of its head

@@ -52,7 +52,7 @@ def _shipped(name: str) -> str:
 
 
 def _current() -> str:
-    from lb.metrics import exposition
+    from lb.formats.prometheus import exposition
 
     with open_balancer(write=False) as balancer:
         return exposition(balancer.status())

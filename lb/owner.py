@@ -17,12 +17,12 @@ from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
-from lb import output
 from lb.balancer import Balancer
 from lb.daemon_metrics import DaemonMetrics
-from lb.documents import Document, change_head, plan_document, report_document, service_document
 from lb.errors import LbError
 from lb.events import KEPT, Events
+from lb.formats import text
+from lb.formats.documents import Document, change_head, plan_document, report_document, service_document
 from lb.model.report import Report
 from lb.model.state import Service, State
 from lb.model.vip import Vip
@@ -198,10 +198,10 @@ def _report_body(report: Report, body_of: Callable[[Service | None], bytes]) -> 
 
 def _happened(report: Report) -> Iterator[tuple[str, Document]]:
     for attachment in report.attached:
-        summary = output.attachment_sentence(attachment)
+        summary = text.attachment_sentence(attachment)
         yield "attach", {"interface": attachment.interface, "xdp_mode": attachment.mode, "summary": summary}
     for name in report.detached:
         yield "detach", {"interface": name, "summary": f"{name}: detached"}
     for change in report.changes:
-        document = {"vip": str(change.vip), "change": str(change.kind), "summary": output.change_sentence(change)}
+        document = {"vip": str(change.vip), "change": str(change.kind), "summary": text.change_sentence(change)}
         yield "change", document | {"plan": plan_document(change.plan) if change.plan else None}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lb.cli_options import json_option
-from lb.documents import to_json
 from lb.errors import InvalidInput
+from lb.formats.documents import to_json
 from lb.paths import Paths
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _entry(method: str, name: str, change: str) -> Entry:
 
 
 def _tokens_table(tokens: list[Token]) -> list[str]:
-    from lb.output import Column, table
+    from lb.formats.text import Column, table
 
     if not tokens:
         return ["no tokens: create one with xdp-lb token create"]
@@ -240,7 +240,7 @@ def audit(count: int, as_json: bool) -> None:
 
 
 def _audit_table(entries: list[Entry]) -> list[str]:
-    from lb.output import Column, table
+    from lb.formats.text import Column, table
 
     if not entries:
         return ["nothing yet: what goes through xdp-lb serve is recorded"]

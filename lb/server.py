@@ -23,7 +23,6 @@ from typing import Protocol
 
 import structlog
 
-from lb import config
 from lb.access import Access
 from lb.api_app import create_app
 from lb.api_measured import Measured
@@ -31,6 +30,7 @@ from lb.balancer import Balancer
 from lb.beside import Beside
 from lb.daemon_sd_notify import feed_watchdog, notify
 from lb.errors import LbError
+from lb.formats import config
 from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.model.report import Report

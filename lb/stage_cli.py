@@ -15,8 +15,8 @@ import click
 from lb import completion
 from lb.cli_options import json_option
 from lb.command import wants_colour
-from lb.documents import Document, to_json
 from lb.errors import DataplaneError
+from lb.formats.documents import Document, to_json
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # what is compiled for, other commands do not wait for
@@ -203,7 +203,7 @@ def list_stages(as_json: bool) -> None:
 
 
 def _lines(found: Sequence[Document]) -> list[str]:
-    from lb.output import Column, table
+    from lb.formats.text import Column, table
 
     if not found:
         return ["no stages: xdp-lb stage run IFACE FILE.c starts one"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lb.daemon_http import DaemonHttp
-from lb.documents import Document
+from lb.formats.documents import Document
 
 
 class StageClient:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from lb.documents import Document
+from lb.formats.documents import Document
 from lb.paths import Paths
 from lb.remote import daemon_listens
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lb.documents import Document
 from lb.errors import DataplaneError
+from lb.formats.documents import Document
 
 SEND_S = 1.0  # to who does not read on
 ANSWER_S = 10.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lb.documents import Document
-from lb.output import Column, table
+from lb.formats.documents import Document
+from lb.formats.text import Column, table
 
 ROWS = 20
 BAR = 40  # characters of the largest

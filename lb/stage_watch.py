@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from lb import stage_tables
-from lb.documents import Document
+from lb.formats.documents import Document
 from lb.stage_tables import Entry, Snapshot
 
 if TYPE_CHECKING:

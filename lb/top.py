@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lb.metrics import backend_state
+from lb.formats.prometheus import backend_state
 from lb.model.forwarding import Counters
 from lb.model.report import BackendStatus, ServiceStatus, Status
 from lb.model.vip import Vip
@@ -64,7 +64,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class BackendRow:
     name: str
-    state: str  # one of lb.metrics.STATES
+    state: str  # one of lb.formats.prometheus.STATES
     rates: Rates
 
 

@@ -110,7 +110,7 @@ class Session:
         return min(max(0, self._display.offset + by), last)
 
     def _take_next(self) -> _End | None:
-        from lb.formats_error_text import explain  # whose command this is
+        from lb.formats.error_text import explain  # whose command this is
 
         if self._left == 0:
             return _End.QUIT

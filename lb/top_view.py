@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from lb.formats.text import STYLES, short
 from lb.model.state import Mode
-from lb.output import STYLES, short
 from lb.paths import DEFAULT_NETNS
 from lb.top import BackendRow, Order, ReasonRow, ServiceRow, View, ordered_backends
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import documents, output
 from lb.cli_options import (
     OptionWords,
     backends_option,
@@ -19,6 +18,7 @@ from lb.cli_options import (
     vip_argument,
 )
 from lb.command import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.formats import documents, text
 from lb.model.report import Report
 from lb.model.vip import Vip
 
@@ -150,4 +150,4 @@ def vip_list(as_json: bool) -> None:
     if as_json:
         echo_json(documents.services_document(services))
     else:
-        echo_lines(output.services_table(services, colour=wants_colour()))
+        echo_lines(text.services_table(services, colour=wants_colour()))

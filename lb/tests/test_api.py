@@ -16,8 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lb.access import Access
+from lb.formats.prometheus import CONTENT_TYPE
 from lb.guard import LARGEST_BODY
-from lb.metrics import CONTENT_TYPE
 from lb.tests.daemon import Running, serving
 from lb.tests.test_cli import Host
 

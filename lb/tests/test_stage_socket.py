@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lb.documents import Document
 from lb.errors import DataplaneError
+from lb.formats.documents import Document
 from lb.stage_socket import TableSocket, ask_tables
 
 TABLES: list[Document] = [{"table": "sources", "entries": [{"key": "x" * 100_000, "value": 1, "per_second": None}]}]

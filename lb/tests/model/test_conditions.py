@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lb import documents, output
 from lb.balancer import Balancer
 from lb.errors import DataplaneError
+from lb.formats import documents, text
 from lb.hashing.ring import current_member, previous_member
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.conditions import Condition
@@ -166,7 +166,7 @@ def test_conditions_that_are_cut_short_are_in_force_when_they_are_repeated(
 
 def test_status_tells_who_is_down_why_and_since_when(balancer: Balancer) -> None:
     balancer.writer.set_conditions({WEB: {str(A): DOWN, str(B): Condition(share=30, since=1_700_000_060)}})
-    lines = output.status_lines(balancer.status(), colour=False)
+    lines = text.status_lines(balancer.status(), colour=False)
     start = lines.index(next(line for line in lines if line.startswith(str(WEB))))
     shown = lines[start : start + 8]
     assert [line.split()[2] for line in shown[2:5]] == ["down", "active", "active"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lb import option_words
 from lb.errors import InvalidInput
+from lb.formats import option_text
 from lb.model.health_check import HealthCheck
 from lb.model.options import DEFAULTS, FIELDS, Options, changed_values, from_values, parse_network, values
 
@@ -57,7 +57,7 @@ def test_options_are_the_same_after_json(options: Options) -> None:
 def test_what_is_not_named_is_the_default(options: Options) -> None:
     named = changed_values(options)
     assert all(getattr(options, field) == getattr(DEFAULTS, field) for field in FIELDS if field not in named)
-    assert len(option_words.phrases(options)) == len(named)
+    assert len(option_text.phrases(options)) == len(named)
 
 
 def test_the_keys_in_json_are_these() -> None:
@@ -148,9 +148,9 @@ def test_the_tunnel_source_is_that_of_the_outer_family() -> None:
 
 
 def test_only_what_is_not_the_default_is_worth_a_word() -> None:
-    assert option_words.phrases(DEFAULTS) == []
+    assert option_text.phrases(DEFAULTS) == []
     options = Options(affinity_s=300, syn_limit=1000, mss=1400, echo=True, sources=(parse_network("10.0.0.0/8"),))
-    assert option_words.phrases(options) == [
+    assert option_text.phrases(options) == [
         "affinity 300 s",
         "sources 10.0.0.0/8",
         "syn limit 1000/s",
@@ -162,7 +162,7 @@ def test_only_what_is_not_the_default_is_worth_a_word() -> None:
 def test_what_turned_into_what_is_told() -> None:
     before = Options(affinity_s=300, tunnel_sources=(parse_network("198.18.0.0/16"),), second_chance=True)
     after = Options(mss=1400, gue_port=6081, sources=(parse_network("10.0.0.0/8"), parse_network("192.0.2.0/24")))
-    assert option_words.turns(before, after) == [
+    assert option_text.turns(before, after) == [
         "affinity 300 s -> off",
         "sources any -> 10.0.0.0/8 192.0.2.0/24",
         "mss off -> 1400",
@@ -170,4 +170,4 @@ def test_what_turned_into_what_is_told() -> None:
         "gue port 6080 -> 6081",
         "second chance on -> off",
     ]
-    assert option_words.turns(after, after) == []
+    assert option_text.turns(after, after) == []

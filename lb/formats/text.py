@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lb import option_words
-from lb.documents import total
+from lb.formats import option_text
+from lb.formats.documents import total
 from lb.hashing.ring import Plan
 from lb.model.conditions import WHOLE
 from lb.model.forwarding import Attachment, Counters
@@ -104,7 +104,7 @@ def _service_turns(before: Service | None, after: Service | None) -> list[str]:
         ("flow timeout", f"{before.flow_timeout_s} s", f"{after.flow_timeout_s} s"),
     )
     turned = [f"{name} {was} -> {now}" for name, was, now in facts if was != now]
-    return [*turned, *option_words.turns(before.options, after.options)]
+    return [*turned, *option_text.turns(before.options, after.options)]
 
 
 def _backend_turns(change: Change) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _shape(service: Service) -> str:
 
 
 def _description(service: Service) -> str:
-    return ", ".join([_shape(service), *option_words.phrases(service.options)])
+    return ", ".join([_shape(service), *option_text.phrases(service.options)])
 
 
 def extent(services: Sequence[Service]) -> str:
@@ -263,7 +263,7 @@ def services_table(services: Sequence[Service], *, colour: bool) -> list[str]:
 
 def _options_lines(service: Service) -> list[str]:
     """Under the service's own line, since most have none."""
-    words = ", ".join(option_words.phrases(service.options))
+    words = ", ".join(option_text.phrases(service.options))
     return textwrap.wrap(words, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 

@@ -22,9 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from lb.balancer import Balancer
 from lb.cli import cli
 from lb.daemon_metrics import DaemonMetrics
-from lb.documents import read_status, status_document, to_json
+from lb.formats.documents import read_status, status_document, to_json
+from lb.formats.prometheus import exposition
 from lb.memory import MemoryDataplane, MemoryNetwork
-from lb.metrics import exposition
 from lb.model.conditions import Condition
 from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lb import config
 from lb.errors import InvalidInput
+from lb.formats import config
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options, parse_network
 from lb.model.state import Backend, Mode, Service

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from lb import documents, output
+from lb.formats import documents
+from lb.formats import text as output
 from lb.hashing.ring import Plan
 from lb.model.forwarding import Attachment, Counters
 from lb.model.options import Options, parse_network
