@@ -38,9 +38,9 @@ from lb.filter_output import report_lines
 from lb.firewall import Firewall
 from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
+from lb.host.ssh import SSH_HEADER, Connection, SshConnection
 from lb.model.rule_report import FilterReport, How, Trial
 from lb.owner import Owner, etag_of, to_bytes
-from lb.ssh import SSH_HEADER, Connection, SshConnection
 
 SENTENCES = 4  # of a summary
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from lb.explain_facts import Explainer, open_explainer
 from lb.firewall import Firewall, open_firewall
+from lb.host.ssh import Connection
 from lb.paths import Paths
-from lb.ssh import Connection
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from pyroute2.ethtool.ioctl import IoctlEthtool
 from lb.checker import Direct, Key, Way
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing.ring import MEMBERS
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.members import address_words, numbered
 from lb.model.forwarding import NextHop, WayInForce
 from lb.model.state import Backend, Mode, Service
@@ -42,7 +42,7 @@ NOWHERE = 0  # no interface's index
 
 
 class Network(Protocol):
-    """What is asked of lb.neighbours.Network."""
+    """What is asked of lb.host.neighbours.Network."""
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]: ...
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lb.errors import LbError
 from lb.health import BackendHealth, Remembered, steps_of, words_of
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import Kind
 from lb.model.state import Backend, Service

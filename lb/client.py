@@ -25,11 +25,11 @@ from lb.daemon_http import DaemonHttp, Tagged
 from lb.explain_client import ExplainClient
 from lb.filter_client import FilterClient
 from lb.formats.documents import Document, read_report, read_service, read_status
+from lb.host.ssh import SshConnection, ssh_connection
 from lb.model.options import changed_values
 from lb.model.report import Report, Status
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
-from lb.ssh import SshConnection, ssh_connection
 from lb.stage_client import StageClient
 
 T = TypeVar("T")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from lb.balancer import Balancer
-from lb.capabilities import check_may_change
 from lb.filter_guard import FilterGuard
 from lb.health_file import HealthFile
+from lb.host.capabilities import check_may_change
 from lb.paths import Paths
 from lb.store import Store
 from lb.store_lock import writer_lock
@@ -21,8 +21,8 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
     Raises Busy, StoreError, DataplaneError.
     """
     from lb.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
-    from lb.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
-    from lb.neighbours import Network as KernelNetwork
+    from lb.host.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
+    from lb.host.neighbours import Network as KernelNetwork
 
     with ExitStack() as stack:
         if write:

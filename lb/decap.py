@@ -66,9 +66,9 @@ class Decap:
 @contextmanager
 def open_decap(paths: Paths, *, write: bool) -> Iterator[Decap]:
     """The decapsulation of this network namespace; `write` takes the lock of its changes."""
-    from lb.capabilities import check_may_change
     from lb.decap_dataplane import KernelDecap, route_socket
     from lb.decap_host import DecapHost
+    from lb.host.capabilities import check_may_change
     from lb.store_lock import writer_lock
 
     place = paths.run_dir / "decap" / paths.netns

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.decap_values import Prefix, is_address, prefix_text
+from lb.host.neighbours import RTN_LOCAL, Network
 from lb.model.vip import Address
-from lb.neighbours import RTN_LOCAL, Network
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute

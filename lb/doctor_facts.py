@@ -17,11 +17,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from lb.capabilities import missing
 from lb.check_path import FAR, NEAR
 from lb.dataplane import KernelDataplane
 from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
+from lb.host.capabilities import missing
 from lb.layout import NAT_FLOWS, Sizes
 from lb.model.forwarding import Attachment
 from lb.model.state import Service

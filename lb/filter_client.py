@@ -18,9 +18,9 @@ from lb.daemon_http import DaemonHttp, Tagged
 from lb.errors import Conflict, InvalidInput
 from lb.filter_documents import read_report, read_status, read_trial
 from lb.formats.documents import Document
+from lb.host.ssh import SSH_HEADER, SshConnection
 from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish
 from lb.model.rules import At, Rules, set_file
-from lb.ssh import SSH_HEADER, SshConnection
 
 if TYPE_CHECKING:
     from lb.formats.capture_file import Keep, Piece

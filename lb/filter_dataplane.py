@@ -41,7 +41,7 @@ from lb.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.firewall_attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
 from lb.firewall_trial import Judge, test_actions
-from lb.host_interfaces import ifindex_of
+from lb.host.interfaces import ifindex_of
 from lb.kernel_errors import translated
 from lb.model.rule_report import Counts
 from lb.model.rules import MOST_RULES, Action, At, Rule, Rules

@@ -20,19 +20,19 @@ from pathlib import Path
 
 from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
-from lb.capabilities import check_may_change
 from lb.dataplane import KernelDataplane
 from lb.errors import InvalidInput, NotFound, part
 from lb.filter_dataplane import KernelFilters
 from lb.firewall_attach_points import HookKey
 from lb.firewall_build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
 from lb.formats.capture_file import Keep, open_capture, writer
-from lb.host_interfaces import carriers, ifindex_of, own_mac
+from lb.host.capabilities import check_may_change
+from lb.host.interfaces import carriers, ifindex_of, own_mac
+from lb.host.ssh import Connection, ssh_connection
 from lb.model.rule_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
 from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.paths import Paths
 from lb.rule_store import PackedSet
-from lb.ssh import Connection, ssh_connection
 from lb.store import Store
 from lb.store_lock import writer_lock
 

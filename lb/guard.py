@@ -24,7 +24,7 @@ from lb import page
 from lb.access import Access, Entry, Failures, Role
 from lb.errors import LbError
 from lb.formats.problems import MEDIA_TYPE, Problem
-from lb.ssh import Connection
+from lb.host.ssh import Connection
 
 LARGEST_BODY = 1 << 20
 LARGEST_LOCAL_BODY = 64 << 20  # of who may use the socket: a file of a hundred thousand backends goes through it

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lb.errors import DaemonError, InvalidInput
 from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.guard import Peer
-from lb.ssh import Connection
+from lb.host.ssh import Connection
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a request, to the end of its head
 IDLE_S = 75  # between requests

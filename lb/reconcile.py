@@ -19,7 +19,7 @@ import structlog
 
 from lb.balancer import Balancer
 from lb.errors import LbError
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.model.report import Report
 from lb.model.vip import Address, Vip
 from lb.owner import Owner
@@ -33,7 +33,7 @@ SENTENCES = 20  # of an event
 
 
 class HostChanges(Protocol):
-    """What lb.host_events.HostEvents is."""
+    """What lb.host.events.HostEvents is."""
 
     async def next(self, timeout_s: float) -> Changes:
         """What has changed, as soon as there is something; nothing after the timeout."""

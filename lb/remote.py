@@ -103,7 +103,7 @@ class RemoteBalancer:
 def open_remote(path: Path) -> Iterator[RemoteBalancer]:
     """By the daemon that listens at `path`. Raises DaemonError."""
     from lb.client import Client  # with httpx, which no other command needs
-    from lb.neighbours import Network as KernelNetwork
+    from lb.host.neighbours import Network as KernelNetwork
 
     with Client.unix(path) as client:
         yield RemoteBalancer(client, KernelNetwork(_route_socket))

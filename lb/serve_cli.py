@@ -87,8 +87,8 @@ def serve(
     from lb.dataplane import route_socket
     from lb.health_file import HealthFile
     from lb.health_task import HealthTask
-    from lb.host_events import HostEvents
-    from lb.neighbours import FOLLOWED_TIMEOUT_S, Network
+    from lb.host.events import HostEvents
+    from lb.host.neighbours import FOLLOWED_TIMEOUT_S, Network
     from lb.reconcile import ReconcileTask
     from lb.settle import SettleTask
 

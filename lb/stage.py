@@ -19,9 +19,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from lb import stage_kernel
-from lb.capabilities import check_may_change
 from lb.errors import Busy, DataplaneError, InvalidInput, NotFound
 from lb.formats.documents import Document
+from lb.host.capabilities import check_may_change
 from lb.paths import Paths
 from lb.stage_compile import Stage, check_installed, compile_stage, load_bcc
 from lb.stage_kernel import AT_XDP_EXIT, Places, open_places

@@ -20,13 +20,13 @@ from lb.balancer import Balancer
 from lb.check_path import FAR, NEAR, NETWORK4, OBJECT, RealPath
 from lb.checker import Checker, Way
 from lb.control_open import open_balancer
-from lb.host_events import Changes, HostEvents
+from lb.host.events import Changes, HostEvents
+from lb.host.neighbours import Network
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Vip
-from lb.neighbours import Network
 from lb.paths import Paths
 from lb.probes import Target, probe
 from netns_tests import lanes

@@ -19,7 +19,7 @@ from lb.balancer import Balancer
 from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.hashing.ring import current_member
-from lb.host_events import Changes, HostEvents
+from lb.host.events import Changes, HostEvents
 from lb.model.forwarding import WayInForce
 from lb.model.vip import Vip
 from lb.paths import Paths

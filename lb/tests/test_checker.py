@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from lb.checker import Checker, Key, Way
 from lb.errors import DataplaneError
 from lb.health import Ramp, Remembered, words_of
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options

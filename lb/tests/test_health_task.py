@@ -16,7 +16,7 @@ from lb.balancer import Balancer
 from lb.checker import Key, Way
 from lb.health_file import HealthFile
 from lb.health_task import HealthTask
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options

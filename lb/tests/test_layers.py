@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
     "lb.firewall_attach_points": ("filters", "xdp"),
     "lb.firewall_trial": ("filters", "xdp"),
-    "lb.host_interfaces": ("filters", "xdp"),
+    "lb.host.interfaces": ("filters", "xdp"),
     "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.stage_kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
     "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was

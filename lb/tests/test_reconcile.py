@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from lb import reconcile
 from lb.balancer import Balancer
 from lb.errors import DataplaneError
-from lb.host_events import Changes
+from lb.host.events import Changes
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.forwarding import NextHop, WayInForce
 from lb.model.state import Backend, Interface, Mode, Service

@@ -2,7 +2,7 @@
 
 Enters: notifications of links, addresses, neighbours, routes, rules and nexthop objects in the current network
 namespace. Leaves: Changes, a while after the first of them and all of that while together, of which `concerns` says for
-each way to a backend whether it may lead elsewhere now. Where they do lead, lb.neighbours asks the kernel.
+each way to a backend whether it may lead elsewhere now. Where they do lead, lb.host.neighbours asks the kernel.
 
 A table of neighbours that is being filled or flushed sends thousands of notifications in a moment, so they are read
 here field by field: pyroute2 would take a hundred times as long. Most are no news: an entry goes through its states

@@ -12,7 +12,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from lb.ssh import Connection, SshConnection, ssh_connection
+from lb.host.ssh import Connection, SshConnection, ssh_connection
 
 TEXT = "192.0.2.7 50022 10.0.0.1 22"
 CONNECTION = SshConnection(ip_address("192.0.2.7"), 50022, ip_address("10.0.0.1"), 22)

@@ -23,8 +23,8 @@ from pyroute2 import netns
 from pyroute2.iproute.linux import IPRoute
 
 from lb.errors import DataplaneError, NoRoute, NotFound
+from lb.host.neighbours import FOLLOWED_TIMEOUT_S, NTF_EXT_MANAGED, PROTOCOL, Network
 from lb.model.forwarding import NextHop
-from lb.neighbours import FOLLOWED_TIMEOUT_S, NTF_EXT_MANAGED, PROTOCOL, Network
 
 SELF4, SELF6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 BACKEND4, BACKEND6 = ip_address("10.0.0.11"), ip_address("fd00::11")

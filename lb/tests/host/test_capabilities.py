@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lb.capabilities import missing
+from lb.host.capabilities import missing
 
 NET_ADMIN, SYS_ADMIN, PERFMON, BPF = (1 << bit for bit in (12, 21, 38, 39))  # include/uapi/linux/capability.h
 
