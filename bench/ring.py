@@ -92,7 +92,7 @@ def check(case: str, words: array[int], backends: int) -> None:
 def measure(size: int, backends: int, rounds: int) -> Iterator[Result]:
     """One Result by the compiled code, one by Python. Raises BenchError."""
     if native.library is None:
-        raise BenchError("ring: lb/native/ring.so: not built: run make build")
+        raise BenchError("ring: lb/hashing/native/ring.so: not built: run make build")
     found = {}
     for way, in_force in WAYS.items():
         case = f"size={size} backends={backends} by={way}"

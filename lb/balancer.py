@@ -21,7 +21,7 @@ from lb.paths import DEFAULT_NETNS
 from lb.ports import Dataplane, Guard, Network, NoGuard
 from lb.repair import Repairs
 from lb.step import reply_interfaces, some
-from lb.store import Store
+from lb.store.store import Store
 from lb.writer import Writer
 
 UPGRADED = "the installed program has taken over from that of xdp-lb {}"

@@ -10,8 +10,8 @@ from lb.filter_guard import FilterGuard
 from lb.health_file import HealthFile
 from lb.host.capabilities import check_may_change
 from lb.paths import Paths
-from lb.store import Store
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def open_decap(paths: Paths, *, write: bool) -> Iterator[Decap]:
     from lb.decap_dataplane import KernelDecap, route_socket
     from lb.decap_host import DecapHost
     from lb.host.capabilities import check_may_change
-    from lb.store_lock import writer_lock
+    from lb.store.lock import writer_lock
 
     place = paths.run_dir / "decap" / paths.netns
     if write:

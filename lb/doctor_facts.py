@@ -27,7 +27,7 @@ from lb.model.forwarding import Attachment
 from lb.model.state import Service
 from lb.paths import Paths
 from lb.programs import PROGRAM
-from lb.store import Store
+from lb.store.store import Store
 from xdp import ethtool
 from xdp import features as xdp_features
 from xdp.attach import all_attached

@@ -31,7 +31,7 @@ from lb.paths import Paths
 from lb.programs import PROGRAM
 from lb.stage import Records
 from lb.stage_source import PROGRAM as USERS
-from lb.store import Store
+from lb.store.store import Store
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError
 from xdp.netlink import NetlinkError, route_socket

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from lb.errors import LbError
 from lb.model.rules import At
 from lb.paths import Paths
-from lb.store import Store
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 
 if TYPE_CHECKING:
     from lb.dataplane import KernelDataplane

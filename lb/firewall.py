@@ -32,9 +32,9 @@ from lb.host.ssh import Connection, ssh_connection
 from lb.model.rule_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
 from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.paths import Paths
-from lb.rule_store import PackedSet
-from lb.store import Store
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
+from lb.store.rules import PackedSet
+from lb.store.store import Store
 
 
 def clock() -> Clock:

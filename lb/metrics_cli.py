@@ -48,7 +48,7 @@ def metrics_command(path: Path | None, shipped: str | None) -> None:
 def _shipped(name: str) -> str:
     from importlib.resources import files  # 10 ms, which other commands need not wait for
 
-    return files("lb").joinpath("monitoring", SHIPPED[name]).read_text(encoding="utf-8")
+    return files("lb.formats").joinpath("monitoring", SHIPPED[name]).read_text(encoding="utf-8")
 
 
 def _current() -> str:

@@ -27,7 +27,7 @@ from lb.stage_compile import Stage, check_installed, compile_stage, load_bcc
 from lb.stage_kernel import AT_XDP_EXIT, Places, open_places
 from lb.stage_socket import ask_tables
 from lb.stage_source import Chain, Source
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
 
 END_WAIT_S = 10.0
 END_POLL_S = 0.02

@@ -40,7 +40,7 @@ from lb.step import (
     silent,
     with_reply_interfaces,
 )
-from lb.store import Store
+from lb.store.store import Store
 
 REPAIRED = "the kernel did not hold what is stored: everything is written anew"
 UNCHECKED = "health checks run only while xdp-lb serve does"

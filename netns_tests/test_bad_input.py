@@ -21,8 +21,8 @@ import pytest
 
 from lb.control_open import open_balancer
 from lb.paths import Paths
-from lb.store_lock import writer_lock
-from lb.store_schema import SCHEMA_VERSION
+from lb.store.lock import writer_lock
+from lb.store.schema import SCHEMA_VERSION
 from netns_tests.topology import XDP_LB, Bed
 from xdp import attach as xdp_attach
 from xdp.object import LB_OBJECT, BpfObject

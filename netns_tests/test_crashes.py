@@ -21,7 +21,7 @@ from lb.control_open import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.model.state import State
 from lb.paths import Paths
-from lb.store import Store
+from lb.store.store import Store
 from lb.writer import Writer
 from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed

@@ -25,8 +25,8 @@ from lb.firewall import Firewall, open_firewall
 from lb.model.rule_report import Wish
 from lb.model.rules import Action, At
 from lb.paths import Paths
-from lb.store import Store
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc

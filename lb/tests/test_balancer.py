@@ -22,7 +22,7 @@ from lb.model.report import ChangeKind, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip
 from lb.ports import NoGuard
-from lb.store import Store
+from lb.store.store import Store
 
 ETH0, ETH1 = Interface("eth0"), Interface("eth1")
 WEB = Vip.parse("10.0.0.1:80/tcp")

@@ -23,7 +23,7 @@ from lb.errors import Busy, DataplaneError
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.state import Interface
 from lb.progress import progress
-from lb.store import Store
+from lb.store.store import Store
 
 WEB = "10.0.0.1:80/tcp"
 RING = ("--ring-size", "251")

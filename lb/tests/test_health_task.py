@@ -23,7 +23,7 @@ from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip, parse_address
 from lb.owner import Owner
-from lb.store import Store
+from lb.store.store import Store
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

@@ -25,7 +25,7 @@ from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
 from lb.owner import Owner
 from lb.reconcile import ReconcileTask
-from lb.store import Store
+from lb.store.store import Store
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

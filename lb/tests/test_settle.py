@@ -13,7 +13,7 @@ from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
 from lb.owner import Owner
 from lb.settle import SettleTask
-from lb.store import Store
+from lb.store.store import Store
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The loops of lb.maglev, lb.ring and lb.flow_hash, once more in C, for rings that change often. The Python functions
- * of those modules say what each one does and are the oracle of its tests; lb/native/__init__.py calls it from there.
+ * of those modules say what each one does and are the oracle of its tests; lb/hashing/native/__init__.py calls it from there.
  *
  * Arrays come in and go out by address; the caller has checked that their lengths agree.
  */

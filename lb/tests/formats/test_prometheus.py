@@ -30,7 +30,7 @@ from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
-from lb.store import Store
+from lb.store.store import Store
 
 # What others build on. A name or a label that goes is a change that users have to be told of.
 NAMES = {
@@ -266,7 +266,7 @@ SHIPPED = {"--alerts": "alerts.yml", "--dashboard": "grafana-dashboard.json"}
 
 
 def shipped(name: str) -> str:
-    return files("lb").joinpath("monitoring", name).read_text(encoding="utf-8")
+    return files("lb.formats").joinpath("monitoring", name).read_text(encoding="utf-8")
 
 
 def rules() -> list[dict[str, Any]]:

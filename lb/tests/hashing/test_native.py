@@ -20,7 +20,7 @@ WEIGHT = st.integers(1, maglev.WEIGHTS[-1]) | st.sampled_from([1, 2, 65534, 6553
 
 
 def test_the_library_is_built() -> None:
-    assert native.library, "lb/native/ring.so: run make build"
+    assert native.library, "lb/hashing/native/ring.so: run make build"
 
 
 @st.composite

@@ -19,7 +19,7 @@ from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service, State
 from lb.model.vip import Vip
-from lb.store import Store
+from lb.store.store import Store
 from lb.writer import UNCHECKED
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")

@@ -21,8 +21,8 @@ from lb.model.rules import Action, At, Deadline, Rate, Rule, Rules, SetSource
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.store import Store
-from lb.store_lock import writer_lock
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 
 STATE = State(
     services=(

@@ -20,9 +20,9 @@ from lb.model.options import changed_values, from_values
 from lb.model.rules import Rules
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip, parse_address
-from lb.rule_store import PackedSet, read_rules, read_set, write_rules
-from lb.store_files import LOCK_WAIT_S, WAYS_OUT, create_file, exists, translated
-from lb.store_schema import FIRST_WITH_RULES, MIGRATIONS, SCHEMA_VERSION, create_script
+from lb.store.files import LOCK_WAIT_S, WAYS_OUT, create_file, exists, translated
+from lb.store.rules import PackedSet, read_rules, read_set, write_rules
+from lb.store.schema import FIRST_WITH_RULES, MIGRATIONS, SCHEMA_VERSION, create_script
 
 
 class Store:

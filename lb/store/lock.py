@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lb.errors import Busy
-from lb.store_files import LOCK_WAIT_S, make_folder, translated
+from lb.store.files import LOCK_WAIT_S, make_folder, translated
 
 LOCK_POLL_S = 0.02
 

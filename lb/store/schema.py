@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lb.rule_store import SCHEMA as RULE_SCHEMA
+from lb.store.rules import SCHEMA as RULE_SCHEMA
 
 SCHEMA_VERSION = 3
 FIRST_WITH_RULES = 3
