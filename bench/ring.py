@@ -44,7 +44,7 @@ class Ring:
             self._words[start:stop] = fresh[start:stop]
 
     def change(self, backends: int) -> None:
-        """Have `backends` in the ring, whatever was there: what lb.dataplane does for a change."""
+        """Have `backends` in the ring, whatever was there: what lb.dataplane.dataplane does for a change."""
         old = self.words()
         members = range(1, 1 + backends)
         weights = {f"10.0.{number >> 8}.{number & 255}:80": 1 for number in members}

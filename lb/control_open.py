@@ -20,7 +20,7 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
 
     Raises Busy, StoreError, DataplaneError.
     """
-    from lb.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
+    from lb.dataplane.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
     from lb.host.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
     from lb.host.neighbours import Network as KernelNetwork
 

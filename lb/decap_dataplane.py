@@ -15,10 +15,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
 
+from lb.dataplane.errors import translated
+from lb.dataplane.members import address_words
 from lb.decap_values import DecapConfig, DecapStatistics, Prefix, TunnelCounters
 from lb.errors import DataplaneError
-from lb.kernel_errors import translated
-from lb.members import address_words
 from lb.model.forwarding import Attachment
 from lb.model.state import Interface
 from lb.model.vip import Address

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from lb.check_path import FAR, NEAR
-from lb.dataplane import KernelDataplane
+from lb.dataplane.allocation import NAT_FLOWS, Sizes
+from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.programs import PROGRAM
 from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
 from lb.host.capabilities import missing
-from lb.layout import NAT_FLOWS, Sizes
 from lb.model.forwarding import Attachment
 from lb.model.state import Service
 from lb.paths import Paths
-from lb.programs import PROGRAM
 from lb.store.store import Store
 from xdp import ethtool
 from xdp import features as xdp_features

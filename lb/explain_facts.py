@@ -14,7 +14,9 @@ from errno import EINVAL
 from functools import partial
 
 from filters.programs.sets import Prefixes
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.errors import translated
+from lb.dataplane.programs import PROGRAM
 from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached
 from lb.explain_packet import Flow, Packet, check_size, make_frame, read
@@ -24,11 +26,9 @@ from lb.filter_dataplane import KernelFilters
 from lb.filter_output import action_words, match_words
 from lb.firewall import clock
 from lb.firewall_attach_points import NAME as FILTER
-from lb.kernel_errors import translated
 from lb.model.rules import Action, At, Rule
 from lb.model.vip import Address
 from lb.paths import Paths
-from lb.programs import PROGRAM
 from lb.stage import Records
 from lb.stage_source import PROGRAM as USERS
 from lb.store.store import Store

@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from lb.directory import Table
+from lb.dataplane.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, SourceKey
+from lb.dataplane.lookup_maps import Table
+from lb.dataplane.members import address_words
+from lb.dataplane.services import ServiceTable
 from lb.explain import Choice, Member, Recorded, Reply, Served, client_of, source_words
 from lb.explain_packet import Flow, Packet
 from lb.hashing.flow_hash import flow_hash, mix
-from lb.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, SourceKey
-from lb.members import address_words
 from lb.model.state import Mode
 from lb.model.vip import Address
-from lb.services import ServiceTable
 from xdp.maps import Map
 from xdp.object import BpfObject
 

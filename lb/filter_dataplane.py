@@ -37,16 +37,16 @@ from filters.programs.program import (
 )
 from filters.programs.program import Rule as CompiledRule
 from filters.programs.sets import Prefixes, Tries
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.errors import translated
+from lb.dataplane.programs import PROGRAM as BALANCER
 from lb.errors import DataplaneError
 from lb.firewall_attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
 from lb.firewall_trial import Judge, test_actions
 from lb.host.interfaces import ifindex_of
-from lb.kernel_errors import translated
 from lb.model.rule_report import Counts
 from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
 from lb.paths import Paths
-from lb.programs import PROGRAM as BALANCER
 from xdp import attach as xdp_attach
 from xdp import libbpf, tc
 from xdp.errors import XdpError

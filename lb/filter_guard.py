@@ -17,7 +17,7 @@ from lb.store.lock import writer_lock
 from lb.store.store import Store
 
 if TYPE_CHECKING:
-    from lb.dataplane import KernelDataplane
+    from lb.dataplane.dataplane import KernelDataplane
     from lb.firewall import Firewall
 
 

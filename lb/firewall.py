@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import InvalidInput, NotFound, part
 from lb.filter_dataplane import KernelFilters
 from lb.firewall_attach_points import HookKey

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
 from lb.model.rules import At
 from xdp import attach as xdp_attach
 from xdp import tc

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 
+from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
-from lb.members import numbered
 from lb.model.forwarding import Attachment, Counters, NextHop, Statistics, WayInForce
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Address, Vip

@@ -110,6 +110,6 @@ def open_remote(path: Path) -> Iterator[RemoteBalancer]:
 
 
 def _route_socket() -> IPRoute:
-    from lb.dataplane import route_socket  # few commands ask for interfaces
+    from lb.dataplane.dataplane import route_socket  # few commands ask for interfaces
 
     return route_socket()

@@ -84,7 +84,7 @@ def serve(
     from lb import logs, server
     from lb.check_path import RealPath
     from lb.control_open import open_balancer
-    from lb.dataplane import route_socket
+    from lb.dataplane.dataplane import route_socket
     from lb.health_file import HealthFile
     from lb.health_task import HealthTask
     from lb.host.events import HostEvents

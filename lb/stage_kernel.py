@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput
 from lb.paths import Paths
 from lb.stage_source import Chain

@@ -18,7 +18,7 @@ import pytest
 
 from lb import cli
 from lb.control_open import open_balancer
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
 from lb.model.state import State
 from lb.paths import Paths
 from lb.store.store import Store

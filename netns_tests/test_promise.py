@@ -39,8 +39,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lb import dataplane as dataplane_module
-from lb.dataplane import KernelDataplane
+from lb.dataplane import dataplane as dataplane_module
+from lb.dataplane.dataplane import KernelDataplane
 from lb.model.forwarding import NextHop
 from lb.model.options import Options
 from lb.model.state import Backend, Mode, Service

@@ -17,7 +17,7 @@ import pytest
 
 from lb.balancer import Balancer
 from lb.control_open import open_balancer
-from lb.dataplane import KernelDataplane
+from lb.dataplane.dataplane import KernelDataplane
 from lb.hashing.ring import current_member
 from lb.host.events import Changes, HostEvents
 from lb.model.forwarding import WayInForce

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from lb import dataplane as dataplane_module
-from lb.dataplane import KernelDataplane
-from lb.layout import Sizes
+from lb.dataplane import dataplane as dataplane_module
+from lb.dataplane.allocation import Sizes
+from lb.dataplane.dataplane import KernelDataplane
 from lb.model.forwarding import NextHop
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S as FLOW_TIMEOUT_S
 from lb.model.state import Backend, Mode, Service

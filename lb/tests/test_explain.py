@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lb.dataplane.allocation import Placed
 from lb.explain import (
     NS,
     Choice,
@@ -29,7 +30,6 @@ from lb.explain_documents import document
 from lb.explain_output import lines
 from lb.explain_packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
 from lb.hashing.ring import pack
-from lb.layout import Placed
 from lb.model.state import Mode
 from lb.model.vip import Address, Vip
 

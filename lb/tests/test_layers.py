@@ -16,9 +16,9 @@ MAY_IMPORT = {
     "xdp": (),
     "filters": ("xdp",),
     "lb": ("filters",),
-    "lb.dataplane": ("filters", "xdp"),
-    "lb.programs": ("filters", "xdp"),  # those of lb.dataplane
-    "lb.kernel_errors": ("filters", "xdp"),
+    "lb.dataplane.dataplane": ("filters", "xdp"),
+    "lb.dataplane.programs": ("filters", "xdp"),  # those of lb.dataplane.dataplane
+    "lb.dataplane.errors": ("filters", "xdp"),
     "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
     "lb.firewall_attach_points": ("filters", "xdp"),
     "lb.firewall_trial": ("filters", "xdp"),
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "lb.explain_tables": ("filters", "xdp"),
     "lb.check_path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
     "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
-    "lb.tests.test_dataplane": ("filters", "xdp"),
+    "lb.tests.dataplane.test_dataplane": ("filters", "xdp"),
     "lb.tests.test_doctor_facts": ("filters", "xdp"),
     "netns_tests": ("lb", "filters", "xdp"),
     "bench": ("lb", "filters", "xdp", "netns_tests.topology"),

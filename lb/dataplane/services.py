@@ -1,7 +1,7 @@
 """Services in the kernel: one entry of the map `services` for each, under its number.
 
 Enters: services and where they lie. Leaves: entries that say all that the programs, and the next process here, need to
-know of a service. How packets get there is lb.directory's.
+know of a service. How packets get there is lb.dataplane.lookup_maps's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Set
 from ipaddress import ip_address
 from typing import Any
 
-from lb.layout import Placed
-from lb.members import address_words
+from lb.dataplane.allocation import Placed
+from lb.dataplane.members import address_words
 from lb.model.options import Options
 from lb.model.state import Mode, Service
 from lb.model.vip import Protocol, Vip

@@ -1,4 +1,4 @@
-"""The kernel side of the balancer: services, members and rings as BPF maps; its programs are in lb.programs.
+"""The kernel side of the balancer: services, members and rings as BPF maps; its programs are in lb.dataplane.programs.
 
 Enters: desired services and their next hops. Leaves: map contents that the programs act on, and what they have counted.
 The kernel's maps are the only memory here: which number a member has, where a ring lies and what its slots say is read
@@ -14,20 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from lb.directory import Directory
+from lb.dataplane.allocation import Layout, Placed, Sizes, server_ids
+from lb.dataplane.errors import translated
+from lb.dataplane.lookup_maps import Directory
+from lb.dataplane.members import MemberKey, MemberTable, member_key, numbered
+from lb.dataplane.programs import BEHIND_STAGES, Programs, now_ns
+from lb.dataplane.services import ServiceTable
 from lb.errors import DataplaneError
 from lb.hashing import maglev, ring
 from lb.hashing.flow_query import Sought
 from lb.hashing.recorded import recorded_slots
-from lb.kernel_errors import translated
-from lb.layout import Layout, Placed, Sizes, server_ids
-from lb.members import MemberKey, MemberTable, member_key, numbered
 from lb.model.forwarding import NextHop, Statistics, WayInForce
 from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Address, Vip
 from lb.paths import Paths
-from lb.programs import BEHIND_STAGES, Programs, now_ns
-from lb.services import ServiceTable
 from xdp.netlink import route_socket
 from xdp.object import Loaded
 from xdp.pins import Pins

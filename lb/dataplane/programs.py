@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lb.dataplane.allocation import Sizes
+from lb.dataplane.errors import translated
 from lb.errors import DataplaneError
-from lb.kernel_errors import translated
-from lb.layout import Sizes
 from lb.model.forwarding import Attachment
 from lb.model.state import Interface
 from xdp import attach as xdp_attach

@@ -25,8 +25,8 @@ from scapy.layers.l2 import Ether
 from filters.compiler.ebpf import R0, R1, R2, R3, R6, Assembler
 from filters.compiler.hook import XDP
 from filters.programs.program import load
-from lb import layout, lookup
-from lb.dataplane import KernelDataplane
+from lb.dataplane import allocation, lookup
+from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.hashing.ring import MEMBER_MASK, TRACK, Plan, current_member
 from lb.memory import MemoryDataplane
@@ -158,8 +158,8 @@ def pins(tmp_path: Path) -> Iterator[Pins]:
 @pytest.fixture
 def kernel(pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """With tables of flows that are made quickly."""
-    monkeypatch.setattr(layout, "TRACKED_FLOWS", 1 << 12)
-    monkeypatch.setattr(layout, "NAT_FLOWS", 1 << 12)
+    monkeypatch.setattr(allocation, "TRACKED_FLOWS", 1 << 12)
+    monkeypatch.setattr(allocation, "NAT_FLOWS", 1 << 12)
     made = Kernel(pins, KernelDataplane(pins))
     yield made
     made.dataplane.close()
@@ -504,10 +504,10 @@ def test_two_hundred_services_are_served_side_by_side(kernel: Kernel) -> None:
 
 @pytest.fixture
 def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "LEAST_SERVICES", 4)
-    monkeypatch.setattr(layout, "LEAST_SLOTS", 1024)
-    monkeypatch.setattr(layout, "LEAST_MEMBERS", 128)
-    monkeypatch.setattr(layout, "LEAST_SERVER_IDS", 2)
+    monkeypatch.setattr(allocation, "LEAST_SERVICES", 4)
+    monkeypatch.setattr(allocation, "LEAST_SLOTS", 1024)
+    monkeypatch.setattr(allocation, "LEAST_MEMBERS", 128)
+    monkeypatch.setattr(allocation, "LEAST_SERVER_IDS", 2)
 
 
 @pytest.fixture
@@ -597,7 +597,7 @@ def test_growth_that_the_kernel_refuses_leaves_the_old_maps_in_force(
     grown: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, old = grown.generation, grown.running()
-    monkeypatch.setattr(layout, "LEAST_SLOTS", 1 << 35)
+    monkeypatch.setattr(allocation, "LEAST_SLOTS", 1 << 35)
     with pytest.raises(DataplaneError, match=r"lb\.bpf\.o: the kernel refuses it"):
         grown.dataplane.load([service(vip, A) for vip in vips(9)])
     assert (grown.generation, grown.running()) == (first, old)

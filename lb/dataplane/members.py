@@ -14,8 +14,8 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 
+from lb.dataplane.allocation import Placed
 from lb.hashing import ring
-from lb.layout import Placed
 from lb.model.forwarding import Counters, NextHop, WayInForce
 from lb.model.options import Network, Options
 from lb.model.state import Backend, Service

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lb.errors import InvalidInput
-from lb.lookup import (
+from lb.dataplane.lookup import (
     NO_SERVICE,
     Entries,
     NetworkKey,
@@ -22,7 +21,8 @@ from lb.lookup import (
     is_plain,
     port_blocks,
 )
-from lb.members import member_key
+from lb.dataplane.members import member_key
+from lb.errors import InvalidInput
 from lb.model.options import Options
 from lb.model.state import Backend, Mode, Service, State
 from lb.model.vip import Address, Protocol, Vip

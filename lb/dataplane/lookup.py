@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
-from lb.members import MemberKey, member_key
+from lb.dataplane.members import MemberKey, member_key
 from lb.model.options import Network
 from lb.model.state import Service
 from lb.model.vip import Address, Protocol, Vip

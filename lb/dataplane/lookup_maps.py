@@ -1,4 +1,4 @@
-"""The maps by which packets find services, brought in line with what lb.lookup says they should hold.
+"""The maps by which packets find services, brought in line with what lb.dataplane.lookup says they should hold.
 
 Enters: services and numbers. Leaves: entries, new ones before those that go, so that at every moment each packet finds
 the service that it had or the one that it gets.
@@ -13,8 +13,8 @@ from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from lb.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
-from lb.members import address_words
+from lb.dataplane.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
+from lb.dataplane.members import address_words
 from lb.model.state import Service
 from lb.model.vip import Vip
 
