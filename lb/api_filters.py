@@ -1,8 +1,8 @@
 """Filter rules in the REST API: under /v1/filters, and the two things that are no rule.
 
-Enters: requests that lb.guard has let through. Leaves: the documents of lb.filter_documents. A change is answered when
-the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes on: of
-TCP the request's own; on the Unix socket the SSH connection that the client tells of.
+Enters: requests that lb.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
+when the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes
+on: of TCP the request's own; on the Unix socket the SSH connection that the client tells of.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from lb.api_common import (
 )
 from lb.errors import InvalidInput
 from lb.events import KEPT
-from lb.filter_documents import report_document, status_document, trial_document, wanted_document
-from lb.filter_output import report_lines
-from lb.firewall import Firewall
+from lb.firewall.documents import report_document, status_document, trial_document, wanted_document
+from lb.firewall.firewall import Firewall
+from lb.firewall.text import report_lines
 from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
 from lb.host.ssh import SSH_HEADER, Connection, SshConnection

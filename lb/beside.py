@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lb.explain_facts import Explainer, open_explainer
-from lb.firewall import Firewall, open_firewall
+from lb.firewall.firewall import Firewall, open_firewall
 from lb.host.ssh import Connection
 from lb.paths import Paths
 

@@ -22,10 +22,10 @@ from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement
 from lb.explain_packet import Flow, Packet, check_size, make_frame, read
 from lb.explain_probe import Probe, Run, probing
 from lb.explain_tables import KernelTables
-from lb.filter_dataplane import KernelFilters
-from lb.filter_output import action_words, match_words
-from lb.firewall import clock
-from lb.firewall_attach_points import NAME as FILTER
+from lb.firewall.attach_points import NAME as FILTER
+from lb.firewall.firewall import clock
+from lb.firewall.kernel import KernelFilters
+from lb.firewall.text import action_words, match_words
 from lb.model.rules import Action, At, Rule
 from lb.model.vip import Address
 from lb.paths import Paths

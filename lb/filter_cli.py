@@ -1,4 +1,4 @@
-"""`xdp-lb filter`: words of the operator -> one call of lb.firewall -> lines or JSON."""
+"""`xdp-lb filter`: words of the operator -> one call of lb.firewall.firewall -> lines or JSON."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ def list_rules(interface: str | None, as_json: bool) -> None:
       xdp-lb filter list
       xdp-lb filter list eth0 --json | jq '.[] | {number, dropped_packets}'
     """
-    from lb.filter_documents import status_document
-    from lb.filter_output import status_lines
     from lb.filter_remote import open_filters
+    from lb.firewall.documents import status_document
+    from lb.firewall.text import status_lines
 
     with open_filters(Paths.here(), write=False) as firewall:
         rules = firewall.status(interface)
@@ -324,9 +324,9 @@ def test(
       # Before it is added
       xdp-lb filter test --rule 'drop udp port 53' -r web.pcap
     """
-    from lb.filter_documents import trial_document
-    from lb.filter_output import trial_lines
     from lb.filter_remote import open_filters
+    from lb.firewall.documents import trial_document
+    from lb.firewall.text import trial_lines
 
     if bool(rules) == (interface is not None):
         raise click.UsageError("Name an interface, or give rules by --rule.")
@@ -352,9 +352,9 @@ def _split(text: str) -> tuple[str, list[str]]:
 
 
 def run(change: Callable[[Filters], FilterReport], as_json: bool) -> None:
-    from lb.filter_documents import report_document
-    from lb.filter_output import report_lines
     from lb.filter_remote import open_filters
+    from lb.firewall.documents import report_document
+    from lb.firewall.text import report_lines
 
     with open_filters(Paths.here(), write=True) as firewall:
         report = change(firewall)

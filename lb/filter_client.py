@@ -1,4 +1,4 @@
-"""Filter rules by the API: the methods of lb.firewall.Firewall, over a daemon.
+"""Filter rules by the API: the methods of lb.firewall.firewall.Firewall, over a daemon.
 
 Enters: wishes; files are those of the host that this runs on, and travel as text. Leaves: reports. Where the change was
 typed over SSH, on the daemon's own host, the daemon is told of that connection, which no rule may end unasked.
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from lb.daemon_http import DaemonHttp, Tagged
 from lb.errors import Conflict, InvalidInput
-from lb.filter_documents import read_report, read_status, read_trial
+from lb.firewall.documents import read_report, read_status, read_trial
 from lb.formats.documents import Document
 from lb.host.ssh import SSH_HEADER, SshConnection
 from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish

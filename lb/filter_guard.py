@@ -18,7 +18,7 @@ from lb.store.store import Store
 
 if TYPE_CHECKING:
     from lb.dataplane.dataplane import KernelDataplane
-    from lb.firewall import Firewall
+    from lb.firewall.firewall import Firewall
 
 
 class FilterGuard:
@@ -72,7 +72,7 @@ class FilterGuard:
 
     @contextmanager
     def _firewall(self) -> Iterator[Firewall]:
-        from lb.firewall import firewall_of
+        from lb.firewall.firewall import firewall_of
 
         with firewall_of(self._paths, self._store, self._dataplane) as firewall:
             yield firewall

@@ -16,7 +16,7 @@ from lb.remote import daemon_listens
 
 
 class Filters(Protocol):
-    """See lb.firewall.Firewall."""
+    """See lb.firewall.firewall.Firewall."""
 
     def add(self, wish: Wish, position: int | None = None, how: How | None = None) -> FilterReport: ...
 
@@ -46,7 +46,7 @@ def open_filters(paths: Paths, *, write: bool) -> Iterator[Filters]:
         with Client.unix(paths.socket) as client:
             yield client.filters
         return
-    from lb.firewall import open_firewall
+    from lb.firewall.firewall import open_firewall
 
     with open_firewall(paths, write=write) as firewall:
         yield firewall

@@ -21,7 +21,7 @@ from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.firewall import Firewall, open_firewall
+from lb.firewall.firewall import Firewall, open_firewall
 from lb.model.rule_report import Wish
 from lb.model.rules import Action, At
 from lb.paths import Paths

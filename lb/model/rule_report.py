@@ -1,6 +1,6 @@
 """What is asked of the filter and what it answers, as plain values: nothing here knows the kernel.
 
-Enters and leaves: frozen values, for lb.firewall, for the daemon's client, and for those who print them.
+Enters and leaves: frozen values, for lb.firewall.firewall, for the daemon's client, and for those who print them.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "lb.dataplane.dataplane": ("filters", "xdp"),
     "lb.dataplane.programs": ("filters", "xdp"),  # those of lb.dataplane.dataplane
     "lb.dataplane.errors": ("filters", "xdp"),
-    "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
-    "lb.firewall_attach_points": ("filters", "xdp"),
-    "lb.firewall_trial": ("filters", "xdp"),
+    "lb.firewall.kernel": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
+    "lb.firewall.attach_points": ("filters", "xdp"),
+    "lb.firewall.trial": ("filters", "xdp"),
     "lb.host.interfaces": ("filters", "xdp"),
     "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.stage_kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone

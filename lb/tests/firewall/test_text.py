@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from lb.filter_documents import read_report, read_status, read_trial, report_document, status_document, trial_document
-from lb.filter_output import duration, report_lines, status_lines, trial_lines
+from lb.firewall.documents import (
+    read_report,
+    read_status,
+    read_trial,
+    report_document,
+    status_document,
+    trial_document,
+)
+from lb.firewall.text import duration, report_lines, status_lines, trial_lines
 from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
 from lb.model.rules import Action, At, Rate, Rule, SetSource
 

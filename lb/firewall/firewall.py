@@ -22,9 +22,9 @@ from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
 from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import InvalidInput, NotFound, part
-from lb.filter_dataplane import KernelFilters
-from lb.firewall_attach_points import HookKey
-from lb.firewall_build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
+from lb.firewall.attach_points import HookKey
+from lb.firewall.build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
+from lb.firewall.kernel import KernelFilters
 from lb.formats.capture_file import Keep, open_capture, writer
 from lb.host.capabilities import check_may_change
 from lb.host.interfaces import carriers, ifindex_of, own_mac

@@ -12,7 +12,7 @@ from filters.programs.sets import Prefixes, parse_prefixes, read_prefixes
 from filters.selftest.selftest import check
 from lb.dataplane.errors import translated
 from lb.errors import InvalidInput, part
-from lb.filter_dataplane import HOOKS
+from lb.firewall.kernel import HOOKS
 from lb.host.interfaces import check_interface, ifindex_of
 from lb.model.rule_report import How, Wish
 from lb.model.rules import Clock, Deadline, Rule, SetSource

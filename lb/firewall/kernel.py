@@ -41,8 +41,8 @@ from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
 from lb.dataplane.programs import PROGRAM as BALANCER
 from lb.errors import DataplaneError
-from lb.firewall_attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
-from lb.firewall_trial import Judge, test_actions
+from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
+from lb.firewall.trial import Judge, test_actions
 from lb.host.interfaces import ifindex_of
 from lb.model.rule_report import Counts
 from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
