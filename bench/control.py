@@ -29,10 +29,10 @@ from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
 from lb.balancer import Balancer
-from lb.checker import Checker
 from lb.client import Client
 from lb.control_open import open_balancer
 from lb.formats import config
+from lb.health.checker import Checker
 from lb.model.conditions import Conditions
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from lb.balancer import Balancer
 from lb.filter_guard import FilterGuard
-from lb.health_file import HealthFile
+from lb.health.file import HealthFile
 from lb.host.capabilities import check_may_change
 from lb.paths import Paths
 from lb.store.lock import writer_lock

@@ -17,12 +17,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from lb.check_path import FAR, NEAR
 from lb.dataplane.allocation import NAT_FLOWS, Sizes
 from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.programs import PROGRAM
 from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
+from lb.health.path import FAR, NEAR
 from lb.host.capabilities import missing
 from lb.model.forwarding import Attachment
 from lb.model.state import Service

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from lb.checker import Checker, Ways, conditions_of
 from lb.formats.documents import Document
-from lb.health_file import Found, HealthFile
+from lb.health.checker import Checker, Ways, conditions_of
+from lb.health.file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip
 from lb.owner import Owner
@@ -29,7 +29,7 @@ QUIET_S = 3600.0
 
 
 class HealthTask:
-    """`ways` makes what lb.check_path.RealPath is, and `listen` gives the host's changes, for each run."""
+    """`ways` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
 
     def __init__(
         self,

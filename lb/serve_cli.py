@@ -82,10 +82,10 @@ def serve(
     if listen and not tls_cert:
         raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
     from lb import logs, server
-    from lb.check_path import RealPath
     from lb.control_open import open_balancer
     from lb.dataplane.dataplane import route_socket
-    from lb.health_file import HealthFile
+    from lb.health.file import HealthFile
+    from lb.health.path import RealPath
     from lb.health_task import HealthTask
     from lb.host.events import HostEvents
     from lb.host.neighbours import FOLLOWED_TIMEOUT_S, Network

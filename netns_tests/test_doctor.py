@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from lb import check_path, doctor_facts
+from lb import doctor_facts
 from lb.doctor import Finding, Severity, findings
 from lb.doctor_host import Host as HostFacts
+from lb.health import path
 from lb.paths import Paths
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix
 from netns_tests.topology import _attach_pass_program as attach_pass_program
@@ -171,8 +172,8 @@ def test_kernel_refuses_native_xdp_where_the_doctor_says_so(
 def test_without_names_the_ethernet_interfaces_that_are_up_are_looked_at(patient: Patient) -> None:
     """But for those that the daemon makes to check backends through."""
     patient.shell(f"ip link set dev {FAR} down")
-    patient.shell(f"ip link add {check_path.NEAR} up type veth peer name {check_path.FAR}")
-    patient.shell(f"ip link set {check_path.FAR} up")
+    patient.shell(f"ip link add {path.NEAR} up type veth peer name {path.FAR}")
+    patient.shell(f"ip link set {path.FAR} up")
     found = json.loads(patient.doctor("--json").stdout)
     assert {f["interface"] for f in found} == {None, NEAR}
 

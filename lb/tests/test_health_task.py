@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lb.balancer import Balancer
-from lb.checker import Key, Way
-from lb.health_file import HealthFile
+from lb.health.checker import Key, Way
+from lb.health.file import HealthFile
 from lb.health_task import HealthTask
 from lb.host.events import Changes
 from lb.memory import MemoryDataplane, MemoryNetwork

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
     "lb.explain_probe": ("filters", "xdp"),
     "lb.explain_tables": ("filters", "xdp"),
-    "lb.check_path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
+    "lb.health.path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
     "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
     "lb.tests.dataplane.test_dataplane": ("filters", "xdp"),
     "lb.tests.test_doctor_facts": ("filters", "xdp"),

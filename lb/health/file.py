@@ -1,6 +1,6 @@
 """What health checks have found, in a file of the run directory, for the process that comes after this one.
 
-Enters: what lb.checker remembers, after each change. Leaves: the same, for a daemon that starts again, and for a
+Enters: what lb.health.checker remembers, after each change. Leaves: the same, for a daemon that starts again, and for a
 command that changes something while there is none. It is replaced as a whole, so that a process killed at any moment
 leaves the old or the new; nothing is synced to a disk, since of another boot nothing is believed. While the checks run,
 the file's time of modification is that of the last second: until then, what it says was so.
@@ -9,8 +9,8 @@ the file's time of modification is that of the last second: until then, what it 
         "10.0.0.11:80": {"down": false, "share": 30, "why": "", "since": 1700000000.0, "ramp": [5000.0, 30, 10]},
         "10.0.0.12:80": 1700000000.0}}]}
 
-The ramp is start, length and steps of lb.health.Ramp, or null. Of a backend that is up, as most are, there is the time
-alone.
+The ramp is start, length and steps of lb.health.state.Ramp, or null. Of a backend that is up, as most are, there is
+the time alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lb.errors import LbError
-from lb.health import Ramp, Remembered
+from lb.health.state import Ramp, Remembered
 from lb.model.conditions import WHOLE, Condition, Conditions
 from lb.model.state import Service
 from lb.model.vip import Vip

@@ -21,8 +21,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from lb.health.probes import CannotCheck, Target, probe
 from lb.model.health_check import HealthCheck
-from lb.probes import CannotCheck, Target, probe
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nall good"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lb.health import SUCCESS, BackendHealth, Outcome, Ramp, Remembered, steps_of, words_of
+from lb.health.state import SUCCESS, BackendHealth, Outcome, Ramp, Remembered, steps_of, words_of
 from lb.model.conditions import UP, Condition, in_force, left_behind
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from lb.checker import Checker, Key, Way
 from lb.errors import DataplaneError
-from lb.health import Ramp, Remembered, words_of
+from lb.health.checker import Checker, Key, Way
+from lb.health.state import Ramp, Remembered, words_of
 from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import HealthCheck

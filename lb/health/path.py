@@ -19,10 +19,10 @@ from typing import Protocol
 
 from pyroute2.ethtool.ioctl import IoctlEthtool
 
-from lb.checker import Direct, Key, Way
 from lb.dataplane.members import address_words, numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing.ring import MEMBERS
+from lb.health.checker import Direct, Key, Way
 from lb.host.events import Changes
 from lb.model.forwarding import NextHop, WayInForce
 from lb.model.state import Backend, Mode, Service

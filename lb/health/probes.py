@@ -27,7 +27,7 @@ from ipaddress import ip_address
 from typing import Self
 from weakref import WeakKeyDictionary
 
-from lb.health import SUCCESS, Outcome
+from lb.health.state import SUCCESS, Outcome
 from lb.model.health_check import HealthCheck, Kind, seconds_text
 from lb.model.vip import join_port
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lb.health import Ramp, Remembered
-from lb.health_file import HealthFile
+from lb.health.file import HealthFile
+from lb.health.state import Ramp, Remembered
 from lb.model.conditions import Condition
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
@@ -65,7 +65,7 @@ def test_of_another_boot_nothing_is_believed(file: HealthFile, monkeypatch: pyte
     file.write(FOUND)
     other = tmp_path / "boot_id"
     other.write_text("00000000-0000-0000-0000-000000000000\n")
-    monkeypatch.setattr("lb.health_file.BOOT_ID", other)
+    monkeypatch.setattr("lb.health.file.BOOT_ID", other)
     assert file.read() == {}
 
 

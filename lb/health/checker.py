@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lb.errors import LbError
-from lb.health import BackendHealth, Remembered, steps_of, words_of
+from lb.health.probes import CannotCheck, Target, probe
+from lb.health.state import BackendHealth, Remembered, steps_of, words_of
 from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import Kind
 from lb.model.state import Backend, Service
 from lb.model.vip import Address, Vip
-from lb.probes import CannotCheck, Target, probe
 
 GATHER_S = 0.02  # what changes together goes into one change of the rings
 RETRY_S = 1.0
@@ -50,7 +50,7 @@ class Ways(Protocol):
 
 
 class Direct:
-    """By the backend's own address: right for mode nat, whose packets go there too. lb.check_path has the others."""
+    """By the backend's own address: right for mode nat, whose packets go there too. lb.health.path has the others."""
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
         return {(s.vip, str(b)): Way(b.address) for s in services for b in s.backends}
