@@ -14,7 +14,7 @@ from lb import api_models_stages
 from lb.api_common import ALWAYS, CHANGES, JSON, TheBeside
 from lb.formats.documents import Document
 from lb.owner import to_bytes
-from lb.stage_remote import Here
+from lb.stages.local import Here
 
 router = APIRouter(prefix="/v1")
 

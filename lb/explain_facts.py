@@ -29,8 +29,8 @@ from lb.firewall.text import action_words, match_words
 from lb.model.rules import Action, At, Rule
 from lb.model.vip import Address
 from lb.paths import Paths
-from lb.stage import Records
-from lb.stage_source import PROGRAM as USERS
+from lb.stages.lifecycle import Records
+from lb.stages.source import PROGRAM as USERS
 from lb.store.store import Store
 from xdp import attach as xdp_attach
 from xdp.errors import LoadError

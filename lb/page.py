@@ -1,4 +1,4 @@
-"""The web page at `/`: the files of lb/web, as they are.
+"""The web page at `/`: the files of lb/api/web, as they are.
 
 Enters: nothing but a path, so anybody may have them; what there is to see, the page asks the API for, with a token.
 Leaves: a file with its entity tag, and headers by which a browser runs nothing but these files and lets no other site

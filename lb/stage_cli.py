@@ -20,10 +20,10 @@ from lb.formats.documents import Document, to_json
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # what is compiled for, other commands do not wait for
-    from lb.stage import Record, Request
-    from lb.stage_source import Source
-    from lb.stage_trace import Trace
-    from lb.stage_watch import Printer
+    from lb.stages.lifecycle import Record, Request
+    from lb.stages.source import Source
+    from lb.stages.trace import Trace
+    from lb.stages.watch import Printer
 
 UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "": 1}
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -106,8 +106,8 @@ def run(
       # Sizes of what the balancer sends, as documents
       xdp-lb stage run eth0 packet_sizes.c --at xdp-exit --json
     """
-    from lb.stage import Request
-    from lb.stage_source import Source
+    from lb.stages.lifecycle import Request
+    from lb.stages.source import Source
 
     gc.enable()  # other commands end before their garbage matters
     source = Source.read(file, function, defines)
@@ -115,7 +115,7 @@ def run(
 
 
 def _printer(as_json: bool) -> Printer:
-    from lb.stage_watch import JsonPrinter, LinePrinter, ScreenPrinter
+    from lb.stages.watch import JsonPrinter, LinePrinter, ScreenPrinter
 
     if as_json:
         return JsonPrinter(sys.stdout)
@@ -123,10 +123,10 @@ def _printer(as_json: bool) -> Printer:
 
 
 def _run(request: Request, interval_s: float, printer: Printer) -> None:
-    from lb.stage import Records, compiled, in_place
-    from lb.stage_kernel import is_in_force
-    from lb.stage_socket import TableSocket
-    from lb.stage_watch import Watch
+    from lb.stages.kernel import is_in_force
+    from lb.stages.lifecycle import Records, compiled, in_place
+    from lb.stages.socket import TableSocket
+    from lb.stages.watch import Watch
 
     paths, ended = Paths.here(), _until_signal()
     with compiled(paths, request) as (found, record), _trace(request.source, record) as trace:
@@ -167,7 +167,7 @@ def _until_signal() -> Callable[[], bool]:
 def _trace(source: Source, record: Record) -> closing[Trace] | nullcontext[None]:
     if not source.traces:
         return nullcontext()
-    from lb.stage_trace import Trace
+    from lb.stages.trace import Trace
 
     try:
         return closing(Trace(record.mark))
@@ -195,7 +195,7 @@ def list_stages(as_json: bool) -> None:
       xdp-lb stage list
       xdp-lb stage list --json | jq '.[].file'
     """
-    from lb.stage_remote import open_stages
+    from lb.stages.local import open_stages
 
     with open_stages(Paths.here()) as stages:
         found = stages.listed()
@@ -237,8 +237,8 @@ def tables(number: int, as_json: bool) -> None:
       xdp-lb stage tables 1
       xdp-lb stage tables 1 --json | jq '.[].table'
     """
-    from lb.stage_remote import open_stages
-    from lb.stage_tables import lines
+    from lb.stages.local import open_stages
+    from lb.stages.tables import lines
 
     with open_stages(Paths.here()) as stages:
         found = stages.tables(number)
@@ -259,7 +259,7 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
       xdp-lb stage stop 1
       xdp-lb stage stop --all
     """
-    from lb.stage_remote import open_stages
+    from lb.stages.local import open_stages
 
     if bool(numbers) == everything:
         raise click.UsageError("Say which stages, or --all.")
@@ -277,6 +277,6 @@ def examples() -> None:
     Examples:
       xdp-lb stage examples
     """
-    from lb.stage_source import examples as found
+    from lb.stages.source import examples as found
 
     click.echo("\n".join(f"{path}\n    {summary}" for path, summary in found()))

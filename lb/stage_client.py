@@ -1,4 +1,4 @@
-"""Users' stages by the API: the functions of lb.stage that do not run one, over a daemon.
+"""Users' stages by the API: the functions of lb.stages.lifecycle that do not run one, over a daemon.
 
 Enters: numbers. Leaves: the documents of `xdp-lb stage list --json` and of `xdp-lb stage tables --json`. A stage is
 compiled and run by `xdp-lb stage run` alone, on the host itself.

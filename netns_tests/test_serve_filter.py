@@ -35,7 +35,7 @@ from lb.errors import DaemonError, InvalidInput, NotFound
 from lb.explain_packet import SYN, parse_flow
 from lb.model.rule_report import How, Wish
 from lb.model.rules import Action, At
-from lb.stage_source import EXAMPLES
+from lb.stages.source import EXAMPLES
 from netns_tests.packets import frame, ip4, udp
 from netns_tests.test_serve import UNDER, WITHOUT_CODE, end, places, socket_of, start
 from netns_tests.test_stage import running

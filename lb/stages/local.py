@@ -28,23 +28,23 @@ class Stages(Protocol):
 
 
 class Here:
-    """See Stages; by way of lb.stage."""
+    """See Stages; by way of lb.stages.lifecycle."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
     def listed(self) -> list[Document]:
-        from lb.stage import listed, record_document
+        from lb.stages.lifecycle import listed, record_document
 
         return [record_document(*each) for each in listed(self._paths)]
 
     def tables(self, number: int) -> list[Document]:
-        from lb.stage import tables
+        from lb.stages.lifecycle import tables
 
         return tables(self._paths, number)
 
     def stop(self, numbers: Sequence[int] = ()) -> list[Document]:
-        from lb.stage import record_document, stop
+        from lb.stages.lifecycle import record_document, stop
 
         return [record_document(*each) for each in stop(self._paths, numbers)]
 

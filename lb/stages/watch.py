@@ -2,7 +2,7 @@
 
 Enters: a Stage and its Trace. Leaves: on a terminal tables that are redrawn in place, below the events and lines that
 have come; elsewhere one block of lines after the other; or a JSON document a line, with `time` (ISO 8601) and one of
-`table` (see lb.stage_tables), `event` and `data`, `trace`, `lost_events`.
+`table` (see lb.stages.tables), `event` and `data`, `trace`, `lost_events`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from lb import stage_tables
 from lb.formats.documents import Document
-from lb.stage_tables import Entry, Snapshot
+from lb.stages import tables as stage_tables
+from lb.stages.tables import Entry, Snapshot
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from lb.stage_compile import Event, Stage
-    from lb.stage_socket import TableSocket
-    from lb.stage_trace import Trace
+    from lb.stages.compile import Event, Stage
+    from lb.stages.socket import TableSocket
+    from lb.stages.trace import Trace
 
 POLL_S = 0.05
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lb.errors import DataplaneError, InvalidInput, LbError
-from lb.stage_source import OWN_TABLES, PROGRAM, STAGES, Chain, Source, wrapped
-from lb.stage_values import CType, added, event, event_class, plain
+from lb.stages.source import OWN_TABLES, PROGRAM, STAGES, Chain, Source, wrapped
+from lb.stages.values import CType, added, event, event_class, plain
 
 BCC = Path("/usr/lib/python3/dist-packages/bcc")
 MODULES = Path("/lib/modules")  # V/build, and V/source where the headers come in two folders, as Debian's do

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lb import stage_compile
-from lb.stage_compile import NotInstalled, check_installed, headers, load_bcc
+from lb.stages import compile
+from lb.stages.compile import NotInstalled, check_installed, headers, load_bcc
 
 ARCHITECTURE = {"x86_64": "x86", "aarch64": "arm64"}[platform.machine()]
 
@@ -19,7 +19,7 @@ ARCHITECTURE = {"x86_64": "x86", "aarch64": "arm64"}[platform.machine()]
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No headers, not even those of a BCC_KERNEL_SOURCE of who runs the tests."""
-    monkeypatch.setattr(stage_compile, "MODULES", tmp_path / "modules")
+    monkeypatch.setattr(compile, "MODULES", tmp_path / "modules")
     monkeypatch.delenv("BCC_KERNEL_SOURCE", raising=False)
     return tmp_path / "modules"
 
@@ -31,7 +31,7 @@ def bcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.mkdir()
     (package / "__init__.py").write_text("from . import part\nfound = part.found\n")
     (package / "part.py").write_text("found = True\n")
-    monkeypatch.setattr(stage_compile, "BCC", package)
+    monkeypatch.setattr(compile, "BCC", package)
     for name in ("bcc", "bcc.part"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return package
@@ -71,7 +71,7 @@ def test_what_is_missing_is_named_by_the_names_of_the_distribution(
     modules: Path, bcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = tmp_path / "os-release"
-    monkeypatch.setattr(stage_compile, "OS_RELEASE", release)
+    monkeypatch.setattr(compile, "OS_RELEASE", release)
     with pytest.raises(NotInstalled, match=r"apt install linux-headers-(amd64|arm64)$"):
         check_installed()
     release.write_text('NAME="Ubuntu"\nID=ubuntu\n')
@@ -94,6 +94,6 @@ def test_a_bcc_that_does_not_load_says_why(bcc: Path) -> None:
 
 def test_of_a_long_log_the_end_is_shown() -> None:
     log = "\n".join([f"{n}: (b7) r0 = {n}" for n in range(40)] + ["R1 invalid mem access", "processed 41 insns"])
-    shown = stage_compile._tail(log).splitlines()
+    shown = compile._tail(log).splitlines()
     assert shown[-1] == "  R1 invalid mem access"
     assert shown[1] == "  (29 lines of the log left out)"

@@ -18,15 +18,15 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from lb import stage_kernel
 from lb.errors import Busy, DataplaneError, InvalidInput, NotFound
 from lb.formats.documents import Document
 from lb.host.capabilities import check_may_change
 from lb.paths import Paths
-from lb.stage_compile import Stage, check_installed, compile_stage, load_bcc
-from lb.stage_kernel import AT_XDP_EXIT, Places, open_places
-from lb.stage_socket import ask_tables
-from lb.stage_source import Chain, Source
+from lb.stages import kernel
+from lb.stages.compile import Stage, check_installed, compile_stage, load_bcc
+from lb.stages.kernel import AT_XDP_EXIT, Places, open_places
+from lb.stages.socket import ask_tables
+from lb.stages.source import Chain, Source
 from lb.store.lock import writer_lock
 
 END_WAIT_S = 10.0
@@ -129,7 +129,7 @@ def compiled(paths: Paths, request: Request) -> Iterator[tuple[Stage, Record]]:
 
     Raises InvalidInput, NotInstalled, DataplaneError, Busy; then all is as it was."""
     check_may_change()
-    ifindex = stage_kernel.interface_index(request.interface)
+    ifindex = kernel.interface_index(request.interface)
     check_installed()
     record, chain = _reserve(paths, request)
     try:
@@ -181,9 +181,9 @@ def _free_place(request: Request, places: Places | None, others: Sequence[Record
 @contextmanager
 def in_place(paths: Paths, record: Record, stage: Stage) -> Iterator[str | None]:
     """The stage sees packets; gives a warning, if there is one. Raises DataplaneError, Busy."""
-    record = replace(record, program_id=stage_kernel.program_id(stage.program_fd))
+    record = replace(record, program_id=kernel.program_id(stage.program_fd))
     if record.place is None:
-        link, warning = stage_kernel.hold(record.interface, stage.program_fd)
+        link, warning = kernel.hold(record.interface, stage.program_fd)
         with link, _recorded(Records(paths), record):
             yield warning
         return

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lb.errors import InvalidInput
-from lb.stage_values import added, event, event_class, plain
+from lb.stages.values import added, event, event_class, plain
 
 FIELDS = [
     "source#struct in_addr",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lb.errors import InvalidInput
-from lb.stage_source import EXAMPLES, Chain, Source, examples, wrapped
+from lb.stages.source import EXAMPLES, Chain, Source, examples, wrapped
 
 MARK = "xdp-lb stage 1: "
 PLAIN = "int stage(struct xdp_md *ctx)\n{\n\treturn XDP_PASS;\n}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lb.stage_tables import ROWS, Entry, Snapshot, document, lines
+from lb.stages.tables import ROWS, Entry, Snapshot, document, lines
 
 
 def rows(*entries: Entry, kind: str = "hash") -> list[str]:

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lb import stage_trace
-from lb.stage_trace import PREFIX, Trace
+from lb.stages import trace as stage_trace
+from lb.stages.trace import PREFIX, Trace
 
 
 def test_an_instance_goes_with_its_trace_and_that_of_a_killed_process_with_the_next() -> None:

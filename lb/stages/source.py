@@ -19,7 +19,7 @@ PROGRAM = "xdp_lb_stage"
 STAGES, VERDICTS = "xdp_lb_stages", "xdp_lb_verdicts"
 OWN_TABLES = {STAGES, VERDICTS}
 DEFAULT_FUNCTION = "stage"
-EXAMPLES = Path(__file__).with_name("stage_examples")
+EXAMPLES = Path(__file__).with_name("examples")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 # struct verdict of xdp/bpf/types.h, under a name that no user's file has

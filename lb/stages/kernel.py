@@ -15,7 +15,7 @@ from pathlib import Path
 from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import DataplaneError, InvalidInput
 from lb.paths import Paths
-from lb.stage_source import Chain
+from lb.stages.source import Chain
 from xdp import attach as xdp_attach
 from xdp import libbpf
 from xdp.errors import NotSupported, Occupied, XdpError

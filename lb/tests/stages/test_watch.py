@@ -10,9 +10,9 @@ import tty
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lb.stage_compile import Event, Stage, Table
-from lb.stage_trace import Trace
-from lb.stage_watch import JsonPrinter, LinePrinter, Printer, ScreenPrinter, Watch
+from lb.stages.compile import Event, Stage, Table
+from lb.stages.trace import Trace
+from lb.stages.watch import JsonPrinter, LinePrinter, Printer, ScreenPrinter, Watch
 
 PACKET = Event("packets", {"source": "10.0.0.1", "bytes": 60, "tags": [1, 2]})
 

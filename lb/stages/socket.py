@@ -1,6 +1,6 @@
 """The tables of a running stage, for whoever asks its process: a Unix socket beside its record.
 
-Enters: a connection. Leaves: the documents of lb.stage_tables as they are at that moment, and the end of the
+Enters: a connection. Leaves: the documents of lb.stages.tables as they are at that moment, and the end of the
 connection. Only root may connect. Nothing is done for tables that nobody asks for.
 """
 

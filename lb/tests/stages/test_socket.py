@@ -10,7 +10,7 @@ import pytest
 
 from lb.errors import DataplaneError
 from lb.formats.documents import Document
-from lb.stage_socket import TableSocket, ask_tables
+from lb.stages.socket import TableSocket, ask_tables
 
 TABLES: list[Document] = [{"table": "sources", "entries": [{"key": "x" * 100_000, "value": 1, "per_second": None}]}]
 
