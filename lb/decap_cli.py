@@ -1,4 +1,4 @@
-"""`xdp-lb decap`: words of the operator on a backend -> one call of lb.decap -> lines or JSON."""
+"""`xdp-lb decap`: words of the operator on a backend -> one call of lb.decap.decap -> lines or JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lb.model.state import Interface, XdpMode
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # most commands are of the balancer, and do not wait for this
-    from lb.decap_values import DecapReport, Prefix
+    from lb.decap.values import DecapReport, Prefix
 
 DEFAULT_GUE_PORT = 6080  # IANA
 
@@ -95,8 +95,8 @@ def attach(
       xdp-lb decap attach eth0 --vip 10.0.0.100,2001:db8::100 \\
           --from 10.0.0.0/24,2001:db8::/64
     """
-    from lb.decap import open_decap
-    from lb.decap_values import DecapConfig
+    from lb.decap.decap import open_decap
+    from lb.decap.values import DecapConfig
 
     config = DecapConfig(_prefixes(vips, "vip"), _prefixes(sources, "source"), gue_port)
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
@@ -120,7 +120,7 @@ def detach(interfaces: tuple[str, ...], as_json: bool) -> None:
       xdp-lb decap detach eth1
       xdp-lb decap detach
     """
-    from lb.decap import open_decap
+    from lb.decap.decap import open_decap
 
     with open_decap(Paths.here(), write=True) as opened:
         _show(opened.detach(interfaces), as_json)
@@ -145,8 +145,8 @@ def status(as_json: bool) -> None:
       xdp-lb decap status
       xdp-lb decap status --json | jq .tunnels
     """
-    from lb.decap import open_decap
-    from lb.decap_output import status_document, status_lines
+    from lb.decap.decap import open_decap
+    from lb.decap.output import status_document, status_lines
 
     with open_decap(Paths.here(), write=False) as opened:
         now = opened.status()
@@ -161,7 +161,7 @@ def _prefixes(texts: Sequence[str], what: str) -> tuple[Prefix, ...]:
 
 
 def _show(report: DecapReport, as_json: bool) -> None:
-    from lb.decap_output import report_document, report_lines
+    from lb.decap.output import report_document, report_lines
 
     for warning in report.warnings:
         click.echo(f"xdp-lb: warning: {warning}", err=True)

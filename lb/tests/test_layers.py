@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "lb.firewall.attach_points": ("filters", "xdp"),
     "lb.firewall.trial": ("filters", "xdp"),
     "lb.host.interfaces": ("filters", "xdp"),
-    "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
+    "lb.decap.kernel": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.stages.kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
     "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
     "lb.explain_probe": ("filters", "xdp"),

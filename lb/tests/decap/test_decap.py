@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lb.decap_values import DecapConfig, prefix_text
+from lb.decap.values import DecapConfig, prefix_text
 from lb.errors import InvalidInput
 from lb.model.options import parse_network
 

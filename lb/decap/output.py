@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from lb.decap_values import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
+from lb.decap.values import DecapConfig, DecapReport, DecapStatus, Prefix, prefix_text
 from lb.formats.documents import Document
 from lb.formats.text import Column, attachment_sentence, short, table
 from lb.model.forwarding import Attachment

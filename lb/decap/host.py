@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from lb.decap_values import Prefix, is_address, prefix_text
+from lb.decap.values import Prefix, is_address, prefix_text
 from lb.host.neighbours import RTN_LOCAL, Network
 from lb.model.vip import Address
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from lb.decap_values import DecapConfig, DecapReport, DecapStatus
+from lb.decap.values import DecapConfig, DecapReport, DecapStatus
 from lb.model.state import Interface
 from lb.paths import Paths
 
 if TYPE_CHECKING:
-    from lb.decap_dataplane import KernelDecap
-    from lb.decap_host import DecapHost
+    from lb.decap.host import DecapHost
+    from lb.decap.kernel import KernelDecap
 
 
 class Decap:
@@ -66,8 +66,8 @@ class Decap:
 @contextmanager
 def open_decap(paths: Paths, *, write: bool) -> Iterator[Decap]:
     """The decapsulation of this network namespace; `write` takes the lock of its changes."""
-    from lb.decap_dataplane import KernelDecap, route_socket
-    from lb.decap_host import DecapHost
+    from lb.decap.host import DecapHost
+    from lb.decap.kernel import KernelDecap, route_socket
     from lb.host.capabilities import check_may_change
     from lb.store.lock import writer_lock
 

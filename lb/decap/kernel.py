@@ -17,7 +17,7 @@ from typing import Any
 
 from lb.dataplane.errors import translated
 from lb.dataplane.members import address_words
-from lb.decap_values import DecapConfig, DecapStatistics, Prefix, TunnelCounters
+from lb.decap.values import DecapConfig, DecapStatistics, Prefix, TunnelCounters
 from lb.errors import DataplaneError
 from lb.model.forwarding import Attachment
 from lb.model.state import Interface
