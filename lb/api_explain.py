@@ -12,8 +12,8 @@ from fastapi import APIRouter, Response
 from lb import api_models_explain
 from lb.api_common import ALWAYS, JSON, TheBeside
 from lb.errors import InvalidInput, part
-from lb.explain_facts import Explainer
-from lb.explain_request import Asked, Here, explain_capture
+from lb.explain.explainer import Explainer
+from lb.explain.request import Asked, Here, explain_capture
 from lb.formats.capture_file import capture_of
 from lb.formats.documents import Document
 from lb.owner import to_bytes

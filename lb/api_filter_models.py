@@ -1,6 +1,6 @@
 """The bodies of the API about filter rules, explanations and stages: what may come in, and what goes out.
 
-Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.rule_report and lb.explain_packet, or a
+Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.rule_report and lb.explain.packet, or a
 Problem that points at the value at fault. Text that is listed again has to be printable: it must not steer a terminal.
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from lb.explain_facts import Explainer, open_explainer
+from lb.explain.explainer import Explainer, open_explainer
 from lb.firewall.firewall import Firewall, open_firewall
 from lb.host.ssh import Connection
 from lb.paths import Paths

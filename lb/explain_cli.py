@@ -14,7 +14,7 @@ from lb.command import echo_json, echo_lines, wants_colour
 from lb.formats.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for
-    from lb.explain_request import Asked
+    from lb.explain.request import Asked
 
 PROTOCOLS = ("tcp", "udp", "icmp")
 
@@ -89,8 +89,8 @@ def explain_command(
       # Why, and what to do about it
       xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
     """
-    from lb import explain_output
-    from lb.explain_request import open_explaining
+    from lb.explain import output
+    from lb.explain.request import open_explaining
     from lb.paths import Paths
 
     explain = _explain(protocol, source, destination, syn, flags, interface, pcap, number, digits)
@@ -99,7 +99,7 @@ def explain_command(
             echo_json(list(explain(asked)))
             return
         for position, told in enumerate(explain(asked)):
-            echo_lines([*[""] * bool(position), *explain_output.lines(told, colour=wants_colour())])
+            echo_lines([*[""] * bool(position), *output.lines(told, colour=wants_colour())])
 
 
 def _explain(
@@ -132,14 +132,14 @@ def _explain(
 
 
 def _of_words(protocol: str, source: str, destination: str, flags: str, interface: str | None) -> Explain:
-    from lb.explain_packet import parse_flags, parse_flow
+    from lb.explain.packet import parse_flags, parse_flow
 
     flow, bits = parse_flow(protocol, source, destination), parse_flags(flags) if protocol == "tcp" else 0
     return lambda asked: iter([asked.flow(flow, bits, interface)])
 
 
 def _of_digits(digits: str, interface: str | None) -> Explain:
-    from lb.explain_packet import check_size, parse_hex
+    from lb.explain.packet import check_size, parse_hex
 
     frame = check_size(parse_hex(digits))
     return lambda asked: iter([asked.frame(frame, interface)])
@@ -147,7 +147,7 @@ def _of_digits(digits: str, interface: str | None) -> Explain:
 
 def _of_file(path: Path, number: int | None, interface: str | None) -> Explain:
     def explain(asked: Asked) -> Iterator[Document]:
-        from lb.explain_request import explain_capture
+        from lb.explain.request import explain_capture
         from lb.formats.capture_file import open_capture
 
         with open_capture(str(path)) as capture:

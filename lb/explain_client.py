@@ -1,4 +1,4 @@
-"""Explanations by the API: the methods of lb.explain_request.Asked, over a daemon.
+"""Explanations by the API: the methods of lb.explain.request.Asked, over a daemon.
 
 Enters: flows, frames, capture files. Leaves: the documents of `xdp-lb explain --json`.
 """
@@ -10,7 +10,7 @@ from socket import IPPROTO_TCP, IPPROTO_UDP
 from typing import Any
 
 from lb.daemon_http import DaemonHttp
-from lb.explain_packet import Flow, flag_letters
+from lb.explain.packet import Flow, flag_letters
 from lb.formats.documents import Document
 from lb.model.vip import join_port
 

@@ -20,9 +20,9 @@ from scapy.utils import wrpcap
 
 from filters.compiler.hook import XDP
 from filters.programs.program import Drop, assemble, load
-from lb.explain import WORDS, Explanation
-from lb.explain_facts import Explainer, open_explainer
-from lb.explain_packet import ACK, RST, SYN, Flow
+from lb.explain.explainer import Explainer, open_explainer
+from lb.explain.packet import ACK, RST, SYN, Flow
+from lb.explain.reasons import WORDS, Explanation
 from lb.model.vip import parse_address
 from lb.paths import Paths
 from netns_tests import packets

@@ -32,7 +32,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lb.client import Client
 from lb.errors import DaemonError, InvalidInput, NotFound
-from lb.explain_packet import SYN, parse_flow
+from lb.explain.packet import SYN, parse_flow
 from lb.model.rule_report import How, Wish
 from lb.model.rules import Action, At
 from lb.stages.source import EXAMPLES

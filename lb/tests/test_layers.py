@@ -25,9 +25,9 @@ MAY_IMPORT = {
     "lb.host.interfaces": ("filters", "xdp"),
     "lb.decap.kernel": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
     "lb.stages.kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
-    "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
-    "lb.explain_probe": ("filters", "xdp"),
-    "lb.explain_tables": ("filters", "xdp"),
+    "lb.explain.explainer": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
+    "lb.explain.probe": ("filters", "xdp"),
+    "lb.explain.tables": ("filters", "xdp"),
     "lb.health.path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
     "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
     "lb.tests.dataplane.test_dataplane": ("filters", "xdp"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from lb.explain import Source
+from lb.explain.reasons import Source
 from lb.formats.documents import Document
 
 LABEL_WIDTH = 11

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lb.errors import InvalidInput
-from lb.explain_packet import (
+from lb.explain.packet import (
     ACK,
     ICMP_OF,
     SYN,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lb.explain import Choice, Explanation, Stage, found_by, words
-from lb.explain_packet import describe, mac_text
+from lb.explain.packet import describe, mac_text
+from lb.explain.reasons import Choice, Explanation, Stage, found_by, words
 from lb.formats.documents import Document
 from lb.model.options import GUE_PORT
 

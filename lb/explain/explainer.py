@@ -18,10 +18,10 @@ from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
 from lb.dataplane.programs import PROGRAM
 from lb.errors import DataplaneError, InvalidInput, part
-from lb.explain import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached
-from lb.explain_packet import Flow, Packet, check_size, make_frame, read
-from lb.explain_probe import Probe, Run, probing
-from lb.explain_tables import KernelTables
+from lb.explain.packet import Flow, Packet, check_size, make_frame, read
+from lb.explain.probe import Probe, Run, probing
+from lb.explain.reasons import Choice, Explanation, Outcome, Stage, choose, disagreement, members_reached
+from lb.explain.tables import KernelTables
 from lb.firewall.attach_points import NAME as FILTER
 from lb.firewall.firewall import clock
 from lb.firewall.kernel import KernelFilters

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from lb.dataplane.allocation import Placed
-from lb.explain import (
+from lb.explain.documents import document
+from lb.explain.output import lines
+from lb.explain.packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
+from lb.explain.reasons import (
     NS,
     Choice,
     Explanation,
@@ -26,9 +29,6 @@ from lb.explain import (
     found_by,
     members_reached,
 )
-from lb.explain_documents import document
-from lb.explain_output import lines
-from lb.explain_packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
 from lb.hashing.ring import pack
 from lb.model.state import Mode
 from lb.model.vip import Address, Vip

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from lb.errors import InvalidInput
-from lb.explain_packet import Flow
+from lb.explain.packet import Flow
 from lb.formats.documents import Document
 from lb.paths import Paths
 from lb.remote import daemon_listens
 
 if TYPE_CHECKING:
-    from lb.explain_facts import Explainer
+    from lb.explain.explainer import Explainer
     from lb.formats.capture_file import Capture
 
 
@@ -40,12 +40,12 @@ class Here:
         self._explainer = explainer
 
     def flow(self, flow: Flow, tcp_flags: int = 0, interface: str | None = None) -> Document:
-        from lb.explain_documents import document
+        from lb.explain.documents import document
 
         return document(self._explainer.flow(flow, tcp_flags, interface))
 
     def frame(self, frame: bytes, interface: str | None = None, *, length: int | None = None) -> Document:
-        from lb.explain_documents import document
+        from lb.explain.documents import document
 
         return document(self._explainer.frame(frame, interface, _cut(len(frame), length)))
 
@@ -79,7 +79,7 @@ def open_explaining(paths: Paths) -> Iterator[Asked]:
         with Client.unix(paths.socket) as client:
             yield client.explainer
         return
-    from lb.explain_facts import open_explainer
+    from lb.explain.explainer import open_explainer
 
     with open_explainer(paths) as explainer:
         yield Here(explainer)

@@ -1,6 +1,6 @@
-"""The tables of a loaded balancer as lb.explain asks them, and what a test run leaves in them taken out again.
+"""The tables of a loaded balancer as lb.explain.reasons asks them, and what a test run leaves in them taken out again.
 
-Enters: a loaded object. Leaves: values of lb.explain, and map entries as they were before.
+Enters: a loaded object. Leaves: values of lb.explain.reasons, and map entries as they were before.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lb.dataplane.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, 
 from lb.dataplane.lookup_maps import Table
 from lb.dataplane.members import address_words
 from lb.dataplane.services import ServiceTable
-from lb.explain import Choice, Member, Recorded, Reply, Served, client_of, source_words
-from lb.explain_packet import Flow, Packet
+from lb.explain.packet import Flow, Packet
+from lb.explain.reasons import Choice, Member, Recorded, Reply, Served, client_of, source_words
 from lb.hashing.flow_hash import flow_hash, mix
 from lb.model.state import Mode
 from lb.model.vip import Address
@@ -34,7 +34,7 @@ Entry = tuple[Map, Any]
 
 
 class KernelTables:
-    """See lb.explain.Tables, which this implements. Methods raise XdpError."""
+    """See lb.explain.reasons.Tables, which this implements. Methods raise XdpError."""
 
     def __init__(self, obj: BpfObject) -> None:
         self._object = obj

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from lb.dataplane.allocation import Placed
-from lb.explain_packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
+from lb.explain.packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
 from lb.hashing import ring
 from lb.hashing.flow_hash import flow_hash, slot_of
 from lb.model.state import Mode
