@@ -36,14 +36,14 @@ def doctor_command(interfaces: tuple[str, ...], as_json: bool) -> None:
       # The commands that mend what is found
       xdp-lb doctor --json | jq -r '.[].fix // empty'
     """
-    from lb import doctor, doctor_facts, doctor_output  # what other commands need not wait for
+    from lb.doctor import checks, collect, text  # what other commands need not wait for
     from lb.paths import Paths
 
     paths = Paths.here()
-    found = doctor.findings(doctor_facts.read_host(paths), doctor_facts.read_interfaces(paths, interfaces))
+    found = checks.findings(collect.read_host(paths), collect.read_interfaces(paths, interfaces))
     if as_json:
-        echo_json(doctor.findings_document(found))
+        echo_json(checks.findings_document(found))
     else:
-        echo_lines(doctor_output.lines(found, colour=wants_colour()))
-    if not doctor.is_fit(found):
+        echo_lines(text.lines(found, colour=wants_colour()))
+    if not checks.is_fit(found):
         raise Exit(EXIT_UNFIT)

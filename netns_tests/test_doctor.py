@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lb import doctor_facts
-from lb.doctor import Finding, Severity, findings
-from lb.doctor_host import Host as HostFacts
+from lb.doctor import collect
+from lb.doctor.checks import Finding, Severity, findings
+from lb.doctor.facts import Host as HostFacts
 from lb.health import path
 from lb.paths import Paths
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix
@@ -55,7 +55,7 @@ class Patient:
     def finding_here(self, check: str, host: HostFacts) -> Finding:
         """Of the interface, read by this process: without the second that it takes to load the program."""
         with self.host.entered():
-            interfaces = doctor_facts.read_interfaces(Paths(self.directory, self.directory), [NEAR])
+            interfaces = collect.read_interfaces(Paths(self.directory, self.directory), [NEAR])
         (found,) = (f for f in findings(host, interfaces) if f.check == check)
         return found
 
@@ -69,7 +69,7 @@ def finding(document: str, check: str) -> dict[str, Any]:
 def sound_host(tmp_path_factory: pytest.TempPathFactory) -> HostFacts:
     """This host, as far as it matters for interfaces."""
     nowhere = tmp_path_factory.mktemp("doctor")
-    return replace(doctor_facts.read_host(Paths(nowhere, nowhere)), loopback_addresses=())
+    return replace(collect.read_host(Paths(nowhere, nowhere)), loopback_addresses=())
 
 
 @pytest.fixture

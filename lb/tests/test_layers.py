@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "lb.explain.probe": ("filters", "xdp"),
     "lb.explain.tables": ("filters", "xdp"),
     "lb.health.path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
-    "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
+    "lb.doctor.collect": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
     "lb.tests.dataplane.test_dataplane": ("filters", "xdp"),
-    "lb.tests.test_doctor_facts": ("filters", "xdp"),
+    "lb.tests.doctor.test_collect": ("filters", "xdp"),
     "netns_tests": ("lb", "filters", "xdp"),
     "bench": ("lb", "filters", "xdp", "netns_tests.topology"),
 }

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import click
 
-from lb.doctor import Finding, Severity
+from lb.doctor.checks import Finding, Severity
 
 COLOURS = {Severity.OK: "green", Severity.WARN: "yellow", Severity.FAIL: "red"}
 STATUS_WIDTH = max(map(len, Severity))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lb.doctor import QEMU_OFFLOADS_OFF, Finding, Severity, findings, findings_document, is_fit
-from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
-from lb.doctor_output import lines
+from lb.doctor.checks import QEMU_OFFLOADS_OFF, Finding, Severity, findings, findings_document, is_fit
+from lb.doctor.facts import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
+from lb.doctor.text import lines
 
 OK, WARN, FAIL = Severity
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""The facts that lb.doctor judges, read from this host; nothing is attached, and nothing changed.
+"""The facts that lb.doctor.checks judges, read from this host; nothing is attached, and nothing changed.
 
 Enters: the paths of this network namespace and names of interfaces. Leaves: a Host and its Interfaces. The program is
 loaded once, with maps of one entry, and forgotten again: only the kernel's verifier knows whether it takes it.
@@ -20,7 +20,7 @@ from typing import Any
 from lb.dataplane.allocation import NAT_FLOWS, Sizes
 from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.programs import PROGRAM
-from lb.doctor_host import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
+from lb.doctor.facts import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
 from lb.health.path import FAR, NEAR
 from lb.host.capabilities import missing

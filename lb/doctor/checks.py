@@ -1,6 +1,6 @@
 """What a host's facts mean for the balancer (pure): facts in, findings out.
 
-Enters: what lb.doctor_facts has read of the kernel, the host and its interfaces. Leaves: one Finding for each check
+Enters: what lb.doctor.collect has read of the kernel, the host and its interfaces. Leaves: one Finding for each check
 that applies, and for each that is not ok what mends it. A FAIL keeps the balancer from running; a warning is what makes
 it slow, or loses packets of some kind.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from lb.doctor_host import Dataplane, Host, Interface, Refusal
+from lb.doctor.facts import Dataplane, Host, Interface, Refusal
 
 LEAST_KERNEL = (6, 1)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lb import doctor_facts
-from lb.doctor_facts import Roots, free_memory, read_host
-from lb.doctor_host import Refusal
+from lb.doctor import collect
+from lb.doctor.collect import Roots, free_memory, read_host
+from lb.doctor.facts import Refusal
 from lb.paths import Paths
 from xdp.errors import XdpError
 
@@ -67,7 +67,7 @@ def test_setting_that_this_kernel_lacks_is_none(roots: Roots) -> None:
 
 def test_program_that_was_not_built_is_a_refusal(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = paths.run_dir / "lb.bpf.o"
-    monkeypatch.setattr(doctor_facts, "LB_OBJECT", missing)
+    monkeypatch.setattr(collect, "LB_OBJECT", missing)
     assert read_host(paths).dataplane == Refusal(f"{missing}: not there: run `make build`", "make build")
 
 
@@ -77,9 +77,9 @@ def test_refusal_of_the_kernel_is_given_with_the_last_line_of_its_log(
     def refuse(_path: Path) -> None:
         raise XdpError("lb.bpf.o: the kernel refuses it: Permission denied\n  prog 'xdp_lb'\n  too large")
 
-    monkeypatch.setattr("lb.doctor_facts.BpfObject.open", refuse)
+    monkeypatch.setattr("lb.doctor.collect.BpfObject.open", refuse)
     assert read_host(paths).dataplane == Refusal(
-        "lb.bpf.o: the kernel refuses it: Permission denied: too large", doctor_facts.OTHER_KERNEL
+        "lb.bpf.o: the kernel refuses it: Permission denied: too large", collect.OTHER_KERNEL
     )
 
 
