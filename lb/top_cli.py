@@ -18,7 +18,7 @@ import click
 from lb.command import open_balancer
 
 if TYPE_CHECKING:  # most commands do not wait for this
-    from lb.top import View
+    from lb.top.rates import View
 
 SHORTEST_INTERVAL_S, LONGEST_INTERVAL_S = 0.1, 86400.0
 
@@ -71,14 +71,14 @@ def top_command(delay_s: float, count: int | None, once: bool) -> None:
     if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         _print_blocks(_reader(), delay_s, 1 if once else count)
     else:
-        from lb.top_session import Session
+        from lb.top.session import Session
 
         Session(_reader(), delay_s, count).run()
 
 
 def _reader() -> Callable[[], View]:
     """What gives one View after the other, each measured since the one before."""
-    from lb.top import Meter
+    from lb.top.rates import Meter
 
     meter = Meter()
 
@@ -91,7 +91,7 @@ def _reader() -> Callable[[], View]:
 
 
 def _print_blocks(read: Callable[[], View], delay_s: float, count: int | None) -> None:
-    from lb.top_view import Display, plain
+    from lb.top.view import Display, plain
 
     read()
     display, done = Display(interval_s=delay_s), 0

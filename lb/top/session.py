@@ -24,8 +24,8 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from lb.errors import LbError
-from lb.top import View
-from lb.top_view import Display, body_height, last_offset, screen
+from lb.top.rates import View
+from lb.top.view import Display, body_height, last_offset, screen
 
 # A key is a byte, or what terminals send for one (ECMA-48: CSI and SS3 sequences).
 KEY = re.compile(rb"\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Za-z]|.", re.DOTALL)

@@ -1,8 +1,8 @@
 """A View -> lines of a certain width, or a whole screen of them: what `xdp-lb top` shows (pure).
 
-Enters: what lb.top measures, and the size of the terminal. Leaves: rich Texts, one a line. Where the width does not
-hold every column, the least telling ones are left out first; names are shortened last, in the middle. Without a width,
-as for a file, nothing is left out but the sparkline.
+Enters: what lb.top.rates measures, and the size of the terminal. Leaves: rich Texts, one a line. Where the width does
+not hold every column, the least telling ones are left out first; names are shortened last, in the middle. Without a
+width, as for a file, nothing is left out but the sparkline.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 from lb.formats.text import STYLES, short
 from lb.model.state import Mode
 from lb.paths import DEFAULT_NETNS
-from lb.top import BackendRow, Order, ReasonRow, ServiceRow, View, ordered_backends
+from lb.top.rates import BackendRow, Order, ReasonRow, ServiceRow, View, ordered_backends
 
 BARS = "▁▂▃▄▅▆▇█"
 ELLIPSIS = ".."

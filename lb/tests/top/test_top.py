@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from lb import top_session
 from lb.cli import cli
 from lb.errors import DataplaneError
 from lb.model.conditions import Condition
@@ -31,8 +30,9 @@ from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
-from lb.top import Meter, Order, Rates, View
-from lb.top_view import Display, figure, last_offset, plain, rows, screen, shortened, sparkline
+from lb.top import session as top_session
+from lb.top.rates import Meter, Order, Rates, View
+from lb.top.view import Display, figure, last_offset, plain, rows, screen, shortened, sparkline
 
 WEB, DNS = Vip.parse("10.0.0.1:80/tcp"), Vip.parse("10.0.0.1:53/udp")
 FIRST, SECOND = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))
