@@ -28,9 +28,9 @@ import click
 from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
-from lb.balancer import Balancer
 from lb.client import Client
-from lb.control_open import open_balancer
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
 from lb.formats import config
 from lb.health.checker import Checker
 from lb.model.conditions import Conditions

@@ -28,7 +28,7 @@ from lb.api_common import (
     status_response,
 )
 from lb.api_models import backends_of, options_of, services_of
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
 from lb.formats.documents import backend_document, interface_document
 from lb.formats.problems import Place, Problem, of_error

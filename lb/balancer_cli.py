@@ -35,7 +35,7 @@ from lb.model.state import Backend, Interface, XdpMode
 from lb.model.vip import Address, Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.balancer import Balancer
+    from lb.control.balancer import Balancer
 
 DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 

@@ -1,4 +1,4 @@
-"""The API from Python: values of lb.model.state in, reports out, as with lb.balancer.
+"""The API from Python: values of lb.model.state in, reports out, as with lb.control.balancer.
 
 Enters: the Unix socket of a daemon, or a URL and a token. Leaves: what the daemon answers. Its problems become the
 errors of lb.errors that they were made of; DaemonError where there is no answer. Beside the balancer's methods there

@@ -26,7 +26,7 @@ from lb.model.vip import Vip
 from lb.progress import progress
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.balancer import Balancer
+    from lb.control.balancer import Balancer
 
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
 
@@ -45,7 +45,7 @@ def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
     paths = Paths.here()
     if daemon_listens(paths.socket):
         return cast("AbstractContextManager[Balancer]", open_remote(paths.socket))
-    from lb.control_open import open_balancer
+    from lb.control.open import open_balancer
 
     return open_balancer(paths, write=write)
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.daemon_metrics import DaemonMetrics
 from lb.errors import LbError
 from lb.events import KEPT, Events

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from lb.balancer import Balancer
+    from lb.control.balancer import Balancer
 
 PATIENCE_S = 1.0
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import structlog
 
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.errors import LbError
 from lb.host.events import Changes
 from lb.model.report import Report

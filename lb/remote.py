@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
     from lb.client import Client
-    from lb.ports import Network
+    from lb.control.contracts import Network
 
 
 def daemon_listens(path: Path) -> bool:
@@ -36,7 +36,7 @@ def daemon_listens(path: Path) -> bool:
 
 
 class RemoteBalancer:
-    """See lb.balancer.Balancer, of which this has the methods that commands call."""
+    """See lb.control.balancer.Balancer, of which this has the methods that commands call."""
 
     def __init__(self, client: Client, network: Network) -> None:
         self.network = network

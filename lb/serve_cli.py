@@ -82,7 +82,7 @@ def serve(
     if listen and not tls_cert:
         raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
     from lb import logs, server
-    from lb.control_open import open_balancer
+    from lb.control.open import open_balancer
     from lb.dataplane.dataplane import route_socket
     from lb.health.file import HealthFile
     from lb.health.path import RealPath

@@ -26,8 +26,8 @@ import structlog
 from lb.access import Access
 from lb.api_app import create_app
 from lb.api_measured import Measured
-from lb.balancer import Balancer
 from lb.beside import Beside
+from lb.control.balancer import Balancer
 from lb.daemon_sd_notify import feed_watchdog, notify
 from lb.errors import LbError
 from lb.formats import config

@@ -23,7 +23,7 @@ from lb.model.report import Report
 from lb.model.vip import Vip
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.balancer import Balancer
+    from lb.control.balancer import Balancer
 
 
 @click.group()

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lb.control_open import open_balancer
+from lb.control.open import open_balancer
 from lb.paths import Paths
 from lb.store.lock import writer_lock
 from lb.store.schema import SCHEMA_VERSION

@@ -17,12 +17,12 @@ from types import FrameType
 import pytest
 
 from lb import cli
-from lb.control_open import open_balancer
+from lb.control.open import open_balancer
+from lb.control.writer import Writer
 from lb.dataplane.dataplane import KernelDataplane
 from lb.model.state import State
 from lb.paths import Paths
 from lb.store.store import Store
-from lb.writer import Writer
 from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
 from netns_tests.traffic import connections, curl, go_on, loading

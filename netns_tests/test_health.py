@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer
-from lb.control_open import open_balancer
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
 from lb.health.checker import Checker, Way
 from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
 from lb.health.probes import Target, probe

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer
-from lb.control_open import open_balancer
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
 from lb.dataplane.dataplane import KernelDataplane
 from lb.hashing.ring import current_member
 from lb.host.events import Changes, HostEvents

@@ -72,7 +72,7 @@ class Remembered:
 
 
 class KernelDataplane(Programs):
-    """See lb.ports.Dataplane, which this implements. Every method raises DataplaneError."""
+    """See lb.control.contracts.Dataplane, which this implements. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
         self._placed: dict[Vip, Placed] = {}

@@ -45,7 +45,7 @@ MOST_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than th
 
 
 class Programs:
-    """The part of lb.ports.Dataplane that is about programs. Every method raises DataplaneError."""
+    """The part of lb.control.contracts.Dataplane that is about programs. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
         self._pins = pins

@@ -11,7 +11,7 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.remote import RemoteBalancer
 from lb.server import Daemon, Settings, Task
 from lb.tests.test_cli import Host

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from lb.balancer import Balancer
 from lb.cli import cli
+from lb.control.balancer import Balancer
 from lb.errors import Busy, DataplaneError
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.state import Interface

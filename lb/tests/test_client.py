@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lb.balancer import Balancer
 from lb.cli import cli
 from lb.client import Client
+from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists, Conflict, DaemonError, DataplaneError, InvalidInput, NotFound
 from lb.memory import MemoryDataplane
 from lb.model.state import Backend, Service

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.health.checker import Key, Way
 from lb.health.file import HealthFile
 from lb.health_task import HealthTask

@@ -16,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from lb import reconcile
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.errors import DataplaneError
 from lb.host.events import Changes
 from lb.memory import Fuse, MemoryDataplane, MemoryNetwork

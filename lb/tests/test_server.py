@@ -31,9 +31,9 @@ from cryptography.x509.oid import NameOID
 from lb import access as access_module
 from lb import daemon_sd_notify, guard, listener, server
 from lb.access import Access, Role
-from lb.balancer import Balancer
 from lb.cli import cli
 from lb.client import Client
+from lb.control.balancer import Balancer
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State
 from lb.model.vip import Vip

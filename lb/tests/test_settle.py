@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lb.balancer import Balancer
+from lb.control.balancer import Balancer
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip

@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from lb.balancer import Balancer
 from lb.cli import cli
+from lb.control.balancer import Balancer
 from lb.daemon_metrics import DaemonMetrics
 from lb.formats.documents import read_status, status_document, to_json
 from lb.formats.prometheus import exposition

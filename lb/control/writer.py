@@ -17,15 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from lb.errors import DataplaneError, LbError, NoRoute
-from lb.hashing.ring import Plan
-from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
-from lb.model.forwarding import Attachment, NextHop
-from lb.model.report import Report
-from lb.model.state import Interface, Service, State
-from lb.model.vip import Address, Vip
-from lb.ports import Dataplane, Guard, Network
-from lb.step import (
+from lb.control.change import (
     Outcome,
     Served,
     Step,
@@ -40,6 +32,14 @@ from lb.step import (
     silent,
     with_reply_interfaces,
 )
+from lb.control.contracts import Dataplane, Guard, Network
+from lb.errors import DataplaneError, LbError, NoRoute
+from lb.hashing.ring import Plan
+from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
+from lb.model.forwarding import Attachment, NextHop
+from lb.model.report import Report
+from lb.model.state import Interface, Service, State
+from lb.model.vip import Address, Vip
 from lb.store.store import Store
 
 REPAIRED = "the kernel did not hold what is stored: everything is written anew"

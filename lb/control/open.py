@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from lb.balancer import Balancer
-from lb.filter_guard import FilterGuard
+from lb.control.balancer import Balancer
+from lb.control.filter_handover import FilterGuard
 from lb.health.file import HealthFile
 from lb.host.capabilities import check_may_change
 from lb.paths import Paths

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+from lb.control.change import addresses_in_force, off_link, with_reply_interfaces
+from lb.control.writer import ABSENT, Writer
 from lb.errors import LbError
 from lb.model.forwarding import Attachment, NextHop, WayInForce
 from lb.model.report import Report
 from lb.model.state import Interface, State
 from lb.model.vip import Address, Vip
-from lb.step import addresses_in_force, off_link, with_reply_interfaces
-from lb.writer import ABSENT, Writer
 
 
 class Repairs:

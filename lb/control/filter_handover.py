@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FilterGuard:
-    """See lb.ports.Guard, which this implements, for the stored rules. Raises LbError."""
+    """See lb.control.contracts.Guard, which this implements, for the stored rules. Raises LbError."""
 
     def __init__(self, paths: Paths, store: Store, dataplane: KernelDataplane) -> None:
         self._paths, self._store, self._dataplane = paths, store, dataplane

@@ -1,7 +1,7 @@
 """What an operator can ask of the balancer, each from the stored state to the state that is asked for.
 
 Enters: an operator's wish, in values of lb.model.state. Leaves: a Report of what became of it. A wish is checked here,
-and made one desired state; lb.writer brings it about, and lb.repair keeps it.
+and made one desired state; lb.control.writer brings it about, and lb.control.repair keeps it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from lb.control.change import reply_interfaces, some
+from lb.control.contracts import Dataplane, Guard, Network, NoGuard
+from lb.control.repair import Repairs
+from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
 from lb.model.conditions import Condition
 from lb.model.forwarding import Counters, Statistics
@@ -18,11 +22,7 @@ from lb.model.report import BackendStatus, InterfaceStatus, Report, ServiceStatu
 from lb.model.state import Backend, Interface, OwnAddress, Service, State
 from lb.model.vip import Vip
 from lb.paths import DEFAULT_NETNS
-from lb.ports import Dataplane, Guard, Network, NoGuard
-from lb.repair import Repairs
-from lb.step import reply_interfaces, some
 from lb.store.store import Store
-from lb.writer import Writer
 
 UPGRADED = "the installed program has taken over from that of xdp-lb {}"
 

@@ -1,6 +1,7 @@
 """A change that is thought through: what differs between two states, and what there is to say of it (pure).
 
-Enters: the state in force and the one that is asked for. Leaves: a Step that lb.writer carries out, and its Report.
+Enters: the state in force and the one that is asked for. Leaves: a Step that lb.control.writer carries out, and its
+Report.
 """
 
 from __future__ import annotations
