@@ -36,7 +36,7 @@ from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
 from lb.model.vip import Vip
-from lb.owner import Owner, Rendered, to_bytes
+from lb.runtime.owner import Owner, Rendered, to_bytes
 
 
 class _Path:

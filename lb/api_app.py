@@ -18,10 +18,10 @@ from lb.api_common import (
     problems,
 )
 from lb.api_errors import HANDLERS
-from lb.beside import Beside
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
-from lb.owner import Owner, to_bytes
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner, to_bytes
 
 DESCRIPTION = """\
 Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:

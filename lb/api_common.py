@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Response
 
-from lb.beside import Beside
 from lb.errors import Conflict
 from lb.formats.problems import MEDIA_TYPE
 from lb.model.report import Status
-from lb.owner import Owner, to_bytes
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner, to_bytes
 
 JSON = "application/json"
 

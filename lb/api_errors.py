@@ -15,7 +15,7 @@ from starlette.routing import Match
 
 from lb.errors import InvalidInput, LbError
 from lb.formats.problems import MEDIA_TYPE, Problem, of_error, pointer
-from lb.owner import to_bytes
+from lb.runtime.owner import to_bytes
 
 
 def _response(request: Request, problem: Problem) -> Response:

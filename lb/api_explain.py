@@ -16,7 +16,7 @@ from lb.explain.explainer import Explainer
 from lb.explain.request import Asked, Here, explain_capture
 from lb.formats.capture_file import capture_of
 from lb.formats.documents import Document
-from lb.owner import to_bytes
+from lb.runtime.owner import to_bytes
 
 MOST_PACKETS = 1000  # of one request
 

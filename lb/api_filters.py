@@ -32,7 +32,6 @@ from lb.api_common import (
     is_here,
 )
 from lb.errors import InvalidInput
-from lb.events import KEPT
 from lb.firewall.documents import report_document, status_document, trial_document, wanted_document
 from lb.firewall.firewall import Firewall
 from lb.firewall.text import report_lines
@@ -40,7 +39,8 @@ from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
 from lb.host.ssh import SSH_HEADER, Connection, SshConnection
 from lb.model.rule_report import FilterReport, How, Trial
-from lb.owner import Owner, etag_of, to_bytes
+from lb.runtime.events import KEPT
+from lb.runtime.owner import Owner, etag_of, to_bytes
 
 SENTENCES = 4  # of a summary
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from lb import api_models_stages
 from lb.api_common import ALWAYS, CHANGES, JSON, TheBeside
 from lb.formats.documents import Document
-from lb.owner import to_bytes
+from lb.runtime.owner import to_bytes
 from lb.stages.local import Here
 
 router = APIRouter(prefix="/v1")

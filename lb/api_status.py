@@ -17,7 +17,7 @@ from lb.api_common import (
 from lb.formats.documents import counters_document, status_document, total
 from lb.guard import Caller
 from lb.model.report import Status
-from lb.owner import to_bytes
+from lb.runtime.owner import to_bytes
 
 router = APIRouter(prefix="/v1")
 

@@ -229,7 +229,7 @@ def _service_body(service: Service) -> Document:
 
 
 def _events(lines: Iterable[str]) -> Iterator[Event]:
-    """Server-sent events, as lb.events writes them."""
+    """Server-sent events, as lb.runtime.events writes them."""
     fields: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(": ")

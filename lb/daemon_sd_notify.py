@@ -7,7 +7,7 @@ import os
 import socket
 from contextlib import suppress
 
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 
 
 def notify(message: str) -> None:

@@ -17,8 +17,8 @@ from lb.health.checker import Checker, Ways, conditions_of
 from lb.health.file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip
-from lb.owner import Owner
 from lb.reconcile import HostChanges
+from lb.runtime.owner import Owner
 
 log = structlog.get_logger("xdp-lb")
 

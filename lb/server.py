@@ -26,7 +26,6 @@ import structlog
 from lb.access import Access
 from lb.api_app import create_app
 from lb.api_measured import Measured
-from lb.beside import Beside
 from lb.control.balancer import Balancer
 from lb.daemon_sd_notify import feed_watchdog, notify
 from lb.errors import LbError
@@ -35,8 +34,9 @@ from lb.guard import AccessThread, Guard
 from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.model.report import Report
 from lb.model.state import Service
-from lb.owner import Owner
 from lb.paths import Paths
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner
 
 log = structlog.get_logger("xdp-lb")
 

@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from lb.model.vip import Vip
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 
 PERIOD_S = 2.0
 

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lb.access import Role
 from lb.api_app import create_app
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 from lb.tests.test_cli import RING, Host
 from lb.tests.test_server import Certificate, Remote, serving_tcp
 

@@ -22,7 +22,7 @@ from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip, parse_address
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 from lb.store.store import Store
 
 WEB = Vip.parse("10.0.0.1:80")

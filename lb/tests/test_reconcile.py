@@ -23,8 +23,8 @@ from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.forwarding import NextHop, WayInForce
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
-from lb.owner import Owner
 from lb.reconcile import ReconcileTask
+from lb.runtime.owner import Owner
 from lb.store.store import Store
 
 WEB = Vip.parse("10.0.0.1:80")

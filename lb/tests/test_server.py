@@ -37,7 +37,7 @@ from lb.control.balancer import Balancer
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State
 from lb.model.vip import Vip
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 from lb.store.store import Store
 from lb.tests.daemon import Running, running, serving
 from lb.tests.test_cli import RING, WEB, Host

@@ -11,7 +11,7 @@ from lb.control.balancer import Balancer
 from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
-from lb.owner import Owner
+from lb.runtime.owner import Owner
 from lb.settle import SettleTask
 from lb.store.store import Store
 

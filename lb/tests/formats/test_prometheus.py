@@ -21,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lb.cli import cli
 from lb.control.balancer import Balancer
-from lb.daemon_metrics import DaemonMetrics
 from lb.formats.documents import read_status, status_document, to_json
 from lb.formats.prometheus import exposition
 from lb.memory import MemoryDataplane, MemoryNetwork
@@ -30,6 +29,7 @@ from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
+from lb.runtime.metrics import DaemonMetrics
 from lb.store.store import Store
 
 # What others build on. A name or a label that goes is a change that users have to be told of.

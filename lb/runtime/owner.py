@@ -18,14 +18,14 @@ from itertools import islice
 from typing import TypeVar
 
 from lb.control.balancer import Balancer
-from lb.daemon_metrics import DaemonMetrics
 from lb.errors import LbError
-from lb.events import KEPT, Events
 from lb.formats import text
 from lb.formats.documents import Document, change_head, plan_document, report_document, service_document
 from lb.model.report import Report
 from lb.model.state import Service, State
 from lb.model.vip import Vip
+from lb.runtime.events import KEPT, Events
+from lb.runtime.metrics import DaemonMetrics
 
 T = TypeVar("T")
 
