@@ -1,6 +1,6 @@
 """HTTP on sockets that are open already: uvicorn, with its patience limited and the peer made known.
 
-Enters: an ASGI application and listening sockets. Leaves: requests, with the lb.guard.Peer of the connection in
+Enters: an ASGI application and listening sockets. Leaves: requests, with the lb.api.guard.Peer of the connection in
 `scope["state"]["peer"]`, and in `["abort"]` what ends the connection at once.
 """
 
@@ -21,9 +21,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lb.api.guard import Peer
 from lb.errors import DaemonError, InvalidInput
 from lb.formats.problems import MEDIA_TYPE, Problem
-from lb.guard import Peer
 from lb.host.ssh import Connection
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a request, to the end of its head

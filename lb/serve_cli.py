@@ -21,9 +21,9 @@ from lb.formats.documents import to_json
 from lb.paths import Paths
 
 if TYPE_CHECKING:
-    from lb.access import Entry, Token
+    from lb.api.access import Entry, Token
 
-UNIT = Path(__file__).with_name("systemd") / "xdp-lb.service"
+UNIT = Path(__file__).parents[2] / "daemon" / "systemd" / "xdp-lb.service"
 UNIT_PROGRAM = "/usr/local/bin/xdp-lb"
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))  # what ProtectHome= hides, systemd.exec(5)
 ROLES = ("read", "write")
@@ -146,7 +146,7 @@ def token_create(name: str, role: str, as_json: bool) -> None:
       xdp-lb token create prometheus
       xdp-lb token create deploy --role write
     """
-    from lb.access import Access, Role
+    from lb.api.access import Access, Role
 
     with Access.open(Paths.here().access) as access:
         secret = access.create(name, Role(role))
@@ -163,7 +163,7 @@ def token_list(as_json: bool) -> None:
     Examples:
       xdp-lb token list
     """
-    from lb.access import Access
+    from lb.api.access import Access
 
     with Access.open(Paths.here().access) as access:
         found = access.tokens()
@@ -182,7 +182,7 @@ def token_revoke(name: str) -> None:
     Examples:
       xdp-lb token revoke deploy
     """
-    from lb.access import Access
+    from lb.api.access import Access
 
     with Access.open(Paths.here().access) as access:
         access.revoke(name)
@@ -191,7 +191,7 @@ def token_revoke(name: str) -> None:
 
 
 def _entry(method: str, name: str, change: str) -> Entry:
-    from lb.access import Entry
+    from lb.api.access import Entry
 
     try:
         user = f" ({pwd.getpwuid(os.getuid()).pw_name})"
@@ -229,7 +229,7 @@ def audit(count: int, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from lb.access import Access
+    from lb.api.access import Access
 
     with Access.open(Paths.here().access) as access:
         entries = access.entries(count)

@@ -28,9 +28,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from lb import access as access_module
-from lb import daemon_sd_notify, guard, listener, server
-from lb.access import Access, Role
+from lb import daemon_sd_notify, listener, server
+from lb.api import access as access_module
+from lb.api import guard
+from lb.api.access import Access, Role
 from lb.cli import cli
 from lb.client import Client
 from lb.control.balancer import Balancer

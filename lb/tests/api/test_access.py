@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from lb import access as access_module
-from lb.access import Access, Entry, Failures, Role
+from lb.api import access as access_module
+from lb.api.access import Access, Entry, Failures, Role
 from lb.cli import cli
 from lb.command import open_here
 from lb.errors import AlreadyExists, InvalidInput, NotFound, StoreError

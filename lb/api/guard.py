@@ -20,8 +20,8 @@ from urllib.parse import unquote_to_bytes
 
 import structlog
 
-from lb import page
-from lb.access import Access, Entry, Failures, Role
+from lb.api import page
+from lb.api.access import Access, Entry, Failures, Role
 from lb.errors import LbError
 from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.host.ssh import Connection

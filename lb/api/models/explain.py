@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lb.api_models_common import LARGEST, Answer, Body, Count
+from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.explain.packet import Flow, check_size, parse_flags, parse_flow, parse_hex
 from lb.formats.problems import Place

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from lb import api_models_stages
-from lb.api_common import ALWAYS, CHANGES, JSON, TheBeside
+from lb.api.common import ALWAYS, CHANGES, JSON, TheBeside
+from lb.api.models.stages import StageAnswer, TableAnswer
 from lb.formats.documents import Document
 from lb.runtime.owner import to_bytes
 from lb.stages.local import Here
@@ -19,19 +19,19 @@ from lb.stages.local import Here
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/stages", response_model=list[api_models_stages.StageAnswer], responses=ALWAYS)
+@router.get("/stages", response_model=list[StageAnswer], responses=ALWAYS)
 async def list_stages(beside: TheBeside) -> Response:
     """Those that run, and those that a killed process left at work."""
     return Response(await beside.stages(lambda paths: to_bytes(Here(paths).listed())), media_type=JSON)
 
 
-@router.get("/stages/{number}/tables", response_model=list[api_models_stages.TableAnswer], responses=ALWAYS)
+@router.get("/stages/{number}/tables", response_model=list[TableAnswer], responses=ALWAYS)
 async def get_tables(number: int, beside: TheBeside) -> Response:
     """What a stage has found up to now."""
     return Response(await beside.stages(lambda paths: to_bytes(Here(paths).tables(number))), media_type=JSON)
 
 
-@router.delete("/stages", response_model=list[api_models_stages.StageAnswer], responses=CHANGES)
+@router.delete("/stages", response_model=list[StageAnswer], responses=CHANGES)
 async def stop_stages(
     request: Request,
     beside: TheBeside,

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter, Response
 
-from lb import api_models_explain
-from lb.api_common import ALWAYS, JSON, TheBeside
+from lb.api.common import ALWAYS, JSON, TheBeside
+from lb.api.models.explain import ExplainBody, ExplanationAnswer, pcap_bytes
 from lb.errors import InvalidInput, part
 from lb.explain.explainer import Explainer
 from lb.explain.request import Asked, Here, explain_capture
@@ -23,8 +23,8 @@ MOST_PACKETS = 1000  # of one request
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/explain", response_model=list[api_models_explain.ExplanationAnswer], responses=ALWAYS)
-async def explain(body: api_models_explain.ExplainBody, beside: TheBeside) -> Response:
+@router.post("/explain", response_model=list[ExplanationAnswer], responses=ALWAYS)
+async def explain(body: ExplainBody, beside: TheBeside) -> Response:
     """What becomes of a packet, and why, by the program that is loaded. It is sent nowhere."""
     body.check()
 
@@ -34,16 +34,16 @@ async def explain(body: api_models_explain.ExplainBody, beside: TheBeside) -> Re
     return Response(await beside.explainer(work), media_type=JSON)
 
 
-def _explained(body: api_models_explain.ExplainBody, asked: Asked) -> Iterator[Document]:
+def _explained(body: ExplainBody, asked: Asked) -> Iterator[Document]:
     if body.hex is not None:
         yield asked.frame(body.frame(), body.interface, length=body.length)
     elif body.pcap is None:
         yield asked.flow(*body.flow(), body.interface)
     else:
-        yield from _captured(api_models_explain.pcap_bytes(body.pcap), body, asked)
+        yield from _captured(pcap_bytes(body.pcap), body, asked)
 
 
-def _captured(pcap: bytes, body: api_models_explain.ExplainBody, asked: Asked) -> Iterator[Document]:
+def _captured(pcap: bytes, body: ExplainBody, asked: Asked) -> Iterator[Document]:
     with part("pcap"), capture_of(pcap, "pcap") as capture:
         found = explain_capture(asked, capture, body.number, body.interface)
         for count, document in enumerate(found):

@@ -1,6 +1,6 @@
 """The REST API under /v1, over the balancer's owner.
 
-Enters: requests that lb.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
+Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
 every error as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
 """
 
@@ -13,8 +13,7 @@ from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from lb import api_models as models
-from lb.api_common import (
+from lb.api.common import (
     ALWAYS,
     CHANGES,
     JSON,
@@ -27,7 +26,8 @@ from lb.api_common import (
     content,
     status_response,
 )
-from lb.api_models import backends_of, options_of, services_of
+from lb.api.models import balancer as models
+from lb.api.models.balancer import backends_of, options_of, services_of
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
 from lb.formats.documents import backend_document, interface_document

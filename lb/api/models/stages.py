@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lb.api_models_common import Answer
+from lb.api.models.common import Answer
 
 
 class StageAnswer(Answer):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lb.api_models_common import LARGEST, Answer, Body, Count
+from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.formats.problems import Place
 from lb.model.rule_report import Wish

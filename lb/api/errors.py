@@ -67,7 +67,7 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    # starlette raises the error again behind this, for lb.guard to log
+    # starlette raises the error again behind this, for lb.api.guard to log
     return _response(request, Problem(500, "internal error: the log of the daemon has more"))
 
 

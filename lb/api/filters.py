@@ -1,6 +1,6 @@
 """Filter rules in the REST API: under /v1/filters, and the two things that are no rule.
 
-Enters: requests that lb.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
+Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
 when the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes
 on: of TCP the request's own; on the Unix socket the SSH connection that the client tells of.
 """
@@ -15,10 +15,8 @@ from urllib.parse import unquote
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from filters.files.savefile import Packet
-from lb import api_filter_models as models
-from lb import api_models_explain
-from lb.access import Role
-from lb.api_common import (
+from lb.api.access import Role
+from lb.api.common import (
     ALWAYS,
     CHANGES,
     JSON,
@@ -31,6 +29,8 @@ from lb.api_common import (
     content,
     is_here,
 )
+from lb.api.models import filters as models
+from lb.api.models.explain import pcap_bytes
 from lb.errors import InvalidInput
 from lb.firewall.documents import report_document, status_document, trial_document, wanted_document
 from lb.firewall.firewall import Firewall
@@ -248,7 +248,7 @@ async def restore(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
 async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> Response:
     """What rules would drop of the packets in a file. Nothing is counted, and nothing in force is touched. Rules that
     are not there take a token of role write: what is compiled takes its time."""
-    wishes, pcap = body.to_wishes(is_here=is_here(request)), api_models_explain.pcap_bytes(body.pcap)
+    wishes, pcap = body.to_wishes(is_here=is_here(request)), pcap_bytes(body.pcap)
     if wishes and request.scope["state"]["caller"].role is not Role.WRITE:
         raise Problem(403, "the token may only read: rules that are not there take one of role write")
 

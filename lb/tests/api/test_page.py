@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lb import page
-from lb.access import Access, Role
+from lb.api import page
+from lb.api.access import Access, Role
 from lb.tests.test_cli import RING, Host
 from lb.tests.test_server import Certificate, Remote, serving_tcp
 

@@ -17,8 +17,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lb.access import Role
-from lb.api_app import create_app
+from lb.api.access import Role
+from lb.api.app import create_app
 from lb.runtime.owner import Owner
 from lb.tests.test_cli import RING, Host
 from lb.tests.test_server import Certificate, Remote, serving_tcp

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, create_model
 
-from lb.access import Role
-from lb.api_models_common import Answer, Body, Count, Port, Weight
+from lb.api.access import Role
+from lb.api.models.common import Answer, Body, Count, Port, Weight
 from lb.errors import InvalidInput, LbError
 from lb.formats.documents import backend_document, service_document
 from lb.formats.problems import Place

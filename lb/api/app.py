@@ -8,16 +8,11 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
-from lb import api as api_services
-from lb import api_explain, api_filters, api_models_common, api_stages, api_status, page
-from lb import api_models as models
-from lb.api_common import (
-    ALWAYS,
-    JSON,
-    TheOwner,
-    problems,
-)
-from lb.api_errors import HANDLERS
+from lb.api import explain, filters, page, services, stages, status
+from lb.api.common import ALWAYS, JSON, TheOwner, problems
+from lb.api.errors import HANDLERS
+from lb.api.models import balancer as models
+from lb.api.models.common import ProblemAnswer
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
 from lb.runtime.features import Beside
@@ -43,10 +38,10 @@ def create_app(owner: Owner, unready: Callable[[], str], beside: Beside | None =
     )
     app.state.owner, app.state.beside = owner, beside
     routers = [
-        api_services.router,
-        api_status.router,
+        services.router,
+        status.router,
         page.router,
-        *((api_filters.router, api_explain.router, api_stages.router) if beside else ()),
+        *((filters.router, explain.router, stages.router) if beside else ()),
     ]
     for each in routers:
         app.include_router(each)
@@ -86,7 +81,7 @@ def _describe_problems(app: FastAPI) -> None:
 
     def described() -> dict[str, Any]:
         document = describe()
-        document["components"]["schemas"]["ProblemAnswer"] = api_models_common.ProblemAnswer.model_json_schema()
+        document["components"]["schemas"]["ProblemAnswer"] = ProblemAnswer.model_json_schema()
         return document
 
     app.openapi = described  # type: ignore[method-assign]

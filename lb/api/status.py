@@ -7,15 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from lb import api_models as models
-from lb.api_common import (
-    ALWAYS,
-    JSON,
-    TheOwner,
-    status_response,
-)
+from lb.api.common import ALWAYS, JSON, TheOwner, status_response
+from lb.api.guard import Caller
+from lb.api.models import balancer as models
 from lb.formats.documents import counters_document, status_document, total
-from lb.guard import Caller
 from lb.model.report import Status
 from lb.runtime.owner import to_bytes
 
