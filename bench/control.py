@@ -28,7 +28,8 @@ import click
 from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
-from lb.client import Client
+from lb.client.balancer import daemon_listens
+from lb.client.client import Client
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
 from lb.formats import config
@@ -39,7 +40,6 @@ from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service, XdpMode
 from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.remote import daemon_listens
 from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
 from xdp import libbpf
 from xdp.pins import Pins

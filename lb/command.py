@@ -39,8 +39,8 @@ class Opener(Protocol):
 
 def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
     """Where the daemon runs, it is asked: it has the lock."""
+    from lb.client.balancer import daemon_listens, open_remote
     from lb.paths import Paths
-    from lb.remote import daemon_listens, open_remote
 
     paths = Paths.here()
     if daemon_listens(paths.socket):

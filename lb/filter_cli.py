@@ -17,7 +17,7 @@ from lb.model.rules import Action, At, Rate, parse_duration
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
-    from lb.filter_remote import Filters
+    from lb.client.connect import Filters
     from lb.model.rule_report import FilterReport, Wish
 
 SIDES = ("src", "dst")
@@ -163,7 +163,7 @@ def list_rules(interface: str | None, as_json: bool) -> None:
       xdp-lb filter list
       xdp-lb filter list eth0 --json | jq '.[] | {number, dropped_packets}'
     """
-    from lb.filter_remote import open_filters
+    from lb.client.connect import open_filters
     from lb.firewall.documents import status_document
     from lb.firewall.text import status_lines
 
@@ -324,7 +324,7 @@ def test(
       # Before it is added
       xdp-lb filter test --rule 'drop udp port 53' -r web.pcap
     """
-    from lb.filter_remote import open_filters
+    from lb.client.connect import open_filters
     from lb.firewall.documents import trial_document
     from lb.firewall.text import trial_lines
 
@@ -352,7 +352,7 @@ def _split(text: str) -> tuple[str, list[str]]:
 
 
 def run(change: Callable[[Filters], FilterReport], as_json: bool) -> None:
-    from lb.filter_remote import open_filters
+    from lb.client.connect import open_filters
     from lb.firewall.documents import report_document
     from lb.firewall.text import report_lines
 

@@ -1,7 +1,7 @@
 """What is asked to be explained -> documents, by the program of this host or by a daemon.
 
 Enters: a flow, a frame, or the packets of a capture file. Leaves: a document for each, made by an Asked: the one that
-has the program at hand is Here, the other is lb.explain_client.
+has the program at hand is Here, the other is lb.client.explain.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from lb.client.balancer import daemon_listens
 from lb.errors import InvalidInput
 from lb.explain.packet import Flow
 from lb.formats.documents import Document
 from lb.paths import Paths
-from lb.remote import daemon_listens
 
 if TYPE_CHECKING:
     from lb.explain.explainer import Explainer
@@ -74,7 +74,7 @@ def explain_capture(
 def open_explaining(paths: Paths) -> Iterator[Asked]:
     """The daemon, where it runs."""
     if daemon_listens(paths.socket):
-        from lb.client import Client
+        from lb.client.client import Client
 
         with Client.unix(paths.socket) as client:
             yield client.explainer

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from lb.client.balancer import daemon_listens
 from lb.formats.documents import Document
 from lb.paths import Paths
-from lb.remote import daemon_listens
 
 
 class Stages(Protocol):
@@ -55,7 +55,7 @@ def open_stages(paths: Paths) -> Iterator[Stages]:
     if not daemon_listens(paths.socket):
         yield Here(paths)
         return
-    from lb.client import Client
+    from lb.client.client import Client
 
     with Client.unix(paths.socket) as client:
         yield client.stages

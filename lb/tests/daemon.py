@@ -11,8 +11,8 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
+from lb.client.balancer import RemoteBalancer
 from lb.control.balancer import Balancer
-from lb.remote import RemoteBalancer
 from lb.server import Daemon, Settings, Task
 from lb.tests.test_cli import Host
 
@@ -96,7 +96,7 @@ def serving(host: Host, directory: Path, tasks: Sequence[Task] = (), **more: Any
 
 def through(host: Host, daemon: Running) -> Callable[..., AbstractContextManager[RemoteBalancer]]:
     """What a command opens where the daemon runs."""
-    from lb.client import Client
+    from lb.client.client import Client
 
     @contextmanager
     def opener(*, write: bool) -> Iterator[RemoteBalancer]:

@@ -33,7 +33,7 @@ from lb.api import access as access_module
 from lb.api import guard
 from lb.api.access import Access, Role
 from lb.cli import cli
-from lb.client import Client
+from lb.client.client import Client
 from lb.control.balancer import Balancer
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lb.client import Client
+from lb.client.client import Client
 from lb.errors import DataplaneError
 from lb.tests.daemon import Running, serving
 from lb.tests.test_cli import RING, Host

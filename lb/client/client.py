@@ -21,16 +21,16 @@ from urllib.parse import quote
 
 import httpx
 
-from lb.daemon_http import DaemonHttp, Tagged
-from lb.explain_client import ExplainClient
-from lb.filter_client import FilterClient
+from lb.client.explain import ExplainClient
+from lb.client.filters import FilterClient
+from lb.client.http import DaemonHttp, Tagged
+from lb.client.stages import StageClient
 from lb.formats.documents import Document, read_report, read_service, read_status
 from lb.host.ssh import SshConnection, ssh_connection
 from lb.model.options import changed_values
 from lb.model.report import Report, Status
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
-from lb.stage_client import StageClient
 
 T = TypeVar("T")
 

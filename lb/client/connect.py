@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from lb.client.balancer import daemon_listens
 from lb.model.rule_report import FilterReport, How, RuleStatus, Trial, Wish
 from lb.model.rules import At
 from lb.paths import Paths
-from lb.remote import daemon_listens
 
 
 class Filters(Protocol):
@@ -41,7 +41,7 @@ class Filters(Protocol):
 def open_filters(paths: Paths, *, write: bool) -> Iterator[Filters]:
     """To `write` is to hold the lock until the end, or the daemon's to do. Raises LbError."""
     if daemon_listens(paths.socket):
-        from lb.client import Client
+        from lb.client.client import Client
 
         with Client.unix(paths.socket) as client:
             yield client.filters

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from lb.daemon_http import DaemonHttp, Tagged
+from lb.client.http import DaemonHttp, Tagged
 from lb.errors import Conflict, InvalidInput
 from lb.firewall.documents import read_report, read_status, read_trial
 from lb.formats.documents import Document

@@ -20,7 +20,7 @@ from lb.model.vip import Vip
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
-    from lb.client import Client
+    from lb.client.client import Client
     from lb.control.contracts import Network
 
 
@@ -102,7 +102,7 @@ class RemoteBalancer:
 @contextmanager
 def open_remote(path: Path) -> Iterator[RemoteBalancer]:
     """By the daemon that listens at `path`. Raises DaemonError."""
-    from lb.client import Client  # with httpx, which no other command needs
+    from lb.client.client import Client  # with httpx, which no other command needs
     from lb.host.neighbours import Network as KernelNetwork
 
     with Client.unix(path) as client:

@@ -9,7 +9,7 @@ from base64 import b64encode
 from socket import IPPROTO_TCP, IPPROTO_UDP
 from typing import Any
 
-from lb.daemon_http import DaemonHttp
+from lb.client.http import DaemonHttp
 from lb.explain.packet import Flow, flag_letters
 from lb.formats.documents import Document
 from lb.model.vip import join_port

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lb.daemon_http import DaemonHttp
+from lb.client.http import DaemonHttp
 from lb.formats.documents import Document
 
 

@@ -1,4 +1,4 @@
-"""Requests to a daemon, and its answers, for all parts of lb.client.
+"""Requests to a daemon, and its answers, for all parts of lb.client.client.
 
 Enters: method, path and body. Leaves: what a reader makes of the answer's JSON. A problem becomes the error of
 lb.errors that it was made of; all else that goes wrong DaemonError.
