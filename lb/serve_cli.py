@@ -81,16 +81,16 @@ def serve(
         raise click.UsageError("--tls-cert and --tls-key belong together.")
     if listen and not tls_cert:
         raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
-    from lb import logs, server
     from lb.control.open import open_balancer
+    from lb.daemon import logs, server
+    from lb.daemon.health_task import HealthTask
+    from lb.daemon.reconcile import ReconcileTask
+    from lb.daemon.settle import SettleTask
     from lb.dataplane.dataplane import route_socket
     from lb.health.file import HealthFile
     from lb.health.path import RealPath
-    from lb.health_task import HealthTask
     from lb.host.events import HostEvents
     from lb.host.neighbours import FOLLOWED_TIMEOUT_S, Network
-    from lb.reconcile import ReconcileTask
-    from lb.settle import SettleTask
 
     paths = Paths.here()
     logs.configure(as_json=log_format == "json")

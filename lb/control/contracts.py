@@ -1,7 +1,7 @@
 """What the balancer asks of the kernel, of the host and of the filter in front, as protocols.
 
 Enters and leaves: values of lb.model.state and lb.model.report. lb.dataplane.dataplane, lb.host.neighbours and
-lb.control.filter_handover do it in the kernel, lb.memory in memory.
+lb.control.filter_handover do it in the kernel, lb.tests.fakes.memory in memory.
 """
 
 from __future__ import annotations

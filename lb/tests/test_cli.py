@@ -20,10 +20,10 @@ from click.testing import CliRunner, Result
 from lb.cli import cli
 from lb.control.balancer import Balancer
 from lb.errors import Busy, DataplaneError
-from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.state import Interface
 from lb.progress import progress
 from lb.store.store import Store
+from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
 WEB = "10.0.0.1:80/tcp"
 RING = ("--ring-size", "251")

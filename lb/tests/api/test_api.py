@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lb.api.access import Access
 from lb.api.guard import LARGEST_BODY
 from lb.formats.prometheus import CONTENT_TYPE
-from lb.tests.daemon import Running, serving
+from lb.tests.fakes.daemon import Running, serving
 from lb.tests.test_cli import Host
 
 WEB = "/v1/services/10.0.0.1:80%2Ftcp"

@@ -17,12 +17,12 @@ import pytest
 from lb.control.balancer import Balancer
 from lb.control.contracts import NoGuard
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
-from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.forwarding import Attachment, Counters
 from lb.model.report import ChangeKind, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip
 from lb.store.store import Store
+from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
 ETH0, ETH1 = Interface("eth0"), Interface("eth1")
 WEB = Vip.parse("10.0.0.1:80/tcp")

@@ -29,11 +29,11 @@ from lb.dataplane import allocation, lookup
 from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.hashing.ring import MEMBER_MASK, TRACK, Plan, current_member
-from lb.memory import MemoryDataplane
 from lb.model.forwarding import Attachment, Counters, NextHop
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Address, Vip
+from lb.tests.fakes.memory import MemoryDataplane
 from xdp import attach as xdp_attach
 from xdp import libbpf
 from xdp.attach import GENERIC, NATIVE, Attached

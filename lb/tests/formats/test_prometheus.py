@@ -23,7 +23,6 @@ from lb.cli import cli
 from lb.control.balancer import Balancer
 from lb.formats.documents import read_status, status_document, to_json
 from lb.formats.prometheus import exposition
-from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.conditions import Condition
 from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
@@ -31,6 +30,7 @@ from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
 from lb.runtime.metrics import DaemonMetrics
 from lb.store.store import Store
+from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
 # What others build on. A name or a label that goes is a change that users have to be told of.
 NAMES = {

@@ -14,13 +14,13 @@ from lb.control.writer import UNCHECKED
 from lb.errors import DataplaneError
 from lb.formats import documents, text
 from lb.hashing.ring import current_member, previous_member
-from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.conditions import Condition
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service, State
 from lb.model.vip import Vip
 from lb.store.store import Store
+from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
 A, B, C = map(Backend.parse, ("10.0.0.11:80", "10.0.0.12:80", "10.0.0.13:80"))

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lb.control.balancer import Balancer
-from lb.memory import MemoryDataplane, MemoryNetwork
+from lb.daemon.settle import SettleTask
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
 from lb.runtime.owner import Owner
-from lb.settle import SettleTask
 from lb.store.store import Store
+from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("10.0.0.2:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

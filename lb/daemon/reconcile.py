@@ -1,4 +1,4 @@
-"""The kernel kept in step with what is stored, as a task of the daemon (lb.server.Task).
+"""The kernel kept in step with what is stored, as a task of the daemon (lb.daemon.server.Task).
 
 Enters: time, and what changes in the host's network. Leaves: what others have changed is repaired, packets go where
 routes and neighbours lead, and each of that is a line in the log and an event `drift`. What cannot be repaired, such as

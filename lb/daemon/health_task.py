@@ -1,4 +1,5 @@
-"""Health checks as a task of the daemon (lb.server.Task): the engine between the balancer's owner and the network.
+"""Health checks as a task of the daemon (lb.daemon.server.Task): the engine between the balancer's owner and the
+network.
 
 Enters: the desired state, as the owner's snapshot has it, and what changes in the host's network. Leaves: conditions
 that the balancer puts in force, an event `health` for each backend that goes up or down, and a file that remembers.
@@ -12,12 +13,12 @@ from contextlib import AbstractContextManager
 
 import structlog
 
+from lb.daemon.reconcile import HostChanges
 from lb.formats.documents import Document
 from lb.health.checker import Checker, Ways, conditions_of
 from lb.health.file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip
-from lb.reconcile import HostChanges
 from lb.runtime.owner import Owner
 
 log = structlog.get_logger("xdp-lb")

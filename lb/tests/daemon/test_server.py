@@ -28,19 +28,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from lb import daemon_sd_notify, listener, server
 from lb.api import access as access_module
 from lb.api import guard
 from lb.api.access import Access, Role
 from lb.cli import cli
 from lb.client.client import Client
 from lb.control.balancer import Balancer
+from lb.daemon import listener, sd_notify, server
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State
 from lb.model.vip import Vip
 from lb.runtime.owner import Owner
 from lb.store.store import Store
-from lb.tests.daemon import Running, running, serving
+from lb.tests.fakes.daemon import Running, running, serving
 from lb.tests.test_cli import RING, WEB, Host
 
 DEADLINE_S = 20.0
@@ -257,15 +257,15 @@ def test_an_abstract_notify_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -
         manager.bind("\0" + name)
         manager.settimeout(DEADLINE_S)
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
-        daemon_sd_notify.notify("READY=1")
+        sd_notify.notify("READY=1")
         assert manager.recv(100) == b"READY=1"
 
 
 def test_without_a_service_manager_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    daemon_sd_notify.notify("READY=1")
+    sd_notify.notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    daemon_sd_notify.notify("READY=1")
+    sd_notify.notify("READY=1")
 
 
 def test_the_unit_file_names_this_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_the_unit_file_does_not_hide_the_program_from_itself(
 ) -> None:
     monkeypatch.setattr("sys.argv", [f"{place}/bin/xdp-lb"])
     monkeypatch.setattr("sys.base_prefix", "/usr")
-    monkeypatch.setattr("lb.serve_cli.__file__", f"{place}/lib/serve_cli.py")
+    monkeypatch.setattr("lb.cli.commands.serve.__file__", f"{place}/lib/serve.py")
     assert f"\nProtectHome={homes}\n" in CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
 
 

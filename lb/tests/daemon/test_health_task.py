@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from lb.control.balancer import Balancer
+from lb.daemon.health_task import HealthTask
 from lb.health.checker import Key, Way
 from lb.health.file import HealthFile
-from lb.health_task import HealthTask
 from lb.host.events import Changes
-from lb.memory import MemoryDataplane, MemoryNetwork
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip, parse_address
 from lb.runtime.owner import Owner
 from lb.store.store import Store
+from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

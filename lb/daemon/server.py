@@ -28,10 +28,10 @@ from lb.api.app import create_app
 from lb.api.guard import AccessThread, Guard
 from lb.api.measured import Measured
 from lb.control.balancer import Balancer
-from lb.daemon_sd_notify import feed_watchdog, notify
+from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
+from lb.daemon.sd_notify import feed_watchdog, notify
 from lb.errors import LbError
 from lb.formats import config
-from lb.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.model.report import Report
 from lb.model.state import Service
 from lb.paths import Paths

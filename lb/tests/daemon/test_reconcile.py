@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from lb import reconcile
 from lb.control.balancer import Balancer
+from lb.daemon import reconcile
+from lb.daemon.reconcile import ReconcileTask
 from lb.errors import DataplaneError
 from lb.host.events import Changes
-from lb.memory import Fuse, MemoryDataplane, MemoryNetwork
 from lb.model.forwarding import NextHop, WayInForce
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
-from lb.reconcile import ReconcileTask
 from lb.runtime.owner import Owner
 from lb.store.store import Store
+from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
 WEB = Vip.parse("10.0.0.1:80")
 A, B = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2))

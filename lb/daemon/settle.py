@@ -1,4 +1,4 @@
-"""Transitions ended when their time is over, as a task of the daemon (lb.server.Task).
+"""Transitions ended when their time is over, as a task of the daemon (lb.daemon.server.Task).
 
 Enters: time. Leaves: slots that name one member alone, whose packets need no lookup of their flow any more, and in mode
 gue no second address. Without the daemon the next change of any service does it.

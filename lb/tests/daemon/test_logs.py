@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from lb import logs
+from lb.daemon import logs
 
 
 @pytest.fixture(autouse=True)
