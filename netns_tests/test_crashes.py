@@ -16,7 +16,7 @@ from types import FrameType
 
 import pytest
 
-from lb import cli
+from lb.cli import main
 from lb.control.open import open_balancer
 from lb.control.writer import Writer
 from lb.dataplane.dataplane import KernelDataplane
@@ -199,4 +199,4 @@ def die_after(calls: int) -> None:
 
 if __name__ == "__main__":
     die_after(int(sys.argv.pop(1)))
-    cli.main()
+    main.main()

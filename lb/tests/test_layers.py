@@ -114,7 +114,7 @@ def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str
         ("filters/program.py", "from xdp.object import load"),
         ("lb/dataplane.py", "from xdp import maps"),
         ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model.state import Service"),
-        ("netns_tests/conftest.py", "import lb.cli\nfrom xdp.object import load"),
+        ("netns_tests/conftest.py", "import lb.cli.main\nfrom xdp.object import load"),
         ("bench/live.py", "from netns_tests.topology import Bed\nfrom netns_tests import topology"),
     ],
 )

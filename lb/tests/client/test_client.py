@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lb.cli import cli
+from lb.cli.main import cli
 from lb.client.balancer import RemoteBalancer, daemon_listens
 from lb.client.client import Client
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists, Conflict, DaemonError, DataplaneError, InvalidInput, NotFound
 from lb.model.state import Backend, Service
 from lb.model.vip import Vip
+from lb.tests.cli.test_cli import RING, WEB, Host
 from lb.tests.fakes.daemon import Running, serving, through
 from lb.tests.fakes.memory import MemoryDataplane
-from lb.tests.test_cli import RING, WEB, Host
 
 FILE = """
 [[service]]

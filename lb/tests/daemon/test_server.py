@@ -31,7 +31,7 @@ from cryptography.x509.oid import NameOID
 from lb.api import access as access_module
 from lb.api import guard
 from lb.api.access import Access, Role
-from lb.cli import cli
+from lb.cli.main import cli
 from lb.client.client import Client
 from lb.control.balancer import Balancer
 from lb.daemon import listener, sd_notify, server
@@ -40,8 +40,8 @@ from lb.model.state import State
 from lb.model.vip import Vip
 from lb.runtime.owner import Owner
 from lb.store.store import Store
+from lb.tests.cli.test_cli import RING, WEB, Host
 from lb.tests.fakes.daemon import Running, running, serving
-from lb.tests.test_cli import RING, WEB, Host
 
 DEADLINE_S = 20.0
 TOML = '[[service]]\nvip = "{vip}"\nring_size = 251\nbackends = ["10.0.0.11"]\n'
@@ -281,7 +281,7 @@ def test_the_unit_file_does_not_hide_the_program_from_itself(
 ) -> None:
     monkeypatch.setattr("sys.argv", [f"{place}/bin/xdp-lb"])
     monkeypatch.setattr("sys.base_prefix", "/usr")
-    monkeypatch.setattr("lb.cli.commands.serve.__file__", f"{place}/lib/serve.py")
+    monkeypatch.setattr("lb.cli.main.commands.serve.__file__", f"{place}/lib/serve.py")
     assert f"\nProtectHome={homes}\n" in CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
 
 

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from lb.client.balancer import RemoteBalancer
 from lb.control.balancer import Balancer
 from lb.daemon.server import Daemon, Settings, Task
-from lb.tests.test_cli import Host
+from lb.tests.cli.test_cli import Host
 
 READY_S = 20
 

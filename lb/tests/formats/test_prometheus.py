@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from lb.cli import cli
+from lb.cli.main import cli
 from lb.control.balancer import Balancer
 from lb.formats.documents import read_status, status_document, to_json
 from lb.formats.prometheus import exposition

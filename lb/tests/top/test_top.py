@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from lb.cli import cli
+from lb.cli.main import cli
 from lb.errors import DataplaneError
 from lb.model.conditions import Condition
 from lb.model.forwarding import Attachment, Counters
@@ -411,7 +411,7 @@ CHILD = """
 import fcntl, pickle, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from pathlib import Path
-from lb.cli import cli
+from lb.cli.main import cli
 cli(["top", *sys.argv[2:]], obj=pickle.loads(Path(sys.argv[1]).read_bytes()).open)
 """
 

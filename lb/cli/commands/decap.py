@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import completion
+from lb.cli import completion
 from lb.formats.documents import to_json
 from lb.model.state import Interface, XdpMode
 from lb.paths import Paths

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import completion
+from lb.cli import completion
 from lb.errors import InvalidInput
 from lb.formats.documents import to_json
 from lb.model.rules import Action, At, Rate, parse_duration

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli_options import (
+from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.cli.options import (
     OptionWords,
     backends_option,
     interfaces_argument,
@@ -18,15 +19,6 @@ from lb.cli_options import (
     ring_size_option,
     split_list,
     vip_address_option,
-)
-from lb.command import (
-    Request,
-    change_options,
-    echo_json,
-    echo_lines,
-    make_service,
-    open_balancer,
-    wants_colour,
 )
 from lb.errors import InvalidInput
 from lb.formats import documents, text

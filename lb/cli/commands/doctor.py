@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 from click.exceptions import Exit
 
-from lb.cli_options import interfaces_argument, json_option
-from lb.command import echo_json, echo_lines, wants_colour
+from lb.cli.common import echo_json, echo_lines, wants_colour
+from lb.cli.options import interfaces_argument, json_option
 
 EXIT_UNFIT = 1
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from lb import completion
+from lb.cli import completion
 from lb.model.health_check import HealthCheck
 from lb.model.options import DEFAULTS, FIELDS, GUE_PORT, Network, Options, parse_network
 from lb.model.state import DEFAULT_RING_SIZE, Mode

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import completion
-from lb.cli_options import json_option
-from lb.command import echo_json, echo_lines, wants_colour
+from lb.cli import completion
+from lb.cli.common import echo_json, echo_lines, wants_colour
+from lb.cli.options import json_option
 from lb.formats.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for

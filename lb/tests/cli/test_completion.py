@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from lb import completion
-from lb.cli import cli
+from lb.cli import completion
+from lb.cli.main import cli
 from lb.errors import StoreError
 from lb.model.options import Options, parse_network
 from lb.model.state import Backend, Service, State

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.command import open_balancer
+from lb.cli.common import open_balancer
 
 if TYPE_CHECKING:  # most commands do not wait for this
     from lb.top.rates import View

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli_options import json_option
+from lb.cli.options import json_option
 from lb.errors import InvalidInput
 from lb.formats.documents import to_json
 from lb.paths import Paths

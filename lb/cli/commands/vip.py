@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli_options import (
+from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.cli.options import (
     OptionWords,
     backends_option,
     json_option,
@@ -17,7 +18,6 @@ from lb.cli_options import (
     vip_address_option,
     vip_argument,
 )
-from lb.command import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
 from lb.formats import documents, text
 from lb.model.report import Report
 from lb.model.vip import Vip

@@ -16,14 +16,14 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 import click
 from click.exceptions import Abort, Exit
 
-from lb.cli_options import OptionWords, json_option, split_list
+from lb.cli.options import OptionWords, json_option, split_list
+from lb.cli.progress import progress
 from lb.formats import documents
 from lb.formats import text as output
 from lb.formats.error_text import explain, is_expected
 from lb.model.report import Report
 from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service
 from lb.model.vip import Vip
-from lb.progress import progress
 
 if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
     from lb.control.balancer import Balancer

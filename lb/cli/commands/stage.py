@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb import completion
-from lb.cli_options import json_option
-from lb.command import wants_colour
+from lb.cli import completion
+from lb.cli.common import wants_colour
+from lb.cli.options import json_option
 from lb.errors import DataplaneError
 from lb.formats.documents import Document, to_json
 from lb.paths import Paths

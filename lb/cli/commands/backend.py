@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import click
 
-from lb import completion
-from lb.cli_options import backend_argument, json_option, server_id_option, split_list, vip_argument
-from lb.command import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
+from lb.cli import completion
+from lb.cli.common import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
+from lb.cli.options import backend_argument, json_option, server_id_option, split_list, vip_argument
 from lb.formats import documents, text
 from lb.model.state import Backend
 from lb.model.vip import Vip

@@ -12,23 +12,19 @@ import sys
 
 import click
 
-from lb import completion
-from lb.backend_cli import backend
-from lb.balancer_cli import apply, attach, detach, status
-from lb.command import (
-    EXIT_INTERRUPTED,
-    Commands,
-    open_here,
-)
-from lb.decap_cli import decap
-from lb.doctor_cli import doctor_command
-from lb.explain_cli import explain_command
-from lb.filter_cli import filter_group
-from lb.metrics_cli import metrics_command
-from lb.serve_cli import audit, serve, token
-from lb.stage_cli import stage
-from lb.top_cli import top_command
-from lb.vip_cli import vip
+from lb.cli import completion
+from lb.cli.commands.backend import backend
+from lb.cli.commands.balancer import apply, attach, detach, status
+from lb.cli.commands.decap import decap
+from lb.cli.commands.doctor import doctor_command
+from lb.cli.commands.explain import explain_command
+from lb.cli.commands.filter import filter_group
+from lb.cli.commands.metrics import metrics_command
+from lb.cli.commands.serve import audit, serve, token
+from lb.cli.commands.stage import stage
+from lb.cli.commands.top import top_command
+from lb.cli.commands.vip import vip
+from lb.cli.common import EXIT_INTERRUPTED, Commands, open_here
 
 
 @click.group(

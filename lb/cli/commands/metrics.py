@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lb.command import open_balancer
+from lb.cli.common import open_balancer
 
 SHIPPED = {"alerts": "alerts.yml", "dashboard": "grafana-dashboard.json"}
 READABLE_BY_ALL = 0o644  # node_exporter is another user

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from lb.cli import cli
+from lb.cli.main import cli
+from lb.cli.progress import progress
 from lb.control.balancer import Balancer
 from lb.errors import Busy, DataplaneError
 from lb.model.state import Interface
-from lb.progress import progress
 from lb.store.store import Store
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
@@ -561,7 +561,7 @@ class Terminal(io.StringIO):
 def shown_while_restoring(host: Host, patience_s: float, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a terminal gets on standard error while `host` is attached again."""
     terminal = Terminal()
-    monkeypatch.setattr("lb.progress.PATIENCE_S", patience_s)
+    monkeypatch.setattr("lb.cli.progress.PATIENCE_S", patience_s)
     monkeypatch.setattr(sys, "stderr", terminal)
     with host.open(write=True) as balancer, progress(balancer):
         balancer.attach([Interface("eth0")])
