@@ -28,8 +28,8 @@ import click
 from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
-from lb.client.balancer import daemon_listens
 from lb.client.client import Client
+from lb.client.connect import daemon_listens
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
 from lb.formats import config

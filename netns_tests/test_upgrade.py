@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 import pytest
 
-from lb.client.balancer import daemon_listens
 from lb.client.client import Client
+from lb.client.connect import daemon_listens
 from lb.model.state import Backend
 from lb.model.vip import Vip
 from netns_tests.servers import start_http

@@ -19,8 +19,6 @@ from filters.records.counts import Counts
 from filters.records.merge import in_order
 from filters.records.pcap import FilesFull, Sink, count_records
 
-__all__ = ["Request", "Session"]
-
 _CLOCK_EVERY_S = 1.0
 # For how long packets may lie in the kernel: where they are few, it is fetching them that costs.
 _PATIENCE_S, _PROMPT_S = 0.05, 0.01

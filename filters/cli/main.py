@@ -179,7 +179,8 @@ def _capture(options: Options) -> int:
 
 
 def _session(options: Options, instructions: Sequence[Instruction], interfaces: Sequence[Interface]) -> Session:
-    from filters.capture.session import Request, Session
+    from filters.capture.session import Session
+    from filters.capture.taps import Request
 
     ingress, egress = DIRECTIONS[options.direction]
     return Session(

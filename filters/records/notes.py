@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from filters.compiler import cbpf
 from filters.records.pcap import Span, offsets, unpacked
 
 NO_ACTION = 0xFFFFFFFF
@@ -64,7 +63,7 @@ def noted(span: Span) -> Iterator[Noted]:
     for at, seconds, fraction in offsets(span):
         packet, length = unpacked(view, at)
         note = PacketMetadata.from_buffer_copy(packet)
-        yield Noted(seconds, fraction, length - NOTE_SIZE & cbpf.WORD, note, packet[NOTE_SIZE:])
+        yield Noted(seconds, fraction, length - NOTE_SIZE & 0xFFFFFFFF, note, packet[NOTE_SIZE:])
 
 
 def action_words(action: int) -> str | None:

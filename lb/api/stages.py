@@ -14,7 +14,7 @@ from lb.api.common import ALWAYS, CHANGES, JSON, TheBeside
 from lb.api.models.stages import StageAnswer, TableAnswer
 from lb.formats.documents import Document
 from lb.runtime.owner import to_bytes
-from lb.stages.local import Here
+from lb.stages.local import LocalStages
 
 router = APIRouter(prefix="/v1")
 
@@ -22,13 +22,13 @@ router = APIRouter(prefix="/v1")
 @router.get("/stages", response_model=list[StageAnswer], responses=ALWAYS)
 async def list_stages(beside: TheBeside) -> Response:
     """Those that run, and those that a killed process left at work."""
-    return Response(await beside.stages(lambda paths: to_bytes(Here(paths).listed())), media_type=JSON)
+    return Response(await beside.stages(lambda paths: to_bytes(LocalStages(paths).listed())), media_type=JSON)
 
 
 @router.get("/stages/{number}/tables", response_model=list[TableAnswer], responses=ALWAYS)
 async def get_tables(number: int, beside: TheBeside) -> Response:
     """What a stage has found up to now."""
-    return Response(await beside.stages(lambda paths: to_bytes(Here(paths).tables(number))), media_type=JSON)
+    return Response(await beside.stages(lambda paths: to_bytes(LocalStages(paths).tables(number))), media_type=JSON)
 
 
 @router.delete("/stages", response_model=list[StageAnswer], responses=CHANGES)
@@ -38,7 +38,7 @@ async def stop_stages(
     number: Annotated[list[int] | None, Query(description="May be repeated; none: all")] = None,
 ) -> Response:
     """End stages: packets go on as if they had never been there. The answer has them as they were."""
-    ended = await beside.stages(lambda paths: Here(paths).stop(number or ()))
+    ended = await beside.stages(lambda paths: LocalStages(paths).stop(number or ()))
     sentences = [_sentence(stage) for stage in ended]
     request.scope["state"]["change"] = "; ".join(sentences) or "no stages"
     for stage, summary in zip(ended, sentences, strict=True):

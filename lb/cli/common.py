@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 from click.exceptions import Abort, Exit
@@ -25,35 +25,25 @@ from lb.model.report import Report
 from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service
 from lb.model.vip import Vip
 
-if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.control.balancer import Balancer
+if TYPE_CHECKING:
+    from lb.client.connect import BalancerLike, Connector
+    from lb.model.state import State
 
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
 
 
-class Opener(Protocol):
-    """Gives the balancer of this network namespace; `write` takes the lock."""
-
-    def __call__(self, *, write: bool) -> AbstractContextManager[Balancer]: ...
-
-
-def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
-    """Where the daemon runs, it is asked: it has the lock."""
-    from lb.client.balancer import daemon_listens, open_remote
-    from lb.paths import Paths
-
-    paths = Paths.here()
-    if daemon_listens(paths.socket):
-        return cast("AbstractContextManager[Balancer]", open_remote(paths.socket))
-    from lb.control.open import open_balancer
-
-    return open_balancer(paths, write=write)
+def open_balancer(*, write: bool) -> AbstractContextManager[BalancerLike]:
+    """By the Connector that the caller of `cli` passed as `obj`."""
+    return _connector().open(write=write)
 
 
-def open_balancer(*, write: bool) -> AbstractContextManager[Balancer]:
-    """By the opener that the caller of `cli` passed as `obj`."""
-    opener: Opener = click.get_current_context().find_root().obj
-    return opener(write=write)
+def stored_state() -> State:
+    return _connector().state()
+
+
+def _connector() -> Connector:
+    connector: Connector = click.get_current_context().find_root().obj
+    return connector
 
 
 class Failure(click.ClickException):
@@ -95,10 +85,10 @@ class Request:
     dry_run: bool
     as_json: bool
 
-    def run(self, change: Callable[[Balancer], Report]) -> None:
+    def run(self, change: Callable[[BalancerLike], Report]) -> None:
         self.show(self.report(change), output.report_lines)
 
-    def report(self, change: Callable[[Balancer], Report]) -> Report:
+    def report(self, change: Callable[[BalancerLike], Report]) -> Report:
         with open_balancer(write=True) as balancer, progress(balancer):
             return change(balancer)
 

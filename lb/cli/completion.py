@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import (
@@ -21,6 +22,10 @@ from click.shell_completion import (
 
 from lb.model.state import State
 from lb.model.vip import Vip
+
+if TYPE_CHECKING:
+    from lb.client.connect import Connector
+
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "xdp-lb"
@@ -94,8 +99,7 @@ def _matching(words: Iterable[str], incomplete: str) -> list[CompletionItem]:
 
 def _state(ctx: click.Context) -> State:
     try:
-        with ctx.find_root().obj(write=False) as balancer:
-            state: State = balancer.state
-            return state
+        connector: Connector = ctx.find_root().obj
+        return connector.state()
     except Exception:  # whatever it is, the command itself will tell
         return State()

@@ -24,7 +24,8 @@ from lb.cli.commands.serve import audit, serve, token
 from lb.cli.commands.stage import stage
 from lb.cli.commands.top import top_command
 from lb.cli.commands.vip import vip
-from lb.cli.common import EXIT_INTERRUPTED, Commands, open_here
+from lb.cli.common import EXIT_INTERRUPTED, Commands
+from lb.client.connect import HostConnector
 
 
 @click.group(
@@ -98,7 +99,7 @@ def main() -> None:
     """The console entry."""
     gc.disable()  # a command ends before its garbage matters, and looking for it takes a tenth of its time
     try:
-        cli(prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, obj=open_here)
+        cli(prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, obj=HostConnector())
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 

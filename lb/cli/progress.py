@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from lb.control.balancer import Balancer
+    from lb.client.connect import BalancerLike
 
 PATIENCE_S = 1.0
 
@@ -50,7 +50,7 @@ def _start() -> tuple[Progress, TaskID]:
 
 
 @contextmanager
-def progress(balancer: Balancer) -> Iterator[None]:
+def progress(balancer: BalancerLike) -> Iterator[None]:
     """Show how far `balancer` is, as long as the body runs."""
     if not sys.stderr.isatty():
         yield

@@ -6,10 +6,7 @@ the host's interfaces and addresses are looked up here, since it is the same hos
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lb.model.options import Options, values
@@ -18,21 +15,8 @@ from lb.model.state import Backend, Interface, Service, State
 from lb.model.vip import Vip
 
 if TYPE_CHECKING:
-    from pyroute2 import IPRoute
-
     from lb.client.client import Client
     from lb.control.contracts import Network
-
-
-def daemon_listens(path: Path) -> bool:
-    """Not at a socket that a dead one has left. Who may not connect may not do without the daemon either, and the
-    command will say so."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        try:
-            connection.connect(str(path))
-        except OSError:
-            return False
-    return True
 
 
 class RemoteBalancer:
@@ -97,19 +81,3 @@ class RemoteBalancer:
 
     def status(self) -> Status:
         return self._client.status()
-
-
-@contextmanager
-def open_remote(path: Path) -> Iterator[RemoteBalancer]:
-    """By the daemon that listens at `path`. Raises DaemonError."""
-    from lb.client.client import Client  # with httpx, which no other command needs
-    from lb.host.neighbours import Network as KernelNetwork
-
-    with Client.unix(path) as client:
-        yield RemoteBalancer(client, KernelNetwork(_route_socket))
-
-
-def _route_socket() -> IPRoute:
-    from lb.dataplane.dataplane import route_socket  # few commands ask for interfaces
-
-    return route_socket()

@@ -15,7 +15,7 @@ from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
 from lb.control.repair import Repairs
 from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
-from lb.model.conditions import Condition
+from lb.model.conditions import Condition, Conditions
 from lb.model.forwarding import Counters, Statistics
 from lb.model.options import Options
 from lb.model.report import BackendStatus, InterfaceStatus, Report, ServiceStatus, Status
@@ -36,13 +36,18 @@ class Balancer:
         dataplane: Dataplane,
         network: Network,
         netns: str = DEFAULT_NETNS,
-        guard: FilterHandover | None = None,
+        filters: FilterHandover | None = None,
+        *,
+        in_daemon: bool = False,
+        conditions: Conditions | None = None,
     ) -> None:
-        self.writer = Writer(store, dataplane, network, guard or NoFilters())
+        """`store`: loaded. `in_daemon`, `conditions`: see Writer."""
+        self.writer = Writer(
+            store, dataplane, network, filters or NoFilters(), in_daemon=in_daemon, conditions=conditions
+        )
         self.repairs = Repairs(self.writer)
         self.network = network
         self._netns = netns
-        store.load()
 
     @property
     def state(self) -> State:
@@ -92,7 +97,7 @@ class Balancer:
     def upgrade(self) -> Report:
         """Have the installed program take over from one that is outdated, with all that its maps hold."""
         before = self.outdated
-        with self.writer.guard.alone():
+        with self.writer.filters.alone():
             done = self.writer.dataplane.upgrade()
         return Report(notes=(UPGRADED.format(before),) if done else ())
 

@@ -16,11 +16,11 @@ from lb.store.store import Store
 
 @contextmanager
 def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) -> Iterator[Balancer]:
-    """The balancer of one network namespace; to `write` is to hold its lock until the end. `in_daemon`: see Writer.
+    """The balancer of one network namespace; to `write` is to hold its lock until the end. `in_daemon`: see Balancer.
 
     Raises Busy, StoreError, DataplaneError.
     """
-    from lb.dataplane.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
+    from lb.dataplane.dataplane import KernelDataplane  # what needs no kernel does without it
     from lb.host.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
     from lb.host.neighbours import Network as KernelNetwork
 
@@ -31,9 +31,7 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        guard = KernelFilterHandover(paths, store, dataplane)
-        network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
-        balancer = Balancer(store, dataplane, network, paths.netns, guard)
-        balancer.writer.in_daemon = in_daemon
-        balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
-        yield balancer
+        filters = KernelFilterHandover(paths, store, dataplane)
+        network = KernelNetwork(answer_timeout_s=FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
+        conditions = HealthFile(paths.health).conditions(store.load().services)
+        yield Balancer(store, dataplane, network, paths.netns, filters, in_daemon=in_daemon, conditions=conditions)

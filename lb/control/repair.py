@@ -27,7 +27,7 @@ class Repairs:
             writer,
             writer.dataplane,
             writer.network,
-            writer.guard,
+            writer.filters,
         )
         self._refused: dict[str, tuple[int, str]] = {}  # interface -> whose program is there, and the kernel's words
 

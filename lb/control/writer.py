@@ -57,15 +57,25 @@ class _Effective:
 
 
 class Writer:
-    """`on_progress(done, total)` is called with the services that are written, of all to write. `in_daemon`: tasks of
-    this process check backends and follow their neighbours. A method that changes something raises LbError, and then
-    nothing has changed."""
+    """`on_progress(done, total)` is called with the services that are written, of all to write. A method that changes
+    something raises LbError, and then nothing has changed."""
 
-    def __init__(self, store: Store, dataplane: Dataplane, network: Network, guard: FilterHandover) -> None:
-        self.store, self.dataplane, self.network, self.guard = store, dataplane, network, guard
+    def __init__(
+        self,
+        store: Store,
+        dataplane: Dataplane,
+        network: Network,
+        filters: FilterHandover,
+        *,
+        in_daemon: bool = False,
+        conditions: Conditions | None = None,
+    ) -> None:
+        """`in_daemon`: tasks of this process check backends and follow their neighbours. `conditions`: what health
+        checks have found so far."""
+        self.store, self.dataplane, self.network, self.filters = store, dataplane, network, filters
         self.on_progress: Callable[[int, int], None] | None = None
-        self.in_daemon = False
-        self.conditions: Conditions = {}
+        self.in_daemon = in_daemon
+        self.conditions: Conditions = conditions or {}
         self._served = BackendUse()
         self._met: dict[Vip, _Effective] = {}
 
@@ -253,7 +263,7 @@ class Writer:
 
     def _guarded(self, step: ChangeSet) -> AbstractContextManager[None]:
         """Changes of backends wait for nobody: filter rules, of which a large set takes seconds, are beside them."""
-        return self.guard.alone() if step.moves_programs else nullcontext()
+        return self.filters.alone() if step.moves_programs else nullcontext()
 
     def _carry_out(self, step: ChangeSet) -> Outcome:
         with self.store.saving(step.goal):
@@ -299,11 +309,11 @@ class Writer:
                 self._detach(name)
 
     def attach(self, interface: Interface) -> Attachment:
-        self.guard.make_way(interface.name)
+        self.filters.make_way(interface.name)
         return self.dataplane.attach(interface)
 
     def _detach(self, name: str) -> None:
-        self.guard.take_over(name)
+        self.filters.take_over(name)
         self.dataplane.detach(name)
 
     def _put(self, step: ChangeSet) -> dict[Vip, Plan]:

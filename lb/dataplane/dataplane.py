@@ -28,11 +28,8 @@ from lb.model.forwarding import InstalledNextHop, NextHop, Statistics
 from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Address, Vip
 from lb.paths import Paths
-from xdp.netlink import route_socket
 from xdp.object import Loaded
 from xdp.pins import Pins
-
-__all__ = ["KernelDataplane", "route_socket"]
 
 MOST_EPOCHS = 2**32 - 1
 

@@ -67,13 +67,14 @@ class Decap:
 def open_decap(paths: Paths, *, write: bool) -> Iterator[Decap]:
     """The decapsulation of this network namespace; `write` takes the lock of its changes."""
     from lb.decap.host import DecapHost
-    from lb.decap.kernel import KernelDecap, route_socket
+    from lb.decap.kernel import KernelDecap
     from lb.host.capabilities import check_may_change
+    from lb.host.neighbours import open_route_socket
     from lb.store.lock import writer_lock
 
     place = paths.run_dir / "decap" / paths.netns
     if write:
         check_may_change()
     with writer_lock(place.with_name(f"{place.name}.lock"), paths.netns) if write else nullcontext():
-        host = DecapHost(route_socket, place.with_name(f"{place.name}.json"))
+        host = DecapHost(open_route_socket, place.with_name(f"{place.name}.json"))
         yield Decap(KernelDecap.open(paths), host, paths.netns)

@@ -26,11 +26,8 @@ from lb.paths import Paths
 from xdp import attach as xdp_attach
 from xdp import tc
 from xdp.errors import LoadError
-from xdp.netlink import route_socket
 from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
 from xdp.pins import Pins
-
-__all__ = ["KernelDecap", "load", "route_socket"]
 
 OBJECT = LB_OBJECT.with_name("decap.bpf.o")
 PROGRAM, SENDER = "xdp_decap", "decap_send"

@@ -1,20 +1,17 @@
 """What is asked to be explained -> documents, by the program of this host or by a daemon.
 
 Enters: a flow, a frame, or the packets of a capture file. Leaves: a document for each, made by an ExplainService: the
-one that has the program at hand is Here, the other is lb.client.explain.
+one that has the program at hand is LocalExplainer, the other is lb.client.explain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from lb.client.balancer import daemon_listens
 from lb.errors import InvalidInput
 from lb.explain.packet import Flow
 from lb.formats.documents import Document
-from lb.paths import Paths
 
 if TYPE_CHECKING:
     from lb.explain.explainer import Explainer
@@ -33,7 +30,7 @@ class ExplainService(Protocol):
         ...
 
 
-class Here:
+class LocalExplainer:
     """See ExplainService, for the program that this process can reach."""
 
     def __init__(self, explainer: Explainer) -> None:
@@ -68,18 +65,3 @@ def explain_capture(
             return
     if number:
         raise InvalidInput(f"{capture.name}: no packet {number}: there are {found}")
-
-
-@contextmanager
-def open_explaining(paths: Paths) -> Iterator[ExplainService]:
-    """The daemon, where it runs."""
-    if daemon_listens(paths.socket):
-        from lb.client.client import Client
-
-        with Client.unix(paths.socket) as client:
-            yield client.explainer
-        return
-    from lb.explain.explainer import open_explainer
-
-    with open_explainer(paths) as explainer:
-        yield Here(explainer)

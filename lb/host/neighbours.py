@@ -91,13 +91,22 @@ class _Entry:
 _Table = dict[_Neighbour, _Entry]
 
 
+def open_route_socket() -> IPRoute:
+    """Imports what few commands need."""
+    from xdp.netlink import route_socket
+
+    return route_socket()
+
+
 class Network:
     """Routes, neighbours and addresses of the current network namespace.
 
     Each call opens a socket of its own, so that an object may outlive changes of the namespace.
     """
 
-    def __init__(self, open_socket: Callable[[], IPRoute], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def __init__(
+        self, open_socket: Callable[[], IPRoute] = open_route_socket, answer_timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
         self._open_socket, self._answer_timeout_s = open_socket, answer_timeout_s
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:

@@ -6,16 +6,14 @@ itself: C of a user's own, and the 128 MB that its compiler takes, have no busin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
-from lb.client.balancer import daemon_listens
 from lb.formats.documents import Document
 from lb.paths import Paths
 
 
-class Stages(Protocol):
+class StageService(Protocol):
     """Raises LbError."""
 
     def listed(self) -> list[Document]: ...
@@ -27,8 +25,8 @@ class Stages(Protocol):
         ...
 
 
-class Here:
-    """See Stages; by way of lb.stages.lifecycle."""
+class LocalStages:
+    """See StageService; by way of lb.stages.lifecycle."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -47,15 +45,3 @@ class Here:
         from lb.stages.lifecycle import record_document, stop
 
         return [record_document(*each) for each in stop(self._paths, numbers)]
-
-
-@contextmanager
-def open_stages(paths: Paths) -> Iterator[Stages]:
-    """The daemon, where it runs."""
-    if not daemon_listens(paths.socket):
-        yield Here(paths)
-        return
-    from lb.client.client import Client
-
-    with Client.unix(paths.socket) as client:
-        yield client.stages

@@ -13,7 +13,8 @@ import pytest
 from pyroute2 import netns
 
 from filters.capture import taps
-from filters.capture.session import Request, Session
+from filters.capture.session import Session
+from filters.capture.taps import Request
 from filters.compiler.ebpf import disassemble
 from filters.compiler.expr import compile_expression
 from filters.errors import DumpError, NotWritten, SelftestFailed

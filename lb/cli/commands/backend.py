@@ -7,7 +7,7 @@ from dataclasses import replace
 import click
 
 from lb.cli import completion
-from lb.cli.common import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
+from lb.cli.common import Request, change_options, echo_json, echo_lines, parse_backends, stored_state, wants_colour
 from lb.cli.options import backend_argument, json_option, server_id_option, split_list, vip_argument
 from lb.formats import documents, text
 from lb.model.state import Backend
@@ -134,8 +134,7 @@ def backend_list(vip: Vip | None, as_json: bool) -> None:
       xdp-lb backend list
       xdp-lb backend list 10.0.0.1:80
     """
-    with open_balancer(write=False) as balancer:
-        state = balancer.state
+    state = stored_state()
     services = (state.service(vip),) if vip else state.services
     if as_json:
         echo_json(documents.backends_document(services))

@@ -26,8 +26,8 @@ from lb.model.report import Report
 from lb.model.state import Backend, Interface, XdpMode
 from lb.model.vip import Address, Vip
 
-if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.control.balancer import Balancer
+if TYPE_CHECKING:
+    from lb.client.connect import BalancerLike
 
 DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 
@@ -88,11 +88,11 @@ def attach(
         raise click.UsageError("--vip, --mode and the other options of a service need --backends.")
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
-    def restore(balancer: Balancer) -> Report:
+    def restore(balancer: BalancerLike) -> Report:
         report = balancer.attach(wanted, own_addresses=not no_vip_address, dry_run=request.dry_run)
         return with_note(report, text.extent(balancer.state.services))
 
-    def serve(balancer: Balancer) -> Report:
+    def serve(balancer: BalancerLike) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
         service = make_service(chosen, backends, mode, ring_size, option_words)
         report = balancer.attach(wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run)
@@ -105,7 +105,7 @@ def with_note(report: Report, note: str) -> Report:
     return replace(report, notes=(note, *report.notes))
 
 
-def default_vip(balancer: Balancer, interface: str, backend: str) -> Vip:
+def default_vip(balancer: BalancerLike, interface: str, backend: str) -> Vip:
     """The interface's own first address of the backend's family."""
     family = Backend.parse(backend).address.version
     for address in own_addresses(balancer, interface):
@@ -114,7 +114,7 @@ def default_vip(balancer: Balancer, interface: str, backend: str) -> Vip:
     raise InvalidInput(f"interface {interface}: has no IPv{family} address for a VIP: give --vip")
 
 
-def own_addresses(balancer: Balancer, interface: str) -> list[Address]:
+def own_addresses(balancer: BalancerLike, interface: str) -> list[Address]:
     if not balancer.network.interface_exists(interface):
         raise InvalidInput(f"interface {interface}: does not exist")
     return balancer.network.addresses(interface)

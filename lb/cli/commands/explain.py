@@ -89,12 +89,12 @@ def explain_command(
       # Why, and what to do about it
       xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
     """
+    from lb.client.connect import open_explainer
     from lb.explain import output
-    from lb.explain.request import open_explaining
     from lb.paths import Paths
 
     explain = _explain(protocol, source, destination, syn, flags, interface, pcap, number, digits)
-    with open_explaining(Paths.here()) as asked:
+    with open_explainer(Paths.here()) as asked:
         if as_json:
             echo_json(list(explain(asked)))
             return

@@ -17,7 +17,7 @@ from lb.model.rules import Action, At, Rate, parse_duration
 from lb.paths import Paths
 
 if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
-    from lb.client.connect import Filters
+    from lb.client.connect import FilterService
     from lb.model.rule_report import FilterReport, RuleSpec
 
 SIDES = ("src", "dst")
@@ -351,7 +351,7 @@ def _split(text: str) -> tuple[str, list[str]]:
         raise InvalidInput(f"rule {text!r}: does not begin with drop, pass, count or limit RATE") from None
 
 
-def run(change: Callable[[Filters], FilterReport], as_json: bool) -> None:
+def run(change: Callable[[FilterService], FilterReport], as_json: bool) -> None:
     from lb.client.connect import open_filters
     from lb.firewall.documents import report_document
     from lb.firewall.text import report_lines

@@ -86,7 +86,6 @@ def serve(
     from lb.daemon.health_task import HealthTask
     from lb.daemon.reconcile import ReconcileTask
     from lb.daemon.settle import SettleTask
-    from lb.dataplane.dataplane import route_socket
     from lb.health.file import HealthFile
     from lb.health.path import RealPath
     from lb.host.events import HostEvents
@@ -96,8 +95,11 @@ def serve(
     logs.configure(as_json=log_format == "json")
     addresses = tuple(map(_listen_address, listen))
     settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config, paths)
-    ways, routes = lambda: RealPath(Network(route_socket, FOLLOWED_TIMEOUT_S)), lambda: HostEvents(neighbours=False)
-    checks = HealthTask(ways, HealthFile(paths.health), routes)
+    checks = HealthTask(
+        lambda: RealPath(Network(answer_timeout_s=FOLLOWED_TIMEOUT_S)),
+        HealthFile(paths.health),
+        lambda: HostEvents(neighbours=False),
+    )
     tasks: list[server.Task] = [checks, ReconcileTask(HostEvents), SettleTask()]
     server.serve(lambda: open_balancer(paths, in_daemon=True), settings, tasks)
 

@@ -195,7 +195,7 @@ def list_stages(as_json: bool) -> None:
       xdp-lb stage list
       xdp-lb stage list --json | jq '.[].file'
     """
-    from lb.stages.local import open_stages
+    from lb.client.connect import open_stages
 
     with open_stages(Paths.here()) as stages:
         found = stages.listed()
@@ -237,7 +237,7 @@ def tables(number: int, as_json: bool) -> None:
       xdp-lb stage tables 1
       xdp-lb stage tables 1 --json | jq '.[].table'
     """
-    from lb.stages.local import open_stages
+    from lb.client.connect import open_stages
     from lb.stages.tables import lines
 
     with open_stages(Paths.here()) as stages:
@@ -259,7 +259,7 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
       xdp-lb stage stop 1
       xdp-lb stage stop --all
     """
-    from lb.stages.local import open_stages
+    from lb.client.connect import open_stages
 
     if bool(numbers) == everything:
         raise click.UsageError("Say which stages, or --all.")

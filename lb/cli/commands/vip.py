@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, stored_state, wants_colour
 from lb.cli.options import (
     OptionWords,
     backends_option,
@@ -22,8 +22,8 @@ from lb.formats import documents, text
 from lb.model.report import Report
 from lb.model.vip import Vip
 
-if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
-    from lb.control.balancer import Balancer
+if TYPE_CHECKING:
+    from lb.client.connect import BalancerLike
 
 
 @click.group()
@@ -105,7 +105,7 @@ def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
     if not option_words:
         raise click.UsageError("no option named: say what to change.")
 
-    def change(balancer: Balancer) -> Report:
+    def change(balancer: BalancerLike) -> Report:
         options = option_words.change(vip, balancer.state.service(vip).options)
         return balancer.set_options(vip, options, dry_run=request.dry_run)
 
@@ -145,8 +145,7 @@ def vip_list(as_json: bool) -> None:
       xdp-lb vip list
       xdp-lb vip list --json | jq -r '.[].vip'
     """
-    with open_balancer(write=False) as balancer:
-        services = balancer.state.services
+    services = stored_state().services
     if as_json:
         echo_json(documents.services_document(services))
     else:

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from lb.api import access as access_module
 from lb.api.access import Access, Entry, Failures, Role
-from lb.cli.common import open_here
 from lb.cli.main import cli
+from lb.client.connect import HostConnector
 from lb.errors import AlreadyExists, InvalidInput, NotFound, StoreError
 
 ENTRY = Entry(1700000000.5, "uid 0 (root)", "unix", "PUT", "/v1/config", "10.0.0.1:80/tcp: removed", "200")
@@ -166,7 +166,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> Result:
-    return CliRunner().invoke(cli, words, obj=open_here)
+    return CliRunner().invoke(cli, words, obj=HostConnector())
 
 
 def lines(*words: str) -> list[str]:

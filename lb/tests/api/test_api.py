@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from lb.api.access import Access
 from lb.api.guard import LARGEST_BODY
 from lb.formats.prometheus import CONTENT_TYPE
-from lb.tests.cli.test_cli import Host
 from lb.tests.fakes.daemon import Running, serving
+from lb.tests.fakes.host import Host
 
 WEB = "/v1/services/10.0.0.1:80%2Ftcp"
 SERVICE = {"ring_size": 251, "backends": [{"backend": "10.0.0.11"}, {"address": "10.0.0.12", "weight": 3}]}

@@ -11,8 +11,8 @@ import pytest
 
 from lb.api import page
 from lb.api.access import Access, Role
-from lb.tests.cli.test_cli import RING, Host
-from lb.tests.daemon.test_server import Certificate, Remote, serving_tcp
+from lb.tests.fakes.host import RING, Host
+from lb.tests.fakes.tls import Certificate, Remote, serving_tcp
 
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
 

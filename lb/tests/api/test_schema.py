@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 from lb.api.access import Role
 from lb.api.app import create_app
 from lb.runtime.owner import BalancerThread
-from lb.tests.cli.test_cli import RING, Host
-from lb.tests.daemon.test_server import Certificate, Remote, serving_tcp
+from lb.tests.fakes.host import RING, Host
+from lb.tests.fakes.tls import Certificate, Remote, serving_tcp
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = 12  # of each operation

@@ -8,8 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -22,50 +21,8 @@ from lb.cli.progress import progress
 from lb.control.balancer import Balancer
 from lb.errors import Busy, DataplaneError
 from lb.model.state import Interface
-from lb.store.store import Store
-from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
-
-WEB = "10.0.0.1:80/tcp"
-RING = ("--ring-size", "251")
-
-
-@dataclass
-class Host:
-    """One host: its store, dataplane and network outlive the commands, as they do in the kernel."""
-
-    store: Path
-    dataplane: MemoryDataplane = field(default_factory=MemoryDataplane)
-    network: MemoryNetwork = field(
-        default_factory=lambda: MemoryNetwork(
-            {"eth0": ["10.0.0.1/24", "2001:db8::1/64"], "eth1": ["10.1.0.1/24"], "eth2": []}
-        )
-    )
-
-    @contextmanager
-    def open(self, *, write: bool) -> Iterator[Balancer]:
-        with Store.open(self.store, write) as store:
-            yield Balancer(store, self.dataplane, self.network)
-
-    def run(self, *words: str) -> Result:
-        return CliRunner().invoke(cli, words, obj=self.open)
-
-    def lines(self, *words: str) -> list[str]:
-        result = self.run(*words)
-        assert (result.exit_code, result.stderr) == (0, ""), result.stderr
-        return result.stdout.splitlines()
-
-    def json(self, *words: str) -> Any:
-        return json.loads("\n".join(self.lines(*words, "--json")))
-
-    def error(self, *words: str) -> str:
-        """The one line of a command that fails."""
-        result = self.run(*words)
-        assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr.count("\n") == 1
-        return result.stderr.removesuffix("\n")
-
-    def names(self) -> list[str]:
-        return [each["backend"] for each in self.json("backend", "list")]
+from lb.tests.fakes.host import RING, WEB, Host, Opening
+from lb.tests.fakes.memory import MemoryDataplane
 
 
 @pytest.fixture
@@ -497,7 +454,7 @@ def failing(error: BaseException, **environment: str) -> Result:
     def opener(*, write: bool) -> AbstractContextManager[Balancer]:
         raise error
 
-    return CliRunner().invoke(cli, ["status"], obj=opener, env=environment)
+    return CliRunner().invoke(cli, ["status"], obj=Opening(opener), env=environment)
 
 
 def test_a_traceback_is_shown_only_on_request() -> None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from lb.errors import StoreError
 from lb.model.options import Options, parse_network
 from lb.model.state import Backend, Service, State
 from lb.model.vip import Vip
+from lb.tests.fakes.host import Opening
 
 WEB = Service(Vip.parse("10.0.0.1:80"), backends=(Backend.parse("10.0.0.11:80"),))
 DNS = Service(Vip.parse("[2001:db8::1]:53/udp"), backends=(Backend.parse("[2001:db8::11]:53"),))
@@ -32,14 +34,16 @@ def unreadable(*, write: bool) -> AbstractContextManager[SimpleNamespace]:
     raise StoreError("store state.db: damaged")
 
 
-def complete(line: str, opener: object = stored) -> list[str]:
+def complete(line: str, opener: Callable[..., Any] = stored) -> list[str]:
     """What bash is told for a cursor at the end of `line`."""
     variables = {
         completion.VARIABLE: "bash_complete",
         "COMP_LINE": line,
         "COMP_POINT": str(len(line.encode())),
     }
-    result = CliRunner().invoke(cli, env=variables, prog_name="xdp-lb", complete_var=completion.VARIABLE, obj=opener)
+    result = CliRunner().invoke(
+        cli, env=variables, prog_name="xdp-lb", complete_var=completion.VARIABLE, obj=Opening(opener)
+    )
     assert result.stderr == ""
     return [each.partition(",")[2] for each in result.stdout.split()]
 

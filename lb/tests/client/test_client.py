@@ -13,14 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 from lb.cli.main import cli
-from lb.client.balancer import RemoteBalancer, daemon_listens
+from lb.client.balancer import RemoteBalancer
 from lb.client.client import Client
+from lb.client.connect import daemon_listens
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists, Conflict, DaemonError, DataplaneError, InvalidInput, NotFound
 from lb.model.state import Backend, Service
 from lb.model.vip import Vip
-from lb.tests.cli.test_cli import RING, WEB, Host
 from lb.tests.fakes.daemon import Running, serving, through
+from lb.tests.fakes.host import RING, WEB, Host
 from lb.tests.fakes.memory import MemoryDataplane
 
 FILE = """
@@ -111,7 +112,7 @@ def test_every_command_says_the_same_with_and_without_the_daemon(tmp_path: Path)
     file.write_text(FILE)
     with serving(served, tmp_path) as daemon:
         for words in COMMANDS:
-            expected = run(plain, plain.open, words, file)
+            expected = run(plain, plain, words, file)
             assert run(served, through(served, daemon), words, file) == expected, words
     with plain.open(write=False) as one, served.open(write=False) as other:
         assert one.state == other.state

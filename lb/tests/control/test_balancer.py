@@ -60,6 +60,7 @@ class Bed:
     @contextmanager
     def balancer(self) -> Iterator[Balancer]:
         with Store.open(self.path, write=True) as store:
+            store.load()
             yield Balancer(store, self.dataplane, self.network, "blue")
 
     def run(self, command: Callable[[Balancer], Report]) -> Report:
@@ -551,6 +552,7 @@ def test_status_joins_what_is_desired_with_what_the_kernel_counts(serving: Bed) 
     serving.dataplane.reasons = {"drop_no_backend": 2, "pass_not_vip": 5}
     writes = serving.fuse.writes
     with Store.open(serving.path, write=False) as store:
+        store.load()
         status = Balancer(store, serving.dataplane, serving.network, "blue").status()
     assert (status.netns, status.loaded) == ("blue", True)
     assert [(i.interface, i.attached) for i in status.interfaces] == [(ETH0, Attachment("eth0", "native", 1))]
@@ -566,6 +568,7 @@ def test_status_joins_what_is_desired_with_what_the_kernel_counts(serving: Bed) 
 
 def test_status_without_anything_is_empty(bed: Bed) -> None:
     with Store.open(bed.path, write=False) as store:
+        store.load()
         status = Balancer(store, bed.dataplane, bed.network).status()
     assert (status.loaded, status.interfaces, status.services) == (False, (), ())
 
@@ -708,6 +711,7 @@ def test_an_interrupted_change_leaves_the_old_state_in_force(serving: Bed) -> No
 def test_a_store_that_cannot_commit_leaves_the_old_state_in_force(serving: Bed) -> None:
     before = serving.state
     with Store.open(serving.path, write=True) as store, Store.open(serving.path, write=False) as reader:
+        store.load()
         balancer = Balancer(store, serving.dataplane, serving.network)
         store._connection.execute("PRAGMA busy_timeout = 0")
         reader._connection.execute("BEGIN")
@@ -721,6 +725,7 @@ def test_a_store_that_cannot_commit_leaves_the_old_state_in_force(serving: Bed) 
 def test_a_store_that_is_locked_keeps_the_kernel_untouched(serving: Bed) -> None:
     before, writes = serving.state, serving.fuse.writes
     with Store.open(serving.path, write=True) as store, Store.open(serving.path, write=True) as other:
+        store.load()
         balancer = Balancer(store, serving.dataplane, serving.network)
         store._connection.execute("PRAGMA busy_timeout = 0")
         other._connection.execute("BEGIN IMMEDIATE")
@@ -796,7 +801,8 @@ class Calls(NoFilters):
 def test_guard_is_called_before_the_balancer_comes_and_before_it_goes(bed: Bed) -> None:
     calls = Calls(bed.dataplane)
     with Store.open(bed.path, write=True) as store:
-        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        store.load()
+        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
         balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
         balancer.detach(["eth1"])
         balancer.detach()
@@ -811,7 +817,8 @@ def test_guard_is_called_before_the_balancer_comes_and_before_it_goes(bed: Bed) 
 def test_changes_of_backends_do_not_wait_for_filter_rules(bed: Bed) -> None:
     calls = Calls(bed.dataplane)
     with Store.open(bed.path, write=True) as store:
-        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        store.load()
+        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
         balancer.attach([Interface("eth0")], [service(WEB, A, mode=Mode.DR)])
         calls.alone = refuse  # type: ignore[assignment, method-assign]
         balancer.add_backends(WEB, [B])
@@ -829,7 +836,8 @@ def test_guard_takes_over_where_an_attach_fails(bed: Bed) -> None:
     calls = Calls(bed.dataplane)
     bed.dataplane.foreign.add("eth1")
     with Store.open(bed.path, write=True) as store:
-        balancer = Balancer(store, bed.dataplane, bed.network, guard=calls)
+        store.load()
+        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
         with pytest.raises(DataplaneError):
             balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
     assert calls.made[-1] == ("take_over", "eth0", True)

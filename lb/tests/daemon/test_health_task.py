@@ -71,6 +71,7 @@ class Host:
     @contextmanager
     def balancer(self, *, in_daemon: bool = False) -> Iterator[Balancer]:
         with Store.open(self.path / "state.db", write=True) as store:
+            store.load()
             balancer = Balancer(store, self.dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
             balancer.writer.conditions = self.file.conditions(balancer.state.services)
             balancer.writer.in_daemon = in_daemon

@@ -58,6 +58,7 @@ class Bed:
     @contextmanager
     def open(self) -> Iterator[Balancer]:
         with Store.open(self.path, write=True) as store:
+            store.load()
             yield Balancer(store, self.dataplane, self.network)
 
     @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import os
 import resource
 import socket
@@ -23,10 +21,6 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from lb.api import access as access_module
 from lb.api import guard
@@ -40,8 +34,9 @@ from lb.model.state import State
 from lb.model.vip import Vip
 from lb.runtime.owner import BalancerThread
 from lb.store.store import Store
-from lb.tests.cli.test_cli import RING, WEB, Host
 from lb.tests.fakes.daemon import Running, running, serving
+from lb.tests.fakes.host import RING, WEB, Host
+from lb.tests.fakes.tls import Certificate, Remote, serving_tcp
 
 DEADLINE_S = 20.0
 TOML = '[[service]]\nvip = "{vip}"\nring_size = 251\nbackends = ["10.0.0.11"]\n'
@@ -281,7 +276,7 @@ def test_the_unit_file_does_not_hide_the_program_from_itself(
 ) -> None:
     monkeypatch.setattr("sys.argv", [f"{place}/bin/xdp-lb"])
     monkeypatch.setattr("sys.base_prefix", "/usr")
-    monkeypatch.setattr("lb.cli.main.commands.serve.__file__", f"{place}/lib/serve.py")
+    monkeypatch.setattr("lb.cli.commands.serve.__file__", f"{place}/lib/serve.py")
     assert f"\nProtectHome={homes}\n" in CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
 
 
@@ -302,75 +297,9 @@ def test_tcp_without_tls_is_a_usage_error(words: tuple[str, ...]) -> None:
 # TCP: TLS and tokens
 
 
-@dataclass
-class Certificate:
-    """A certificate of 127.0.0.1 and ::1, signed by itself, and its key."""
-
-    directory: Path
-
-    def __post_init__(self) -> None:
-        self.certificate, self.key = self.directory / "lb.pem", self.directory / "lb.key"
-        self.renew()
-
-    def renew(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "xdp-lb test")])
-        now = datetime.datetime.now(datetime.UTC)
-        addresses = [x509.IPAddress(ipaddress.ip_address(a)) for a in ("127.0.0.1", "::1")]
-        certificate = (
-            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        self.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-
-    @property
-    def trusted(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self.certificate))
-
-
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
     return Certificate(tmp_path)
-
-
-@dataclass
-class Remote:
-    """The daemon over TCP, and one token of each role."""
-
-    running: Running
-    certificate: Certificate
-    url: str
-    tokens: dict[Role, str]
-
-    def http(self, token: str | None = None) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-        return httpx.Client(base_url=self.url, verify=self.certificate.trusted, headers=headers, trust_env=False)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        return "127.0.0.1", int(self.url.rpartition(":")[2])
-
-
-@contextmanager
-def serving_tcp(host: Host, tmp_path: Path, certificate: Certificate) -> Iterator[Remote]:
-    with Access.open(tmp_path / "access.db") as access:
-        tokens = {role: access.create(str(role), role) for role in Role}
-    settings: dict[str, Any] = {
-        "listen": (("127.0.0.1", 0),),
-        "tls_certificate": certificate.certificate,
-        "tls_key": certificate.key,
-    }
-    with serving(host, tmp_path, **settings) as daemon:
-        port = daemon.daemon._listeners[1].sockets[0].getsockname()[1]
-        yield Remote(daemon, certificate, f"https://127.0.0.1:{port}", tokens)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def test_a_transition_whose_time_is_over_is_ended_without_a_further_change_and_n
     @contextmanager
     def opened() -> Iterator[Balancer]:
         with Store.open(tmp_path / "state.db", write=True) as store:
+            store.load()
             yield Balancer(store, dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
 
     async def run() -> None:
@@ -53,6 +54,7 @@ def test_a_transition_whose_time_is_over_is_ended_without_a_further_change_and_n
 def test_where_a_change_was_cut_short_nothing_is_settled(tmp_path: Path) -> None:
     dataplane = MemoryDataplane()
     with Store.open(tmp_path / "state.db", write=True) as store:
+        store.load()
         balancer = Balancer(store, dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
         balancer.attach([Interface("eth0")], [Service(WEB, backends=(A, B), ring_size=251)])
         balancer.drain_backend(WEB, B)

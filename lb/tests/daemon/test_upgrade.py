@@ -9,8 +9,8 @@ import pytest
 
 from lb.client.client import Client
 from lb.errors import DataplaneError
-from lb.tests.cli.test_cli import RING, Host
 from lb.tests.fakes.daemon import Running, serving
+from lb.tests.fakes.host import RING, Host
 
 TAKEN_OVER = "the installed program has taken over from that of xdp-lb 0.0.9"
 

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from lb.client.balancer import RemoteBalancer
 from lb.control.balancer import Balancer
 from lb.daemon.server import Daemon, Settings, Task
-from lb.tests.cli.test_cli import Host
+from lb.tests.fakes.host import Host, Opening
 
 READY_S = 20
 
@@ -94,7 +94,7 @@ def serving(host: Host, directory: Path, tasks: Sequence[Task] = (), **more: Any
         yield daemon
 
 
-def through(host: Host, daemon: Running) -> Callable[..., AbstractContextManager[RemoteBalancer]]:
+def through(host: Host, daemon: Running) -> Opening:
     """What a command opens where the daemon runs."""
     from lb.client.client import Client
 
@@ -103,4 +103,4 @@ def through(host: Host, daemon: Running) -> Callable[..., AbstractContextManager
         with Client.unix(daemon.settings.socket) as client:
             yield RemoteBalancer(client, host.network)
 
-    return opener
+    return Opening(opener)

@@ -30,6 +30,7 @@ from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
 from lb.runtime.metrics import DaemonMetrics
 from lb.store.store import Store
+from lb.tests.fakes.host import Opening
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
 # What others build on. A name or a label that goes is a change that users have to be told of.
@@ -207,6 +208,7 @@ def test_status_that_came_as_a_document_gives_the_same() -> None:
 @contextmanager
 def balancer(store: Path) -> Iterator[Balancer]:
     with Store.open(store, write=True) as opened:
+        opened.load()
         yield Balancer(opened, MemoryDataplane(), MemoryNetwork({"eth0": ["10.0.0.1/24"]}))
 
 
@@ -214,7 +216,7 @@ def run(tmp_path: Path, *words: str) -> Result:
     def open_it(*, write: bool) -> AbstractContextManager[Balancer]:
         return balancer(tmp_path / "default" / "state.db")
 
-    return CliRunner().invoke(cli, ["metrics", *words], obj=open_it)
+    return CliRunner().invoke(cli, ["metrics", *words], obj=Opening(open_it))
 
 
 def test_command_prints_the_exposition(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Host:
     def balancer(self) -> Iterator[Balancer]:
         network = MemoryNetwork({"eth0": ["10.0.0.254/24"]})
         with Store.open(self.path, write=True) as store:
+            store.load()
             yield Balancer(store, self.dataplane, network)
 
     @property

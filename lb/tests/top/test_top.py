@@ -338,7 +338,7 @@ class Readings:
 
 
 def run(*words: str, readings: Readings) -> Result:
-    return CliRunner().invoke(cli, ["top", *words], obj=readings.open)
+    return CliRunner().invoke(cli, ["top", *words], obj=readings)
 
 
 def test_what_is_no_terminal_gets_blocks_of_lines() -> None:
@@ -412,7 +412,7 @@ import fcntl, pickle, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from pathlib import Path
 from lb.cli.main import cli
-cli(["top", *sys.argv[2:]], obj=pickle.loads(Path(sys.argv[1]).read_bytes()).open)
+cli(["top", *sys.argv[2:]], obj=pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
 
