@@ -66,30 +66,30 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 )
 @click.version_option(package_name="xdp-lb", message="xdp-lb %(version)s")
 def cli() -> None:
-    """Balance TCP and UDP over backends, in XDP.
+    """Load-balance TCP and UDP in XDP.
 
-    A VIP is written ADDR[/LENGTH]:PORT[-PORT][/PROTO][@SET]: an address or a prefix, a port, a
-    range, or 0 for any port, and tcp (also where it is missing) or udp. SET is a second set of
-    backends at the same VIP, for clients from certain prefixes. Of the VIPs that a packet fits,
-    that of the longest prefix has it, and of those the one with the fewest ports.
+    A VIP is written ADDR[/LENGTH]:PORT[-PORT][/PROTO][@SET]: an address or prefix, a port, a port
+    range or 0 for any port, and tcp (the default) or udp. @SET names an additional set of backends
+    for the same VIP, used for clients from given prefixes. If several VIPs match a packet, the
+    longest prefix wins, then the narrowest port range.
 
-    A backend is written ADDR[:PORT][@WEIGHT]; without PORT it gets the port of the VIP.
+    A backend is written ADDR[:PORT][@WEIGHT]. PORT defaults to the port of the VIP, WEIGHT to 1.
 
     \b
     VIPs:
       10.0.0.1:80                   TCP port 80
-      [2001:db8::1]:53/udp          IPv6 stands in brackets
+      [2001:db8::1]:53/udp          IPv6 goes in brackets
       10.0.0.0/24:8000-8999/tcp     256 addresses, 1000 ports
-      10.0.0.1:80/tcp@eu            the set eu of 10.0.0.1:80/tcp
+      10.0.0.1:80/tcp@eu            set eu of 10.0.0.1:80/tcp
 
     \b
     Examples:
       # Balance eth0's own address, port 80, over two servers
       xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
-      # Add a third while traffic flows, then take the first out gently
+      # Add a third backend under traffic, then drain the first
       xdp-lb backend add 10.0.0.1:80/tcp 10.0.0.13
       xdp-lb backend drain 10.0.0.1:80/tcp 10.0.0.11
-      # See who gets what
+      # Show counters per backend
       xdp-lb status
     """
 
@@ -100,7 +100,7 @@ def cli() -> None:
     "--vip",
     type=Vip.parse,
     metavar="VIP",
-    help="What clients connect to.  [default: the first interface's address, port 80/tcp]",
+    help="Service address.  [default: first interface's own address, port 80/tcp]",
 )
 @backends_option
 @mode_option
@@ -109,7 +109,7 @@ def cli() -> None:
     type=click.Choice([str(mode) for mode in XdpMode]),
     metavar="MODE",
     default=str(XdpMode.AUTO),
-    help="native, generic, or auto: native, else generic with a warning.  [default: auto]",
+    help="native, generic, or auto (native, falling back to generic with a warning).  [default: auto]",
 )
 @ring_size_option
 @option_words
@@ -126,24 +126,24 @@ def attach(
     no_vip_address: bool,
     request: Request,
 ) -> None:
-    """Attach to interfaces, and serve what is stored.
+    """Attach the XDP program to interfaces and load the stored services.
 
-    With --backends it adds a service first. Without, it starts what is stored: after a reboot, or
-    after xdp-lb detach. All interfaces share one set of services.
+    With --backends, a service is added first. Without it, the stored configuration is loaded, as
+    after a reboot or after xdp-lb detach. All interfaces share one set of services.
 
     \b
     Examples:
       # Balance eth0's own address, port 80
       xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
-      # A VIP of its own, direct return, weights 1 and 3
+      # A separate VIP, direct routing, weights 1 and 3
       xdp-lb attach eth0 --vip 10.0.0.100:443 --mode dr \\
           --backends 10.0.0.11,10.0.0.12@3
-      # Backends anywhere, through tunnels that xdp-lb decap ends there
+      # Backends in other subnets, over GUE; they run xdp-lb decap
       xdp-lb attach eth0 --vip 10.0.0.100:443 --mode gue \\
           --backends 172.16.4.11,172.16.9.12
       # Clients on eth0, servers behind eth1
       xdp-lb attach eth0 eth1 --backends 10.1.0.11,10.1.0.12
-      # Start again what is stored
+      # Load the stored configuration again
       xdp-lb attach eth0
     """
     if not backends and (vip or mode or ring_size is not None or option_words):
@@ -186,28 +186,29 @@ def own_addresses(balancer: Balancer, interface: str) -> list[Address]:
 @interfaces_argument(required=False)
 @change_options
 def detach(interfaces: tuple[str, ...], request: Request) -> None:
-    """Detach from interfaces, or from all. Services stay stored.
+    """Detach from the named interfaces, or from all of them.
 
-    Connections through a detached interface end. xdp-lb attach starts the services again.
+    Connections through a detached interface are lost. The configuration stays stored; xdp-lb
+    attach loads it again.
 
     \b
     Examples:
-      # Stop balancing on eth1 alone
+      # Detach from eth1 only
       xdp-lb detach eth1
-      # Stop altogether
+      # Detach from all interfaces
       xdp-lb detach
     """
     request.run(lambda balancer: balancer.detach(interfaces, dry_run=request.dry_run))
 
 
 @cli.command()
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def status(as_json: bool) -> None:
     """Show interfaces, services and counters.
 
-    PACKETS and the BYTES beside them come from clients, REPLIES and the BYTES beside them go back
-    to clients (mode nat: in the others, backends answer directly). RETRIES, where there are any,
-    are SYNs that came again, since nobody answered. Numbers are exact in --json.
+    PACKETS and the first BYTES column count client to backend; REPLIES and the second count
+    backend to client (mode nat only: in the other modes backends reply directly). RETRIES, shown
+    if non-zero, counts SYN retransmissions. Numbers are rounded; --json has exact values.
 
     \b
     JSON: {netns, loaded, interfaces, services, answered, drops, passes,
@@ -221,11 +222,11 @@ def status(as_json: bool) -> None:
                     resolved, state, share, why, since, COUNTERS}]
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections,
                   repeated_syns
-      answered    {reason: packets}, by the balancer itself
+      answered    {reason: packets}, answered by the balancer
       drops       {reason: packets}, dropped
-      passes      {reason: packets}, left to the host
-      noted       {reason: packets}, forwarded, but worth knowing
-      maps        {name: bytes}, of kernel memory
+      passes      {reason: packets}, passed to the host stack
+      noted       {reason: packets}, forwarded, with a remark
+      maps        {name: bytes}, kernel memory
 
     \b
     Examples:
@@ -247,14 +248,14 @@ def status(as_json: bool) -> None:
     "path",
     required=True,
     type=click.Path(path_type=Path),
-    help="The services wanted, in TOML.",
+    help="Configuration file, lb.toml(5).",
 )
 @vip_address_option
 @change_options
 def apply(path: Path, no_vip_address: bool, request: Request) -> None:
-    """Make the services those of a file, and print the difference.
+    """Apply a configuration file and print the diff.
 
-    Services that the file does not name are removed.
+    Services that are not in the file are removed.
 
     \b
     The file:
@@ -265,10 +266,10 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       flow_timeout = 3600     # seconds
       backends = ["10.0.0.11", "10.0.0.12:8080@3",
                   {address = "10.0.0.13", weight = 2, drain = true}]
-    and where wanted
+    optional keys of a service
       affinity = 300          # seconds
       sources = ["10.0.0.0/8"]
-      syn_limit = 1000        # a second
+      syn_limit = 1000        # per second
       syn_limit_of_source = 20
       mss = 1400
       echo = true
@@ -279,12 +280,12 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       health = "http /healthz interval=1s"
       slow_start = 30
       fail_closed = true
-    and in the table of a backend
+    optional key of a backend table
       server_ids = ["0:0a1b"]
 
     \b
     Examples:
-      # What would change
+      # Show the diff only
       xdp-lb apply -f lb.toml --dry-run
       xdp-lb apply -f lb.toml
     """
@@ -310,11 +311,11 @@ def coloured_diff(report: Report) -> list[str]:
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(completion.SHELLS))
 def print_completion(shell: str) -> None:
-    """Print the script that makes SHELL complete xdp-lb's words.
+    """Print the completion script for SHELL.
 
     \b
     Examples:
-      # bash, in this shell; for all, put the line into ~/.bashrc
+      # bash; add this line to ~/.bashrc to make it permanent
       source <(xdp-lb completion bash)
       # zsh, in ~/.zshrc
       source <(xdp-lb completion zsh)
