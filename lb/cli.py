@@ -147,7 +147,7 @@ def attach(
       xdp-lb attach eth0
     """
     if not backends and (vip or mode or ring_size is not None or option_words):
-        raise click.UsageError("--vip, --mode and the other options of a service need --backends.")
+        raise click.UsageError("--vip, --mode and other service options require --backends.")
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
     def restore(balancer: Balancer) -> Report:

@@ -133,7 +133,7 @@ def make_wish(
     from lb.filter_report import Wish
 
     if set_side and set_path is None:
-        raise click.UsageError("--set-side needs --set.")
+        raise click.UsageError("--set-side requires --set.")
     rate = None
     if action == Action.LIMIT:
         if not words:
@@ -236,7 +236,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
     from lb.filter_report import How
 
     if everywhere == (interface is not None):
-        raise click.UsageError("Name an interface, or say --all.")
+        raise click.UsageError("Name an interface, or give --all.")
     run(lambda firewall: firewall.flush(interface, How(force=force, dry_run=dry_run)), as_json)
 
 
@@ -293,7 +293,9 @@ def restore(force: bool, dry_run: bool, as_json: bool) -> None:
     metavar="'ACTION [RATE] [EXPRESSION]'",
     help="Test this rule instead of the interface's. Repeatable.",
 )
-@click.option("-r", "--read", "path", required=True, metavar="FILE.pcap", help="Capture file to test; - for standard input.")
+@click.option(
+    "-r", "--read", "path", required=True, metavar="FILE.pcap", help="Capture file to test; - for standard input."
+)
 @click.option("-w", "--write", "write_to", metavar="FILE.pcap", help="Write the dropped packets to this file.")
 @click.option(
     "--at",
@@ -330,7 +332,7 @@ def test(
     from lb.filter_remote import open_filters
 
     if bool(rules) == (interface is not None):
-        raise click.UsageError("Name an interface, or give rules by --rule.")
+        raise click.UsageError("Name an interface, or give --rule.")
     wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
     with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:

@@ -77,9 +77,9 @@ def serve(
         click.echo(unit(), nl=False)
         return
     if bool(tls_cert) != bool(tls_key):
-        raise click.UsageError("--tls-cert and --tls-key belong together.")
+        raise click.UsageError("--tls-cert and --tls-key must be given together.")
     if listen and not tls_cert:
-        raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
+        raise click.UsageError("--listen requires --tls-cert and --tls-key: tokens are not sent in clear text.")
     from lb import logs, server
     from lb.balancer import open_balancer
     from lb.check_path import RealPath
@@ -213,7 +213,9 @@ def _when(time_s: float) -> str:
 
 
 @click.command()
-@click.option("-n", "count", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Show the last N entries.")
+@click.option(
+    "-n", "count", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Show the last N entries."
+)
 @json_option("Print [{time_s, who, address, method, path, change, outcome}].")
 def audit(count: int, as_json: bool) -> None:
     """Show the audit log of changes made through the daemon, latest last.
@@ -242,7 +244,7 @@ def _audit_table(entries: list[Entry]) -> list[str]:
     from lb.output import Column, table
 
     if not entries:
-        return ["nothing yet: what goes through xdp-lb serve is recorded"]
+        return ["no entries: changes made through xdp-lb serve are recorded"]
     headings = ("TIME", "WHO", "FROM", "REQUEST", "CHANGE", "OUTCOME")
     rows = [(_when(e.time_s), e.who, e.address, f"{e.method} {e.path}", e.change or "-", e.outcome) for e in entries]
     return table([Column(heading) for heading in headings], rows, colour=False)

@@ -57,7 +57,12 @@ def stage() -> None:
     help="xdp: before the balancer; xdp-exit: after its verdict.  [default: xdp]",
 )
 @click.option(
-    "--interval", "interval_s", type=parse_interval, default="1s", metavar="TIME", help="Interval between tables.  [default: 1s]"
+    "--interval",
+    "interval_s",
+    type=parse_interval,
+    default="1s",
+    metavar="TIME",
+    help="Interval between tables.  [default: 1s]",
 )
 @click.option("--function", default="stage", metavar="NAME", help="Entry function in FILE.  [default: stage]")
 @click.option("-D", "defines", multiple=True, metavar="NAME[=VALUE]", help="Define a macro. Repeatable.")
@@ -262,7 +267,7 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
     from lb.stage_remote import open_stages
 
     if bool(numbers) == everything:
-        raise click.UsageError("Say which stages, or --all.")
+        raise click.UsageError("Name stages, or give --all.")
     with open_stages(Paths.here()) as stages:
         ended = stages.stop(numbers)
     lines = [f"stage {record['number']}: stopped, {record['interface']}, at {record['at']}" for record in ended]
