@@ -96,7 +96,7 @@ def add(
 
     ACTION is drop, pass (accept, skip the remaining rules), count (count and continue) or limit
     RATE (drop packets above RATE, continue with the rest). RATE is packets per second, minute, hour
-    or day: 1000/s, 1k/s, 20/m. Without EXPRESSION the rule matches all packets.
+    or day: 1000/s, 1k/s, 60/min. Without EXPRESSION the rule matches all packets.
 
     A rule that would drop your own SSH connection is refused.
 
