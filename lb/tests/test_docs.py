@@ -1,7 +1,8 @@
-"""README.md and docs/ against what they speak of: links, command lines, JSON keys, keys of lb.toml."""
+"""README.md and docs/ against the code: links, command lines, JSON keys, metrics, the library, keys of lb.toml."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import lb
 from filters import dump_options
 from filters.errors import DumpError
 from lb import decap_output, documents, filter_documents
@@ -24,9 +26,11 @@ from lb.api_filter_models import ExplanationAnswer, StageAnswer
 from lb.cli import cli
 from lb.conditions import Condition
 from lb.config import BACKEND_KEYS, SERVICE_KEYS
+from lb.daemon_metrics import DaemonMetrics
 from lb.decap import DecapReport, DecapStatus
 from lb.doctor import Finding, Severity, findings_document
 from lb.filter_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
+from lb.metrics import exposition
 from lb.model import Backend, Interface, Mode, Service
 from lb.report import (
     Attachment,
@@ -295,3 +299,44 @@ def test_the_options_of_a_service_are_described_with_their_keys() -> None:
     text = (ROOT / "docs/service-options.md").read_text()
     for key in set(SERVICE_KEYS) - {"vip", "mode", "ring_size", "flow_timeout", "backends"}:
         assert f"| `{key}` |" in text, key
+
+
+# Metrics
+
+
+def test_the_metrics_described_are_those_there_are() -> None:
+    text = exposition(STATUS) + DaemonMetrics().exposition()
+    there = set(re.findall(r"^# TYPE (xdp_lb_\w+)", text, re.MULTILINE))
+    said = {word for word in code_words(tokens(ROOT / "docs/monitoring.md")) if word.startswith("xdp_lb_")}
+    assert said == {name for name in there if not name.endswith("_created")}
+
+
+# The library
+
+
+def snippets() -> Iterator[ast.AST]:
+    for page in PAGES:
+        for token in tokens(page):
+            if token.type == "fence" and token.info == "python":
+                yield ast.parse(token.content, name_of(page))
+
+
+def test_the_examples_in_python_use_what_there_is() -> None:
+    """Those of docs/api.md are run elsewhere."""
+    nodes = [node for snippet in snippets() for node in ast.walk(snippet)]
+    imported = [alias.name for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "lb" for alias in n.names]
+    assert len(imported) > 10
+    assert [name for name in imported if not hasattr(lb, name)] == []
+    used = [(n.value.id, n.attr) for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    with lb.Client("http://xdp-lb") as client:
+        owners = {"balancer": lb.Balancer, "client": client}
+        known = [(name, attribute) for name, attribute in used if name in owners]
+        assert len(known) > 5
+        assert [(name, attribute) for name, attribute in known if not hasattr(owners[name], attribute)] == []
+
+
+def test_the_methods_described_are_those_of_the_balancer() -> None:
+    words = code_words(section(ROOT / "docs/library.md", "In process"))
+    methods = [found[1] for word in words if (found := re.match(r"(\w+)\(", word))]
+    assert len(methods) > 10
+    assert [name for name in methods if not hasattr(lb.Balancer, name)] == []

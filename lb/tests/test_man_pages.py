@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from filters import dump_options
+from filters import dump_cli, dump_options
 from lb.cli import cli
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +106,6 @@ def test_every_command_answers_help(words: str) -> None:
     assert result.stdout.startswith(f"Usage: {words} [OPTIONS]")
 
 
-def test_xdp_dump_answers_help() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from filters.dump_cli import main; main()", "--help"], capture_output=True, text=True
-    )
-    assert (done.returncode, dump_options.USAGE in done.stdout) == (0, True)
+def test_xdp_dump_answers_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dump_cli.run(["--help"]) == 0
+    assert dump_options.USAGE in capsys.readouterr().out
