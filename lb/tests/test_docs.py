@@ -340,3 +340,13 @@ def test_the_methods_described_are_those_of_the_balancer() -> None:
     methods = [found[1] for word in words if (found := re.match(r"(\w+)\(", word))]
     assert len(methods) > 10
     assert [name for name in methods if not hasattr(lb.Balancer, name)] == []
+
+
+# The layout
+
+
+def test_the_files_that_the_architecture_names_are_there() -> None:
+    files = [f"/{path.relative_to(ROOT)}" for top in ("lb", "filters", "xdp") for path in (ROOT / top).rglob("*.*")]
+    named = [w for w in code_words(tokens(ROOT / "docs/architecture.md")) if re.search(r"\.(py|h|c)$", w)]
+    assert len(named) > 50
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
