@@ -75,9 +75,9 @@ apt-install:
 	touch $@
 
 # The programs of benchmarks and tests are built by the same rule, but not in xdp/, so the wheel does not have them.
-build: system ## compile the BPF programs, lb/native and filters/native
+build: system ## compile the BPF programs, lb/hashing/native and filters/native
 	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c netns_tests/*.bpf.c))
-	@$(MAKE) --no-print-directory -C lb/native
+	@$(MAKE) --no-print-directory -C lb/hashing/native
 	@$(MAKE) --no-print-directory -C filters/native
 
 lint: setup ## ruff and mypy
@@ -148,7 +148,7 @@ wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs and the man pages 
 
 clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C xdp clean
-	@$(MAKE) --no-print-directory -C lb/native clean
+	@$(MAKE) --no-print-directory -C lb/hashing/native clean
 	@$(MAKE) --no-print-directory -C filters/native clean
 	rm -f bench/*.bpf.o netns_tests/*.bpf.o
 	$(SUDO) rm -rf .venv .kernels build dist man .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -41,13 +41,13 @@ from bench.line import Line, installed
 from bench.live import FLOWS, on_one_cpu
 from bench.report import BenchError, Result, percent_lost
 from bench.traffic import CLIENTS
-from filters.capture import Capture
-from filters.expr import compile_expression
-from filters.hook import TC_IN, XDP_FRAGS
-from filters.pcap import file_header
-from filters.program import Drop, Rule, assemble, load
-from filters.ring import Rings
-from filters.translate import translate
+from filters.capture.record import Capture
+from filters.capture.ring import Rings
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import TC_IN, XDP_FRAGS
+from filters.compiler.translate import translate
+from filters.programs.program import Drop, Rule, assemble, load
+from filters.records.pcap import file_header
 from netns_tests.topology import Host, wait_until
 from xdp.link import hold_at_tc
 

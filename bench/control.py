@@ -28,17 +28,18 @@ import click
 from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
-from lb import config
-from lb.balancer import Balancer, open_balancer
-from lb.checker import Checker
-from lb.client import Client
-from lb.conditions import Conditions
-from lb.health_check import HealthCheck
-from lb.model import Backend, Interface, Service, XdpMode
-from lb.options import Options
+from lb.client.balancer import daemon_listens
+from lb.client.client import Client
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
+from lb.formats import config
+from lb.health.checker import Checker
+from lb.model.conditions import Conditions
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Interface, Service, XdpMode
+from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.remote import daemon_listens
-from lb.vip import Vip
 from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
 from xdp import libbpf
 from xdp.pins import Pins

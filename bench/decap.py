@@ -25,8 +25,8 @@ from bench.report import Result
 from bench.scenarios import ADDRESSES, BACKEND_MAC, BALANCER_MAC, CLIENT_MAC, FRAME_SIZES, SERVICE_PORT
 from bench.timing import timed
 from bench.traffic import CLIENTS, ETHERNET_HEADER_SIZE, SHUFFLED, Target, aim
-from lb.decap import DecapConfig
-from lb.decap_dataplane import load
+from lb.decap.kernel import load
+from lb.decap.values import DecapConfig
 from xdp.object import BpfObject, TestRun
 
 OBJECT = Path(__file__).with_name("decap.bpf.o")

@@ -28,10 +28,10 @@ from bench.line import Line, installed
 from bench.live import FLOWS, on_one_cpu
 from bench.report import BenchError, Result
 from bench.scenarios import ADDRESSES, BALANCER_MAC, CLIENT_MAC
-from filters.expr import compile_expression
-from filters.hook import TC_IN, XDP, Hook
-from filters.program import Drop, LoadedProgram, Rule, assemble, load
-from filters.translate import translate
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import TC_IN, XDP, Hook
+from filters.compiler.translate import translate
+from filters.programs.program import Drop, LoadedProgram, Rule, assemble, load
 from xdp.link import hold_at_tc, hold_at_xdp
 from xdp.object import BpfObject, Program
 

@@ -23,9 +23,9 @@ from bench.scenarios import (
     Scenario,
 )
 from bench.traffic import IN_ORDER, SHUFFLED, aim, words
-from lb.maglev import table
-from lb.model import DEFAULT_RING_SIZE
-from lb.ring import pack
+from lb.hashing.maglev import table
+from lb.hashing.ring import pack
+from lb.model.state import DEFAULT_RING_SIZE
 from xdp.object import BpfObject, TestRun
 
 OBJECT = Path(__file__).with_name("dataplane.bpf.o")

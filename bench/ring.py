@@ -18,8 +18,8 @@ import click
 
 from bench import report
 from bench.report import BenchError, Result
-from lb import maglev, native, ring
-from lb.model import check_ring_size
+from lb.hashing import maglev, native, ring
+from lb.model.state import check_ring_size
 from xdp.object import LB_OBJECT, BpfObject
 
 SIZES = (16381, 65537, 131071)
@@ -44,7 +44,7 @@ class Ring:
             self._words[start:stop] = fresh[start:stop]
 
     def change(self, backends: int) -> None:
-        """Have `backends` in the ring, whatever was there: what lb.dataplane does for a change."""
+        """Have `backends` in the ring, whatever was there: what lb.dataplane.dataplane does for a change."""
         old = self.words()
         members = range(1, 1 + backends)
         weights = {f"10.0.{number >> 8}.{number & 255}:80": 1 for number in members}
@@ -92,7 +92,7 @@ def check(case: str, words: array[int], backends: int) -> None:
 def measure(size: int, backends: int, rounds: int) -> Iterator[Result]:
     """One Result by the compiled code, one by Python. Raises BenchError."""
     if native.library is None:
-        raise BenchError("ring: lb/native/ring.so: not built: run make build")
+        raise BenchError("ring: lb/hashing/native/ring.so: not built: run make build")
     found = {}
     for way, in_force in WAYS.items():
         case = f"size={size} backends={backends} by={way}"

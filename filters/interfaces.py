@@ -12,8 +12,8 @@ import struct
 from ctypes import POINTER, c_char_p, c_uint32, c_void_p
 from dataclasses import dataclass
 
+from filters.compiler.expr import libpcap
 from filters.errors import DumpError
-from filters.expr import libpcap
 
 ANY = "any"
 

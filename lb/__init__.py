@@ -9,30 +9,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lb.balancer import Balancer, open_balancer
-    from lb.client import Client
+    from lb.client.client import Client
+    from lb.control.balancer import Balancer
+    from lb.control.open import open_balancer
     from lb.errors import LbError
-    from lb.filter_report import Wish as RuleSpec
-    from lb.model import Backend, Mode, Service
-    from lb.options import Options
+    from lb.model.options import Options
+    from lb.model.rule_report import Wish as RuleSpec
+    from lb.model.rules import Action
+    from lb.model.state import Backend, Mode, Service
+    from lb.model.vip import Vip
     from lb.paths import Paths
-    from lb.rules import Action
-    from lb.vip import Vip
 
 # Name -> module, and its name there.
 _PUBLIC = {
-    "Action": ("lb.rules", "Action"),
-    "Backend": ("lb.model", "Backend"),
-    "Balancer": ("lb.balancer", "Balancer"),
-    "Client": ("lb.client", "Client"),
+    "Action": ("lb.model.rules", "Action"),
+    "Backend": ("lb.model.state", "Backend"),
+    "Balancer": ("lb.control.balancer", "Balancer"),
+    "Client": ("lb.client.client", "Client"),
     "LbError": ("lb.errors", "LbError"),
-    "Mode": ("lb.model", "Mode"),
-    "Options": ("lb.options", "Options"),
+    "Mode": ("lb.model.state", "Mode"),
+    "Options": ("lb.model.options", "Options"),
     "Paths": ("lb.paths", "Paths"),
-    "RuleSpec": ("lb.filter_report", "Wish"),
-    "Service": ("lb.model", "Service"),
-    "Vip": ("lb.vip", "Vip"),
-    "open_balancer": ("lb.balancer", "open_balancer"),
+    "RuleSpec": ("lb.model.rule_report", "Wish"),
+    "Service": ("lb.model.state", "Service"),
+    "Vip": ("lb.model.vip", "Vip"),
+    "open_balancer": ("lb.control.open", "open_balancer"),
 }
 
 __all__ = [

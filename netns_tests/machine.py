@@ -86,7 +86,8 @@ exec chroot . sh -c 'umount --lazy /old && rmdir /old && exec env -i "$@"' sh {e
 ENTRY = """\
 #!/bin/sh
 export LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/xdp-lb:/opt/packages
-exec /opt/python/bin/python{version} -c 'import sys; sys.argv[0] = "{program}"; from lb.cli import main; main()' "$@"
+exec /opt/python/bin/python{version} -c 'import sys; sys.argv[0] = "{program}"; from lb.cli.main import main; main()'
+"$@"
 """
 
 

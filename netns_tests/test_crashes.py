@@ -16,13 +16,13 @@ from types import FrameType
 
 import pytest
 
-from lb import cli
-from lb.balancer import open_balancer
-from lb.dataplane import KernelDataplane
-from lb.model import State
+from lb.cli import main
+from lb.control.open import open_balancer
+from lb.control.writer import Writer
+from lb.dataplane.dataplane import KernelDataplane
+from lb.model.state import State
 from lb.paths import Paths
-from lb.store import Store
-from lb.writer import Writer
+from lb.store.store import Store
 from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
 from netns_tests.traffic import connections, curl, go_on, loading
@@ -199,4 +199,4 @@ def die_after(calls: int) -> None:
 
 if __name__ == "__main__":
     die_after(int(sys.argv.pop(1)))
-    cli.main()
+    main.main()

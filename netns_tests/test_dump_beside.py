@@ -18,11 +18,11 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapNgReader, RawPcapReader
 
-from filters.ebpf import R0, Assembler
-from filters.hook import XDP
-from filters.program import KernelContext, Pass, load
+from filters.capture.traced import BEFORE
+from filters.compiler.ebpf import R0, Assembler
+from filters.compiler.hook import XDP
+from filters.programs.program import KernelContext, Pass, load
 from filters.tests.packets import FRAMES
-from filters.traced import BEFORE
 from netns_tests.servers import start_http
 from netns_tests.test_dump import XDP_DUMP, Dump
 from netns_tests.topology import Bed, wait_until

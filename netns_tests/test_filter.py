@@ -21,11 +21,12 @@ from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.filter_report import Wish
-from lb.firewall import Firewall, open_firewall
+from lb.firewall.firewall import Firewall, open_firewall
+from lb.model.rule_report import Wish
+from lb.model.rules import Action, At
 from lb.paths import Paths
-from lb.rules import Action, At
-from lb.store import Store, writer_lock
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 from netns_tests.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc
@@ -560,7 +561,7 @@ def test_kernel_that_refuses_half_way_leaves_the_old_rules_in_force(
 KILLED = """
 import os, signal, sys
 from lb import store
-from lb.cli import main
+from lb.cli.main import main
 store.Store.saving_rules = (lambda saving: lambda *words: Killing(saving(*words)))(store.Store.saving_rules)
 
 class Killing:

@@ -16,18 +16,19 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
-from lb.check_path import FAR, NEAR, NETWORK4, OBJECT, RealPath
-from lb.checker import Checker, Way
-from lb.conditions import Condition, Conditions
-from lb.health_check import HealthCheck
-from lb.host_events import Changes, HostEvents
-from lb.model import Backend, Mode, Service
-from lb.neighbours import Network
-from lb.options import Options
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
+from lb.health.checker import Checker, Way
+from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
+from lb.health.probes import Target, probe
+from lb.host.events import Changes, HostEvents
+from lb.host.neighbours import Network
+from lb.model.conditions import Condition, Conditions
+from lb.model.health_check import HealthCheck
+from lb.model.options import Options
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.probes import Target, probe
-from lb.vip import Vip
 from netns_tests import lanes
 from netns_tests.lanes import LANES, Lane
 from netns_tests.servers import start_http

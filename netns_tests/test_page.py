@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
-from lb.tests.test_server import Certificate
+from lb.tests.daemon.test_server import Certificate
 from netns_tests.servers import start_http
 from netns_tests.test_serve import end, start
 from netns_tests.topology import Bed, Host, wait_until

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
-from lb.dataplane import KernelDataplane
-from lb.host_events import Changes, HostEvents, WayInForce
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
+from lb.dataplane.dataplane import KernelDataplane
+from lb.hashing.ring import current_member
+from lb.host.events import Changes, HostEvents
+from lb.model.forwarding import WayInForce
+from lb.model.vip import Vip
 from lb.paths import Paths
-from lb.ring import current_member
-from lb.vip import Vip
 from netns_tests.servers import start_http
 from netns_tests.test_serve import SERVE, WEB, end, start
 from netns_tests.topology import FRONT, Bed, Host, _attach_pass_program, wait_until

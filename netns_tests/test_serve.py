@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lb.remote import daemon_listens
+from lb.client.balancer import daemon_listens
 from netns_tests.servers import start_http
 from netns_tests.topology import XDP_LB, Bed, wait_until
 from netns_tests.traffic import connections, curl, go_on, loading

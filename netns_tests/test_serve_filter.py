@@ -30,12 +30,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lb.client import Client
+from lb.client.client import Client
 from lb.errors import DaemonError, InvalidInput, NotFound
-from lb.explain_packet import SYN, parse_flow
-from lb.filter_report import How, Wish
-from lb.rules import Action, At
-from lb.stage_source import EXAMPLES
+from lb.explain.packet import SYN, parse_flow
+from lb.model.rule_report import How, Wish
+from lb.model.rules import Action, At
+from lb.stages.source import EXAMPLES
 from netns_tests.packets import frame, ip4, udp
 from netns_tests.test_serve import UNDER, WITHOUT_CODE, end, places, socket_of, start
 from netns_tests.test_stage import running
@@ -131,7 +131,7 @@ def packet(bed: Bed, port: int) -> bytes:
 
 
 def capture(frames: list[bytes]) -> bytes:
-    from filters.pcap import file_header, record
+    from filters.records.pcap import file_header, record
 
     return file_header(1, 65535, nano=False) + b"".join(record(1, n, f, len(f)) for n, f in enumerate(frames))
 
@@ -155,7 +155,7 @@ def test_every_command_says_the_same_with_and_without_the_daemon(bed: Bed) -> No
 def test_a_file_larger_than_a_request_is_tested_piece_by_piece(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kept = bed.directory / "large.pcap", bed.directory / "kept.pcap"
     path.write_bytes(capture([packet(bed, 53 + n % 3) for n in range(300)]))
-    monkeypatch.setattr("lb.filter_client.CHUNK", 1000)
+    monkeypatch.setattr("lb.client.filters.CHUNK", 1000)
     with daemon(bed), Client.unix(socket_of(bed)) as client:
         wishes = [Wish("", Action.DROP, expression="udp port 53"), Wish("", Action.COUNT, expression="udp port 54")]
         trial = client.filters.test_wishes(wishes, str(path), str(kept))

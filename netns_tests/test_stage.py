@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from lb.stage_compile import BCC, check_installed
-from lb.stage_source import EXAMPLES
+from lb.stages.compile import BCC, check_installed
+from lb.stages.source import EXAMPLES
 from netns_tests.servers import start_http
 from netns_tests.topology import XDP_LB, Bed, Host, wait_until
 from netns_tests.traffic import curl

@@ -1,7 +1,7 @@
 """Hatchling's build hook: the C sources go in, the wheel carries what is compiled from them, and the man pages.
 
-The objects of ``xdp/bpf`` suit any machine, ``lb/native`` and ``filters/native`` one machine type: the wheel is for
-that, and for any Python 3. An editable install is left alone: there what is compiled is the Makefile's business.
+The objects of ``xdp/bpf`` suit any machine, ``lb/hashing/native`` and ``filters/native`` one machine type: the wheel
+is for that, and for any Python 3. An editable install is left alone: there what is compiled is the Makefile's business.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 TOOLS = ("make", "clang", "llvm-strip")
-SOURCES = ("xdp", "lb/native", "filters/native")
+SOURCES = ("xdp", "lb/hashing/native", "filters/native")
 MAN_PAGES = "man"
 
 

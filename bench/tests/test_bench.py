@@ -22,8 +22,8 @@ from bench.rig import loaded
 from bench.scenarios import BACKEND_MAC, BALANCER_MAC, MAIN_SCENARIOS, OTHER_SCENARIOS, SERVICE_PORT, Scenario
 from bench.timing import compare, timed
 from bench.traffic import IN_ORDER, SHUFFLED
-from lb.model import DEFAULT_RING_SIZE
-from lb.ring import current_member, is_tracked, previous_member
+from lb.hashing.ring import current_member, is_tracked, previous_member
+from lb.model.state import DEFAULT_RING_SIZE
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = MAIN_SCENARIOS + OTHER_SCENARIOS

@@ -13,7 +13,8 @@ import pytest
 from bench import control, ring
 from bench.control import Scale
 from bench.report import BenchError
-from lb import config, native
+from lb.formats import config
+from lb.hashing import native
 from netns_tests.topology import remaining_namespaces
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ import pytest
 from bench import filter as bench_filter
 from bench.filter import EXPRESSIONS, UDP_53, WAYS, XDP_DROP, XDP_PASS, DropRig, Expression, check_verdicts
 from bench.report import BenchError
-from filters.explore import frames
-from filters.expr import compile_expression
-from filters.hook import XDP
-from filters.selftest import is_runnable
+from filters.compiler.expr import compile_expression
+from filters.compiler.hook import XDP
+from filters.selftest.frames import frames
+from filters.selftest.selftest import is_runnable
 from filters.tests.packets import FRAMES
 from netns_tests.topology import remaining_namespaces
 from xdp.object import BpfObject

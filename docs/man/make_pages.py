@@ -30,8 +30,8 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a wheel is built from a tree that is not installed
 
-from filters.dump_options import USAGE  # noqa: E402
-from lb.cli import cli  # noqa: E402
+from filters.cli.options import USAGE  # noqa: E402
+from lb.cli.main import cli  # noqa: E402
 
 PROSE = Path(__file__).parent
 # Page -> the commands that are on it; None: all that no other page has.

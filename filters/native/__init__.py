@@ -1,4 +1,5 @@
-"""The loops of filters.merge, filters.pcapng and filters.ring in C: merge.so, pcapng.so and wait.so, through ctypes.
+"""The loops of filters.records.merge, filters.files.pcapng and filters.capture.ring in C: merge.so, pcapng.so and
+wait.so, through ctypes.
 
 Without them, which `make build` compiles and the wheel carries, it is done in Python, thirty times slower.
 """
@@ -17,7 +18,7 @@ class _Source(ctypes.Structure):
 
 
 class Ring(ctypes.Structure):
-    """struct ring, wait.c: addresses of three fields of a filters.ring.Line."""
+    """struct ring, wait.c: addresses of three fields of a filters.capture.ring.Line."""
 
     _fields_ = (("head", c_void_p), ("tail", c_void_p), ("wrap", c_void_p))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
 
 _library = ctypes.CDLL("libpcap.so.0.8")
 _library.bpf_filter.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)

@@ -7,8 +7,8 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from filters import cbpf
-from filters.cbpf import Instruction
+from filters.compiler import cbpf
+from filters.compiler.cbpf import Instruction
 
 PROGRAMS = int(os.environ.get("FUZZ_FILTERS", "200"))
 """How many programs each fuzz test makes: new ones where the number is given, else the same in every run."""

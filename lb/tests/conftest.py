@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lb import native
+from lb.hashing import native
 
 # Of a command in the background, shells ignore Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,33 +18,28 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import lb
-from filters import dump_options
+from filters.cli import options as dump_options
 from filters.errors import DumpError
-from lb import decap_output, documents, filter_documents
-from lb.access import Entry
-from lb.api_filter_models import ExplanationAnswer, StageAnswer
-from lb.cli import cli
-from lb.conditions import Condition
-from lb.config import BACKEND_KEYS, SERVICE_KEYS
-from lb.daemon_metrics import DaemonMetrics
-from lb.decap import DecapReport, DecapStatus
-from lb.doctor import Finding, Severity, findings_document
-from lb.filter_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
-from lb.metrics import exposition
-from lb.model import Backend, Interface, Mode, Service
-from lb.report import (
-    Attachment,
-    BackendStatus,
-    Change,
-    Counters,
-    InterfaceStatus,
-    Report,
-    ServiceStatus,
-    Status,
-)
-from lb.ring import Plan
-from lb.rules import Action, At, Rule, SetSource
-from lb.vip import Vip
+from lb.api.access import Entry
+from lb.api.models.explain import ExplanationAnswer
+from lb.api.models.stages import StageAnswer
+from lb.cli.main import cli
+from lb.decap import output as decap_output
+from lb.decap.values import DecapReport, DecapStatus
+from lb.doctor.checks import Finding, Severity, findings_document
+from lb.firewall import documents as filter_documents
+from lb.formats import documents
+from lb.formats.config import BACKEND_KEYS, SERVICE_KEYS
+from lb.formats.prometheus import exposition
+from lb.hashing.ring import Plan
+from lb.model.conditions import Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
+from lb.model.rules import Action, At, Rule, SetSource
+from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.vip import Vip
+from lb.runtime.metrics import DaemonMetrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,19 +16,22 @@ MAY_IMPORT = {
     "xdp": (),
     "filters": ("xdp",),
     "lb": ("filters",),
-    "lb.dataplane": ("filters", "xdp"),
-    "lb.programs": ("filters", "xdp"),  # those of lb.dataplane
-    "lb.kernel_errors": ("filters", "xdp"),
-    "lb.filter_dataplane": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
-    "lb.decap_dataplane": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
-    "lb.stage_kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
-    "lb.explain_facts": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
-    "lb.explain_probe": ("filters", "xdp"),
-    "lb.explain_tables": ("filters", "xdp"),
-    "lb.check_path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
-    "lb.doctor_facts": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
-    "lb.tests.test_dataplane": ("filters", "xdp"),
-    "lb.tests.test_doctor_facts": ("filters", "xdp"),
+    "lb.dataplane.dataplane": ("filters", "xdp"),
+    "lb.dataplane.programs": ("filters", "xdp"),  # those of lb.dataplane.dataplane
+    "lb.dataplane.errors": ("filters", "xdp"),
+    "lb.firewall.kernel": ("filters", "xdp"),  # filter rules, in front of the balancer's program or without it
+    "lb.firewall.attach_points": ("filters", "xdp"),
+    "lb.firewall.trial": ("filters", "xdp"),
+    "lb.host.interfaces": ("filters", "xdp"),
+    "lb.decap.kernel": ("filters", "xdp"),  # another program on another host: it shares nothing with the balancer's
+    "lb.stages.kernel": ("filters", "xdp"),  # a user's own program, in a place of the balancer's or alone
+    "lb.explain.explainer": ("filters", "xdp"),  # sends a packet through the program in force, and leaves all as it was
+    "lb.explain.probe": ("filters", "xdp"),
+    "lb.explain.tables": ("filters", "xdp"),
+    "lb.health.path": ("filters", "xdp"),  # a program for the host's own packets: it shares nothing with the balancer's
+    "lb.doctor.collect": ("filters", "xdp"),  # asks the kernel what it could do, not to do it
+    "lb.tests.dataplane.test_dataplane": ("filters", "xdp"),
+    "lb.tests.doctor.test_collect": ("filters", "xdp"),
     "netns_tests": ("lb", "filters", "xdp"),
     "bench": ("lb", "filters", "xdp", "netns_tests.topology"),
 }
@@ -87,8 +90,8 @@ def test_this_tree_is_where_the_packages_are() -> None:
     ("file", "source", "imported"),
     [
         ("xdp/maps.py", "import lb", "lb"),
-        ("xdp/tests/test_maps.py", "from filters.expr import parse", "filters.expr.parse"),
-        ("filters/program.py", "import lb.model", "lb.model"),
+        ("xdp/tests/test_maps.py", "from filters.compiler.expr import parse", "filters.compiler.expr.parse"),
+        ("filters/program.py", "import lb.model.state", "lb.model.state"),
         ("lb/balancer.py", "from xdp import maps", "xdp.maps"),
         ("lb/web/dataplane.py", "import xdp", "xdp"),
         ("lb/cli.py", "def main():\n    from xdp.attach import attach", "xdp.attach.attach"),
@@ -110,8 +113,8 @@ def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str
         ("xdp/object.py", "import xdp.libbpf, ctypes\nfrom . import btf"),
         ("filters/program.py", "from xdp.object import load"),
         ("lb/dataplane.py", "from xdp import maps"),
-        ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model import Service"),
-        ("netns_tests/conftest.py", "import lb.cli\nfrom xdp.object import load"),
+        ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model.state import Service"),
+        ("netns_tests/conftest.py", "import lb.cli.main\nfrom xdp.object import load"),
         ("bench/live.py", "from netns_tests.topology import Bed\nfrom netns_tests import topology"),
     ],
 )

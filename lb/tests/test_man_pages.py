@@ -12,8 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from filters import dump_cli, dump_options
-from lb.cli import cli
+from filters.cli import main as dump_cli
+from filters.cli import options as dump_options
+from lb.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "docs/man").glob("*.md"))]

@@ -1,0 +1,1 @@
+"""The programs of a capture, and where they are attached."""

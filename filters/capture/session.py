@@ -1,0 +1,134 @@
+"""A capture from interfaces: programs put on, their records brought to a file or to the decoder, accounts kept.
+
+Enters: classic instructions, interfaces, where to look. Leaves: records in a Sink, and at the end Counts that add up.
+Programs and rings go with the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Self
+
+from filters.capture.ring import Rings
+from filters.capture.taps import Request, Tap, Taps
+from filters.errors import NotWritten
+from filters.interfaces import promiscuous
+from filters.records.counts import Counts
+from filters.records.merge import in_order
+from filters.records.pcap import FilesFull, Sink, count_records
+
+__all__ = ["Request", "Session"]
+
+_CLOCK_EVERY_S = 1.0
+# For how long packets may lie in the kernel: where they are few, it is fetching them that costs.
+_PATIENCE_S, _PROMPT_S = 0.05, 0.01
+
+
+class Session:
+    """Programs at work, from start() to stop(); deliver() brings what has come in to the sink."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._resources, self._promiscuous = ExitStack(), ExitStack()
+        self._rings = self._resources.enter_context(Rings(request.buffer))
+        self._taps = Taps(request, self._rings)
+        self._begun_ns, self._clock_set = time.time_ns(), time.monotonic()
+        self._written, self._is_full = 0, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._taps.close()
+        self._resources.close()
+
+    def start(self) -> None:
+        """Raises FilterError or XdpError."""
+        self._taps.attach()
+        if self._request.promiscuous:
+            on_a_wire = [i for i in self._request.interfaces if not i.is_loopback]
+            self._promiscuous.enter_context(promiscuous(on_a_wire))
+
+    def stop(self) -> None:
+        """May be called again."""
+        self._promiscuous.close()
+        self._taps.detach()
+
+    def wait(self) -> None:
+        """Until there is something to deliver."""
+        self._rings.wait(_PROMPT_S if self._request.prompt else _PATIENCE_S)
+
+    def deliver(self, sink: Sink) -> None:
+        """Hands over all that has been captured, in the order of time. Raises as the sink does."""
+        self._keep_clock()
+        with self._rings.harvest() as spans:
+            try:
+                sink.write(in_order(spans))
+            except (NotWritten, FilesFull) as ending:
+                self._written, self._is_full = ending.written, isinstance(ending, FilesFull)
+                raise
+
+    def finish(self, sink: Sink) -> None:
+        """Stops, and delivers the rest."""
+        self.stop()
+        self._rings.settled()
+        self.deliver(sink)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether as many packets have been captured as were asked for."""
+        limit = self._request.limit
+        return limit is not None and self._rings.taken >= limit and self.counts().captured >= limit
+
+    def counts(self) -> Counts:
+        return self._rings.counts()
+
+    def settled(self) -> Counts:
+        """After stop(): the counts at the end. Records that the sink did not take are not captured, but lost; or over,
+        where it was full."""
+        counts = self._rings.settled()
+        with self._rings.harvest() as by_cpu:
+            left = sum(count_records(span) for spans in by_cpu for span in spans) - self._written
+        lost, over = (0, left) if self._is_full else (left, 0)
+        return replace(counts, captured=counts.captured - left, lost=counts.lost + lost, over=counts.over + over)
+
+    # What came of what
+
+    @property
+    def begun_ns(self) -> int:
+        """When it began, in nanoseconds since 1970."""
+        return self._begun_ns
+
+    @property
+    def reasons(self) -> list[str]:
+        """The words of the balancer that is captured beside, by the number in notes; the first one is for no reason."""
+        return self._taps.reasons
+
+    @property
+    def taps(self) -> list[Tap]:
+        return self._taps.at_work
+
+    def counts_of(self, tap: Tap) -> Counts:
+        """As the kernel has counted."""
+        return self._rings.account(tap.account)
+
+    def counts_by_cpu(self) -> list[Counts]:
+        return self._rings.by_cpu()
+
+    def counts_by_interface(self) -> dict[str, Counts]:
+        """By name, of those interfaces alone that share no program with others."""
+        found: dict[str, Counts] = {}
+        shared = {interface.name for tap in self.taps if len(tap.interfaces) > 1 for interface in tap.interfaces}
+        for tap in self.taps if self._taps.by_interface else ():
+            for name in {interface.name for interface in tap.interfaces} - shared:
+                found[name] = found.get(name, Counts()) + self.counts_of(tap)
+        return found
+
+    def _keep_clock(self) -> None:
+        if time.monotonic() - self._clock_set > _CLOCK_EVERY_S:
+            self._rings.set_clock()
+            self._taps.keep_verdicts()
+            self._clock_set = time.monotonic()

@@ -1,0 +1,137 @@
+"""Where packets go: a file, standard output, or both, each in the format that was asked for.
+
+Enters: records, with notes where Options.notes says so. Leaves: pcap or pcapng in files; text or JSON on standard
+output. What a command does not need it does not import.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from filters.cli.options import Options
+from filters.records.pcap import File, Rotation, Sink, Span, file_header
+
+if TYPE_CHECKING:
+    from filters.files.decoder import Decoder
+    from filters.files.jsonlines import JsonLines
+    from filters.files.pcapng import Blocks, Statistics
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What packets are of. `interfaces`: index and name of each; none for a file that somebody else has written, whose
+    link type is the one of files. `statistics`: what there is to say of interfaces when a file ends."""
+
+    link_type: int
+    snaplen: int
+    interfaces: Sequence[tuple[int, str]] = ()
+    statistics: Callable[[], Sequence[Statistics]] = tuple
+
+
+class Outputs:
+    """A Sink in front of those that Options ask for."""
+
+    def __init__(self, options: Options, origin: Origin) -> None:
+        self._decoder: Decoder | None = None
+        self._told: list[Blocks | JsonLines] = []  # those that name reasons
+        self._sinks: list[Sink] = []
+        if options.write is not None:
+            self._sinks.append(self._blocks(options, origin) if options.writes_blocks else _file(options, origin))
+        if options.prints:
+            self._sinks.append(self._json(origin) if options.json else self._text(options, origin))
+
+    def name_reasons(self, reasons: Sequence[str]) -> None:
+        """The balancer's words by the number in notes, the first one for none; until then there are none."""
+        for sink in self._told:
+            sink.reasons = reasons
+
+    def write(self, spans: Sequence[Span]) -> None:
+        for sink in self._sinks:
+            sink.write(spans)
+
+    def check(self) -> None:
+        for sink in self._sinks:
+            sink.check()
+
+    @property
+    def status(self) -> int:
+        """The decoder's exit status, once it is closed."""
+        return self._decoder.status if self._decoder else 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._decoder and kind is KeyboardInterrupt:
+            self._decoder.give_up()
+        self.close()
+
+    def close(self) -> None:
+        """May be called again."""
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def _blocks(self, options: Options, origin: Origin) -> Sink:
+        from importlib.metadata import version
+
+        from filters.files import pcapng
+
+        assert options.write is not None
+        layout = pcapng.Layout([pcapng.Source(*interface) for interface in origin.interfaces] or [pcapng.Source(0)])
+        application = f"xdp-dump {version('xdp-lb')}"
+        header = pcapng.file_header(application, layout, origin.link_type, origin.snaplen, options.expression)
+        file = File(
+            options.write,
+            header,
+            _rotation(options),
+            find=pcapng.offsets,
+            trailer=lambda: b"".join(statistics.block() for statistics in origin.statistics()),
+        )
+        blocks = pcapng.Blocks(file, layout)
+        self._told.append(blocks)
+        return blocks
+
+    def _json(self, origin: Origin) -> Sink:
+        from filters.files.jsonlines import JsonLines
+
+        lines = JsonLines(origin.link_type, dict(socket.if_nameindex()))
+        self._told.append(lines)
+        return lines
+
+    def _text(self, options: Options, origin: Origin) -> Sink:
+        if shutil.which("tcpdump") is None:
+            from filters.files.summaries import Summaries, Times
+
+            times = Times(options.times, nano=options.in_nanoseconds)
+            return _without_notes(options, Summaries(origin.link_type, times))
+        from filters.files.decoder import Decoder
+
+        nano = ("--nano",) if options.in_nanoseconds else ()
+        self._decoder = Decoder(_header(options, origin), (*nano, *options.decode))
+        return _without_notes(options, self._decoder)
+
+
+def _file(options: Options, origin: Origin) -> Sink:
+    assert options.write is not None
+    return _without_notes(options, File(options.write, _header(options, origin), _rotation(options)))
+
+
+def _header(options: Options, origin: Origin) -> bytes:
+    return file_header(origin.link_type, origin.snaplen, nano=options.in_nanoseconds)
+
+
+def _rotation(options: Options) -> Rotation:
+    return Rotation(options.size, options.seconds, options.files)
+
+
+def _without_notes(options: Options, sink: Sink) -> Sink:
+    """For sinks that know of none."""
+    if not options.notes:
+        return sink
+    from filters.files.pcapng import WithoutNotes
+
+    return WithoutNotes(sink)

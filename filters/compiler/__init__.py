@@ -1,0 +1,1 @@
+"""Text -> libpcap -> classic BPF -> a graph -> passes -> eBPF."""

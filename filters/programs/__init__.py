@@ -1,0 +1,1 @@
+"""A filter with its actions, loaded into the kernel."""

@@ -1,0 +1,1 @@
+"""pcap records and their metadata as bytes; counts; merging."""

@@ -1,0 +1,1 @@
+"""Test frames, the kernel's classic BPF as the reference, and the comparison."""

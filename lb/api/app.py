@@ -1,0 +1,87 @@
+"""The API as one ASGI application: its routes, its metrics and health endpoints, its description."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+
+from lb.api import explain, filters, page, services, stages, status
+from lb.api.common import ALWAYS, JSON, TheOwner, problems
+from lb.api.errors import HANDLERS
+from lb.api.models import balancer as models
+from lb.api.models.common import ProblemAnswer
+from lb.formats.problems import Problem
+from lb.formats.prometheus import CONTENT_TYPE, exposition
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner, to_bytes
+
+DESCRIPTION = """\
+Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
+`/v1/services/10.0.0.100:80%2Ftcp`.
+"""
+
+
+def create_app(owner: Owner, unready: Callable[[], str], beside: Beside | None = None) -> FastAPI:
+    """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
+    stages are of; None: there is none."""
+    app = FastAPI(
+        title="xdp-lb",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers=HANDLERS,
+    )
+    app.state.owner, app.state.beside = owner, beside
+    routers = [
+        services.router,
+        status.router,
+        page.router,
+        *((filters.router, explain.router, stages.router) if beside else ()),
+    ]
+    for each in routers:
+        app.include_router(each)
+    app.state.routes = [route for each in routers for route in each.routes]
+    app.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(_metrics)
+    app.get("/healthz", response_model=models.Health)(_healthz)
+    app.get("/readyz", response_model=models.Health, responses=problems(503))(_readyz(unready))
+    _describe_problems(app)
+    return app
+
+
+async def _metrics(owner: TheOwner) -> Response:
+    """For Prometheus: what the kernel counts, and what the daemon does."""
+    kernel = await owner.call(lambda balancer: exposition(balancer.status()))
+    return Response(kernel + owner.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+async def _healthz() -> Response:
+    """The daemon lives."""
+    return Response(b'{"status":"ok"}', media_type=JSON)
+
+
+def _readyz(unready: Callable[[], str]) -> Callable[[Owner], Awaitable[Response]]:
+    async def readyz(owner: TheOwner) -> Response:
+        """The kernel has what is stored. `problem`: why it is not by the installed program."""
+        if reason := unready():
+            raise Problem(503, reason, headers={"Retry-After": "1"})
+        problem = {"problem": owner.refused} if owner.refused else {}
+        return Response(to_bytes({"status": "ready"} | problem), media_type=JSON)
+
+    return readyz
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Add the schema that all problems refer to, when somebody asks for the description."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        document["components"]["schemas"]["ProblemAnswer"] = ProblemAnswer.model_json_schema()
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]

@@ -1,0 +1,83 @@
+"""What all parts of the API share: its parameters, its answers, and entity tags.
+
+Enters: requests. Leaves: the daemon's parts that they are for, and bodies with their tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Query, Request, Response
+
+from lb.errors import Conflict
+from lb.formats.problems import MEDIA_TYPE
+from lb.model.report import Status
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner, to_bytes
+
+JSON = "application/json"
+
+DryRun = Annotated[bool, Query(description="Say what would change; change nothing")]
+IfMatch = Annotated[str | None, Header(description="Entity tags; another one now: 412")]
+IfNoneMatch = Annotated[str | None, Header(description="Entity tags; one of them now: 304")]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+    return {status: {"description": "A problem", "content": content} for status in statuses}
+
+
+ALWAYS = problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+CHANGES = ALWAYS | problems(409, 412)
+READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
+
+
+async def _owner(request: Request) -> Owner:
+    owner: Owner = request.app.state.owner
+    return owner
+
+
+async def _beside(request: Request) -> Beside:
+    beside: Beside = request.app.state.beside
+    return beside
+
+
+TheOwner = Annotated[Owner, Depends(_owner)]
+TheBeside = Annotated[Beside, Depends(_beside)]
+
+
+def is_here(request: Request) -> bool:
+    """Whether it comes from the balancer itself, by the Unix socket."""
+    return request.scope["state"]["peer"].uid is not None
+
+
+# Entity tags (RFC 9110, section 13)
+
+
+def _tags(header: str) -> list[str]:
+    return [tag.strip() for tag in header.split(",")]
+
+
+def check_unchanged(if_match: str | None, etag: str | None, what: str) -> None:
+    """Raises Conflict. `etag` None: it is not there."""
+    if if_match is None or (etag and (if_match.strip() == "*" or etag in _tags(if_match))):
+        return
+    raise Conflict(f"{what}: has changed meanwhile: read it again, and decide anew")
+
+
+def _is_known(if_none_match: str | None, etag: str) -> bool:
+    """The client has it already; weak comparison."""
+    known = [tag.removeprefix("W/") for tag in _tags(if_none_match or "")]
+    return etag in known or known == ["*"]
+
+
+def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> Response:
+    if _is_known(if_none_match, etag):
+        return Response(status_code=304, headers={"ETag": etag})
+    return Response(body(), media_type=JSON, headers={"ETag": etag})
+
+
+async def status_response(owner: Owner, describe: Callable[[Status], object]) -> Response:
+    """A document of the status, which may be large: it is made in the balancer's thread."""
+    return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)

@@ -1,0 +1,80 @@
+"""Errors of the API as its answers: every one is a Problem, and the audit log gets its sentence.
+
+Enters: what was raised while a request was answered. Leaves: a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from lb.errors import InvalidInput, LbError
+from lb.formats.problems import MEDIA_TYPE, Problem, of_error, pointer
+from lb.runtime.owner import to_bytes
+
+
+def _response(request: Request, problem: Problem) -> Response:
+    request.scope["state"]["detail"] = problem.document["detail"]
+    return Response(to_bytes(problem.document), problem.status, problem.headers, MEDIA_TYPE)
+
+
+async def on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _response(request, error)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LbError)
+    return _response(request, of_error(error))
+
+
+async def on_invalid(request: Request, error: Exception) -> Response:
+    """What pydantic has found, the first of it."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where, *steps = first["loc"]
+    if first["type"] == "json_invalid":
+        return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
+    place = pointer(steps) if where == "body" else None
+    named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
+    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=place)
+    return _response(request, wrong)
+
+
+async def on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        detail = "there is nothing at this path: see /openapi.json"
+    elif error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
+        detail = f"{request.method} means nothing here: {headers['Allow']} do"
+    else:
+        detail = str(error.detail)
+    return _response(request, Problem(error.status_code, detail, headers=headers))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at this path."""
+    routes = (*request.app.state.routes, *request.app.routes)
+    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set().union(*(getattr(route, "methods", None) or () for route in here)))
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    # starlette raises the error again behind this, for lb.api.guard to log
+    return _response(request, Problem(500, "internal error: the log of the daemon has more"))
+
+
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    Problem: on_problem,
+    LbError: on_error,
+    RequestValidationError: on_invalid,
+    HTTPException: on_http,
+    Exception: on_bug,
+}

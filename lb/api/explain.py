@@ -1,0 +1,52 @@
+"""Explanations in the REST API.
+
+Enters: a packet in words, in hexadecimal digits or in a capture file. Leaves: the documents of `xdp-lb explain --json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Response
+
+from lb.api.common import ALWAYS, JSON, TheBeside
+from lb.api.models.explain import ExplainBody, ExplanationAnswer, pcap_bytes
+from lb.errors import InvalidInput, part
+from lb.explain.explainer import Explainer
+from lb.explain.request import Asked, Here, explain_capture
+from lb.formats.capture_file import capture_of
+from lb.formats.documents import Document
+from lb.runtime.owner import to_bytes
+
+MOST_PACKETS = 1000  # of one request
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/explain", response_model=list[ExplanationAnswer], responses=ALWAYS)
+async def explain(body: ExplainBody, beside: TheBeside) -> Response:
+    """What becomes of a packet, and why, by the program that is loaded. It is sent nowhere."""
+    body.check()
+
+    def work(explainer: Explainer) -> bytes:
+        return to_bytes(list(_explained(body, Here(explainer))))
+
+    return Response(await beside.explainer(work), media_type=JSON)
+
+
+def _explained(body: ExplainBody, asked: Asked) -> Iterator[Document]:
+    if body.hex is not None:
+        yield asked.frame(body.frame(), body.interface, length=body.length)
+    elif body.pcap is None:
+        yield asked.flow(*body.flow(), body.interface)
+    else:
+        yield from _captured(pcap_bytes(body.pcap), body, asked)
+
+
+def _captured(pcap: bytes, body: ExplainBody, asked: Asked) -> Iterator[Document]:
+    with part("pcap"), capture_of(pcap, "pcap") as capture:
+        found = explain_capture(asked, capture, body.number, body.interface)
+        for count, document in enumerate(found):
+            if count == MOST_PACKETS:
+                raise InvalidInput(f"pcap: has more than {MOST_PACKETS} packets: ask for one by its number")
+            yield document

@@ -1,0 +1,270 @@
+"""Filter rules in the REST API: under /v1/filters, and the two things that are no rule.
+
+Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
+when the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes
+on: of TCP the request's own; on the Unix socket the SSH connection that the client tells of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Annotated
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from filters.files.savefile import Packet
+from lb.api.access import Role
+from lb.api.common import (
+    ALWAYS,
+    CHANGES,
+    JSON,
+    READS,
+    DryRun,
+    IfMatch,
+    IfNoneMatch,
+    TheBeside,
+    check_unchanged,
+    content,
+    is_here,
+)
+from lb.api.models import filters as models
+from lb.api.models.explain import pcap_bytes
+from lb.errors import InvalidInput
+from lb.firewall.documents import report_document, status_document, trial_document, wanted_document
+from lb.firewall.firewall import Firewall
+from lb.firewall.text import report_lines
+from lb.formats.capture_file import capture_of
+from lb.formats.problems import Problem
+from lb.host.ssh import SSH_HEADER, Connection, SshConnection
+from lb.model.rule_report import FilterReport, How, Trial
+from lb.runtime.events import KEPT
+from lb.runtime.owner import Owner, etag_of, to_bytes
+
+SENTENCES = 4  # of a summary
+
+router = APIRouter(prefix="/v1")
+
+
+async def _interface(interface: Annotated[str, "A name"]) -> str:
+    return unquote(interface)
+
+
+async def _how(
+    dry_run: DryRun = False,
+    force: Annotated[bool, Query(description="Also if it ends the connection that this comes on")] = False,
+    selftest: Annotated[bool, Query(description="Run new expressions against the kernel's own first")] = True,
+) -> How:
+    return How(force=force, selftest=selftest, dry_run=dry_run)
+
+
+async def _asked_on(
+    request: Request,
+    ssh: Annotated[
+        str | None,
+        Header(alias=SSH_HEADER, description="On the Unix socket: $SSH_CONNECTION of whom no rule may lock out"),
+    ] = None,
+) -> Connection | None:
+    """Raises InvalidInput."""
+    if not is_here(request):
+        own: Connection | None = request.scope["state"]["peer"].connection
+        return own
+    found = SshConnection.parse(ssh) if ssh else None
+    if ssh and found is None:
+        raise InvalidInput(f"{SSH_HEADER}: not CLIENT PORT SERVER PORT, as the variable SSH_CONNECTION has them")
+    return found
+
+
+InterfaceInPath = Annotated[str, Depends(_interface)]
+TheHow = Annotated[How, Depends(_how)]
+AskedOn = Annotated[Connection | None, Depends(_asked_on)]
+
+
+def _rendered(firewall: Firewall, interface: str) -> bytes:
+    return to_bytes(wanted_document(firewall.wanted(interface)))
+
+
+async def _change(
+    request: Request,
+    asked_on: Connection | None,
+    work: Callable[[Firewall], FilterReport],
+    interface: str | None = None,
+    if_match: str | None = None,
+) -> Response:
+    """Do `work` if the rules of the interface are what `if_match` says."""
+
+    def checked(firewall: Firewall) -> tuple[FilterReport, str | None]:
+        if if_match is not None and interface is not None:
+            now = etag_of(_rendered(firewall, interface))
+            check_unchanged(if_match, now, f"filter rules of {interface}")
+        report = work(firewall)
+        return report, etag_of(_rendered(firewall, interface)) if interface is not None else None
+
+    report, etag = await request.app.state.beside.change_filters(checked, asked_on)
+    request.scope["state"]["change"] = _summary(report)
+    _tell(request.app.state.owner, report)
+    return Response(to_bytes(report_document(report)), media_type=JSON, headers={"ETag": etag} if etag else {})
+
+
+def _summary(report: FilterReport) -> str:
+    lines = report_lines(report)
+    more = [f"{len(lines) - SENTENCES} more"] if len(lines) > SENTENCES else []
+    return "; ".join([*lines[:SENTENCES], *more])
+
+
+def _tell(owner: Owner, report: FilterReport) -> None:
+    if report.dry_run or not report.changes:
+        return
+    for change, summary in islice(zip(report.changes, report_lines(report), strict=True), KEPT):
+        head = {"interface": change.rule.interface, "number": change.number, "change": change.what}
+        owner.events.publish("filter", head | {"summary": summary})
+
+
+# Rules
+
+
+@router.get("/filters", response_model=list[models.RuleStatusAnswer], responses=ALWAYS)
+async def list_rules(
+    beside: TheBeside, interface: Annotated[str | None, Query(description="Of this one alone")] = None
+) -> Response:
+    """All rules, and what they have counted."""
+    body = await beside.filters(lambda firewall: to_bytes(status_document(firewall.status(interface))))
+    return Response(body, media_type=JSON)
+
+
+@router.delete("/filters", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def flush_all(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
+    """Delete all rules."""
+    return await _change(request, asked_on, lambda firewall: firewall.flush(None, how))
+
+
+@router.get("/filters/{interface}", response_model=models.RulesAnswer, responses=READS)
+async def get_rules(interface: InterfaceInPath, beside: TheBeside, if_none_match: IfNoneMatch = None) -> Response:
+    """What is asked for of an interface, as PUT takes it; sets without their prefixes."""
+    body = await beside.filters(lambda firewall: _rendered(firewall, interface))
+    return content(lambda: body, etag_of(body), if_none_match)
+
+
+@router.put("/filters/{interface}", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def put_rules(
+    request: Request,
+    interface: InterfaceInPath,
+    body: models.RulesBody,
+    how: TheHow,
+    asked_on: AskedOn,
+    if_match: IfMatch = None,
+) -> Response:
+    """Make these all the rules of the interface. Those that are there as they are wanted stay, with their counters; of
+    a set that stays, the list may be left out."""
+    wishes = body.to_wishes(interface, is_here=is_here(request))
+    return await _change(
+        request, asked_on, lambda firewall: firewall.replace(interface, wishes, how), interface, if_match
+    )
+
+
+@router.post("/filters/{interface}", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def add_rule(
+    request: Request,
+    interface: InterfaceInPath,
+    body: models.NewRuleBody,
+    how: TheHow,
+    asked_on: AskedOn,
+    if_match: IfMatch = None,
+) -> Response:
+    """Add a rule."""
+    wish = body.to_new_wish(interface, is_here=is_here(request))
+    return await _change(
+        request, asked_on, lambda firewall: firewall.add(wish, body.position, how), interface, if_match
+    )
+
+
+@router.delete("/filters/{interface}", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def flush(
+    request: Request, interface: InterfaceInPath, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+) -> Response:
+    """Delete all rules of the interface."""
+    return await _change(request, asked_on, lambda firewall: firewall.flush(interface, how), interface, if_match)
+
+
+@router.patch("/filters/{interface}/{number}", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def move_rule(
+    request: Request,
+    interface: InterfaceInPath,
+    number: int,
+    body: models.MoveBody,
+    how: TheHow,
+    asked_on: AskedOn,
+    if_match: IfMatch = None,
+) -> Response:
+    """Give a rule another number. Its counters stay."""
+    return await _change(
+        request, asked_on, lambda firewall: firewall.move(interface, number, body.number, how), interface, if_match
+    )
+
+
+@router.delete("/filters/{interface}/{number}", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def delete_rule(
+    request: Request, interface: InterfaceInPath, number: int, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+) -> Response:
+    return await _change(
+        request, asked_on, lambda firewall: firewall.delete(interface, number, how), interface, if_match
+    )
+
+
+LIST = {"text/plain": {"schema": {"type": "string", "example": "192.0.2.0/24\n2001:db8::/32\n"}}}
+
+
+@router.put(
+    "/filters/{interface}/{number}/set",
+    response_model=models.FilterReportAnswer,
+    responses=CHANGES,
+    openapi_extra={"requestBody": {"content": LIST, "required": True}},
+)
+async def put_set(
+    request: Request, interface: InterfaceInPath, number: int, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+) -> Response:
+    """Make this list, a prefix a line, the set of a rule. Only prefixes that differ are changed, in place."""
+    text = (await request.body()).decode(errors="replace")
+    return await _change(
+        request,
+        asked_on,
+        lambda firewall: firewall.reload(interface, number, how, set_list=text),
+        interface,
+        if_match,
+    )
+
+
+# What is no rule
+
+
+@router.post("/filter-restore", response_model=models.FilterReportAnswer, responses=CHANGES)
+async def restore(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
+    """Put all stored rules in force, as after a boot."""
+    return await _change(request, asked_on, lambda firewall: firewall.restore(how))
+
+
+@router.post("/filter-test", response_model=models.TrialAnswer, responses=ALWAYS)
+async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> Response:
+    """What rules would drop of the packets in a file. Nothing is counted, and nothing in force is touched. Rules that
+    are not there take a token of role write: what is compiled takes its time."""
+    wishes, pcap = body.to_wishes(is_here=is_here(request)), pcap_bytes(body.pcap)
+    if wishes and request.scope["state"]["caller"].role is not Role.WRITE:
+        raise Problem(403, "the token may only read: rules that are not there take one of role write")
+
+    def try_them(firewall: Firewall) -> bytes:
+        dropped: list[int] = []
+
+        def keep(position: int, _: Packet) -> None:
+            dropped.append(position)
+
+        with capture_of(pcap, "pcap") as capture:
+            packets = capture.packets()
+            trial: Trial = (
+                firewall.judged_by(wishes, packets, keep)
+                if body.interface is None
+                else firewall.judged(body.interface, packets, body.at, keep)
+            )
+        return to_bytes(trial_document(trial) | {"dropped_packets": dropped})
+
+    return Response(await beside.filters(try_them), media_type=JSON)

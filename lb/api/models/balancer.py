@@ -1,0 +1,351 @@
+"""The bodies of the API: what may come in, and, for its description, what goes out.
+
+Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.state, or a Problem that points at the
+value at fault. The documents are those of lb.formats.documents, and what was read may be sent back: keys that follow
+from others (such as `address` from `vip`) may be there if they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field, create_model
+
+from lb.api.access import Role
+from lb.api.models.common import Answer, Body, Count, Port, Weight
+from lb.errors import InvalidInput, LbError
+from lb.formats.documents import backend_document, service_document
+from lb.formats.problems import Place
+from lb.model.options import DEFAULTS, Options, from_values, values
+from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
+from lb.model.vip import Vip
+
+ModeName = Annotated[Mode, Field(strict=False)]
+XdpModeName = Annotated[XdpMode, Field(strict=False)]
+
+
+OPTION_TYPES = {list: list[str], int: Count, bool: bool, str: str}
+OPTION_FIELDS: dict[str, Any] = {name: (OPTION_TYPES[type(plain)], plain) for name, plain in values(DEFAULTS).items()}
+OptionsBody = create_model("OptionsBody", __base__=Body, **OPTION_FIELDS)
+
+
+class BackendBody(Body):
+    """`backend` (ADDR[:PORT][@WEIGHT]) or `address`; without a port, that of the VIP."""
+
+    backend: str | None = Field(None, examples=["10.0.0.11:8080"])
+    address: str | None = Field(None, examples=["10.0.0.11"])
+    port: Port | None = None
+    weight: Weight | None = None
+    draining: bool = False
+    server_ids: list[str] = Field(default_factory=list, description="CONFIG:HEX, of QUIC connection IDs")
+
+    def to_model(self, vip: Vip, place: Place) -> Backend:
+        text = self.backend if self.backend is not None else self.address
+        if text is None:
+            with place / "backend":
+                raise InvalidInput("backend: missing: give backend, or address and port")
+        with place / ("backend" if self.backend is not None else "address"):
+            named = Backend.parse(text, vip.fixed_port)
+        with place / "server_ids":
+            found = replace(named, draining=self.draining, server_ids=tuple(self.server_ids))
+        if self.port is not None and self.backend is None:
+            found = replace(found, port=self.port or vip.fixed_port)
+        if self.weight is not None:
+            found = replace(found, weight=self.weight)
+        _check_agrees(self.given, backend_document(found), ("address", "port"), place)
+        return found
+
+
+class ServiceBody(Body):
+    """A service as it is to be; what is left out has its default."""
+
+    vip: str | None = Field(None, examples=["10.0.0.100:80/tcp"])
+    address: str | None = None
+    prefix_length: Annotated[int, Field(ge=0, le=128)] | None = None
+    port: Port | None = None
+    last_port: Port | None = None
+    protocol: str | None = None
+    set: str | None = None
+    mode: ModeName = Mode.NAT
+    ring_size: Count = DEFAULT_RING_SIZE
+    flow_timeout_s: Count = DEFAULT_FLOW_TIMEOUT_S
+    options: OptionsBody = Field(default_factory=OptionsBody)  # type: ignore[valid-type]
+    backends: list[BackendBody] = Field(default_factory=list)
+
+    def to_model(self, place: Place, vip: Vip | None = None) -> Service:
+        """`vip`: that of the address of the request."""
+        with place / "vip":
+            own = self._own_vip(vip)
+        parts = {
+            "mode": self.mode,
+            "ring_size": self.ring_size,
+            "flow_timeout_s": self.flow_timeout_s,
+            "options": options_of(self.options.given, DEFAULTS, place / "options"),  # type: ignore[attr-defined]
+            "backends": backends_of(self.backends, own, place / "backends"),
+        }
+        service = _built(own, parts, place)
+        _check_agrees(self.given, service_document(service), DERIVED, place)
+        return service
+
+    def _own_vip(self, vip: Vip | None) -> Vip:
+        named = Vip.parse(self.vip) if self.vip is not None else vip
+        if named is None:
+            raise InvalidInput("vip: missing")
+        if vip and named != vip:
+            raise InvalidInput(f"vip {named}: is not {vip}, which the request is for")
+        return named
+
+
+DERIVED = ("address", "prefix_length", "port", "last_port", "protocol", "set")
+
+
+def _check_agrees(given: Mapping[str, Any], document: Mapping[str, Any], keys: Sequence[str], place: Place) -> None:
+    for key in keys:
+        if given.get(key) not in (None, document[key]):
+            with place / key:
+                raise InvalidInput(f"{key} {given[key]}: is {document[key]} by what else is given: leave it out")
+
+
+def backends_of(bodies: Sequence[BackendBody], vip: Vip, place: Place) -> tuple[Backend, ...]:
+    return tuple(body.to_model(vip, place / number) for number, body in enumerate(bodies))
+
+
+def options_of(given: Mapping[str, Any], before: Options, place: Place) -> Options:
+    """`before` with what is given."""
+    try:
+        return from_values(values(before) | dict(given))
+    except (LbError, TypeError, ValueError, AttributeError, KeyError):
+        for name, value in given.items():
+            with place / name:
+                _one_option(name, value)
+        with place:
+            return from_values(values(before) | dict(given))
+
+
+def _one_option(name: str, value: object) -> None:
+    """Raises InvalidInput, also for what is not of the right shape."""
+    try:
+        from_values({name: value})
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InvalidInput(f"option {name}: not as it should be: {error}") from None
+
+
+def _built(vip: Vip, parts: Mapping[str, Any], place: Place) -> Service:
+    """The service, or the Problem of the first part that does not fit to those before it."""
+    try:
+        return Service(vip, **parts)
+    except LbError:
+        for key, some in _growing(parts):
+            with place / key if isinstance(key, str) else place / "backends" / key:
+                Service(vip, **some)
+        raise
+
+
+def _growing(parts: Mapping[str, Any]) -> Iterator[tuple[str | int, dict[str, Any]]]:
+    """Services of ever more parts; each backend alone before all of them."""
+    plain = {**parts, "options": DEFAULTS, "backends": ()}
+    yield "ring_size", {"ring_size": parts["ring_size"]}
+    yield "flow_timeout_s", {"flow_timeout_s": parts["flow_timeout_s"]}
+    for name, value in values(parts["options"]).items():
+        if value != values(DEFAULTS)[name]:
+            yield "options", {**plain, "options": from_values({name: value})}
+    yield "options", {**plain, "options": parts["options"]}
+    for number, backend in enumerate(parts["backends"]):
+        yield number, {**plain, "backends": (backend,)}
+    yield "backends", dict(parts)
+
+
+class ConfigBody(Body):
+    """All that is to be served."""
+
+    services: list[ServiceBody]
+
+    def to_model(self) -> list[Service]:
+        return services_of(self.services, Place(("services",)))
+
+
+def services_of(bodies: Sequence[ServiceBody], place: Place) -> list[Service]:
+    found: dict[Vip, Service] = {}
+    for number, body in enumerate(bodies):
+        service = body.to_model(place / number)
+        with place / number / "vip":
+            if found.setdefault(service.vip, service) is not service:
+                raise InvalidInput(f"vip {service}: given twice")
+    return list(found.values())
+
+
+class BackendsBody(Body):
+    backends: Annotated[list[BackendBody], Field(min_length=1)]
+
+
+class BackendPatch(Body):
+    """What is to change of a backend."""
+
+    weight: Weight | None = None
+    draining: bool | None = None
+    server_ids: list[str] | None = None
+
+    def changed(self, backend: Backend) -> Backend:
+        said = {key: value for key, value in self.given.items() if value is not None}
+        if "server_ids" in said:
+            said["server_ids"] = tuple(said["server_ids"])
+        with Place() / "server_ids":
+            return replace(backend, **said)
+
+
+class ServicePatch(Body):
+    """Options that are to change; the others stay."""
+
+    options: OptionsBody  # type: ignore[valid-type]
+
+
+class InterfaceBody(Body):
+    name: Annotated[str, Field(min_length=1, max_length=15)]
+    xdp_mode: XdpModeName = XdpMode.AUTO
+
+    def to_model(self) -> Interface:
+        return Interface(self.name, self.xdp_mode)
+
+
+class AttachBody(Body):
+    """Interfaces to serve on, and services to serve beside those that are stored."""
+
+    interfaces: Annotated[list[InterfaceBody], Field(min_length=1)]
+    services: list[ServiceBody] = Field(default_factory=list)
+    own_address: bool = Field(True, description="Put a VIP that nobody has on an interface")
+
+
+# What goes out, for the description alone: lb.formats.documents makes it.
+
+
+class BackendAnswer(Answer):
+    backend: str
+    address: str
+    port: int
+    weight: int
+    draining: bool
+    server_ids: list[str]
+
+
+class ServiceHead(Answer):
+    vip: str
+    address: str
+    prefix_length: int
+    port: int
+    last_port: int
+    protocol: str
+    set: str
+    mode: Mode
+    ring_size: int
+    flow_timeout_s: int
+    options: dict[str, Any]
+
+
+class ServiceAnswer(ServiceHead):
+    backends: list[BackendAnswer]
+
+
+class ConfigAnswer(Answer):
+    services: list[ServiceAnswer]
+
+
+class PlanAnswer(Answer):
+    slots: int
+    moved: int
+    minimum: int
+    in_transition: int
+    flows: int | None
+
+
+class ChangeAnswer(Answer):
+    vip: str
+    change: str
+    before: ServiceAnswer | None
+    after: ServiceAnswer | None
+    plan: PlanAnswer | None
+
+
+class AttachmentAnswer(Answer):
+    name: str
+    xdp_mode: str
+    program_id: int
+
+
+class ReportAnswer(Answer):
+    """What a change did, or, of a dry run, would do."""
+
+    dry_run: bool
+    changes: list[ChangeAnswer]
+    attached: list[AttachmentAnswer]
+    detached: list[str]
+    notes: list[str]
+    warnings: list[str]
+
+
+class CountersAnswer(Answer):
+    packets: int
+    bytes: int
+    reply_packets: int
+    reply_bytes: int
+    connections: int
+    repeated_syns: int
+
+
+class BackendStats(CountersAnswer):
+    backend: str
+
+
+class ServiceStats(CountersAnswer):
+    vip: str
+    slots_in_transition: int
+    backends: list[BackendStats]
+
+
+class Reasons(Answer):
+    answered: dict[str, int]
+    drops: dict[str, int]
+    passes: dict[str, int]
+    noted: dict[str, int]
+
+
+class StatsAnswer(Reasons):
+    """The counters alone."""
+
+    services: list[ServiceStats]
+
+
+class BackendStatusAnswer(BackendAnswer, CountersAnswer):
+    resolved: bool
+
+
+class ServiceStatusAnswer(ServiceHead, CountersAnswer):
+    slots_in_transition: int
+    backends: list[BackendStatusAnswer]
+
+
+class InterfaceAnswer(Answer):
+    name: str
+    xdp_mode: str
+    attached: bool
+    program_id: int | None
+
+
+class StatusAnswer(Reasons):
+    netns: str
+    loaded: bool
+    interfaces: list[InterfaceAnswer]
+    services: list[ServiceStatusAnswer]
+    maps: dict[str, int]
+    outdated: str | None
+
+
+class Health(Answer):
+    status: str
+    problem: str | None = None
+
+
+class CallerAnswer(Answer):
+    who: str
+    role: Role

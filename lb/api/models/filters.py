@@ -1,0 +1,201 @@
+"""The bodies of the API about filter rules, explanations and stages: what may come in, and what goes out.
+
+Enters: JSON that pydantic has checked for types. Leaves: values of lb.model.rule_report and lb.explain.packet, or a
+Problem that points at the value at fault. Text that is listed again has to be printable: it must not steer a terminal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lb.api.models.common import LARGEST, Answer, Body, Count
+from lb.errors import InvalidInput
+from lb.formats.problems import Place
+from lb.model.rule_report import Wish
+from lb.model.rules import LONGEST_S, Action, At, Rate
+
+AtName = Annotated[At, Field(strict=False)]
+ActionName = Annotated[Action, Field(strict=False)]
+Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+LONGEST_NAME = 4096  # of a set: PATH_MAX
+
+
+class SetBody(Body):
+    """Packets with an address in a list of prefixes."""
+
+    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="What it is called", examples=["bad"])
+    side: Literal["src", "dst"] = "src"
+    list: str | None = Field(None, description="A prefix a line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
+    prefixes: Count | None = Field(None, description="How many there are: as it was read, of no effect")
+
+
+class RuleBody(Body):
+    """A rule as it is to be."""
+
+    at: AtName = At.XDP
+    action: ActionName
+    rate: str | None = Field(None, description="Of limit", examples=["1k/s"])
+    expression: str = Field("", description="As tcpdump's; empty: all packets", examples=["udp port 53"])
+    set: SetBody | None = None
+    until: Whole | None = Field(None, description="Unix time, in seconds, at which it ends by itself")
+
+    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> Wish:
+        """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
+        rate = self._rate(place / "rate")
+        with place / "expression":
+            _check_printable("expression", self.expression)
+        self._check_set(place / "set", is_here=is_here)
+        path, side, text = (self.set.path, self.set.side, self.set.list) if self.set else (None, "src", None)
+        expression = " ".join(self.expression.split())
+        return Wish(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
+
+    def _rate(self, place: Place) -> Rate | None:
+        with place:
+            if self.rate is not None and self.action is not Action.LIMIT:
+                raise InvalidInput(f"rate {self.rate}: is for limit alone, and this is {self.action}")
+            if self.action is not Action.LIMIT:
+                return None
+            return Rate.parse(self.rate or "")
+
+    def _check_set(self, place: Place, *, is_here: bool) -> None:
+        if self.set is None:
+            return
+        with place / "path":
+            _check_printable("set", self.set.path)
+            if self.set.path.startswith("/") and self.set.list is not None and not is_here:
+                raise InvalidInput(f"set {self.set.path}: no file of the balancer's is read: call it something else")
+
+
+class NewRuleBody(RuleBody):
+    for_s: Count | None = Field(None, description="For how long, in seconds, instead of until")
+    position: Whole | None = Field(None, description="Which number it gets; by default behind the last")
+
+    def to_new_wish(self, interface: str, *, is_here: bool) -> Wish:
+        wish = self.to_wish(interface, Place(), is_here=is_here)
+        if self.set and self.set.list is None:
+            with Place() / "set" / "list":
+                raise InvalidInput(f"set {self.set.path}: list: missing")
+        if self.for_s is None:
+            return wish
+        with Place() / "for_s":
+            if not 0 < self.for_s <= LONGEST_S or self.until is not None:
+                raise InvalidInput(f"for_s {self.for_s}: not from 1 to {LONGEST_S}, without until")
+        return replace(wish, seconds=self.for_s)
+
+
+class RulesBody(Body):
+    """All rules of an interface."""
+
+    rules: list[RuleBody]
+
+    def to_wishes(self, interface: str, *, is_here: bool) -> list[Wish]:
+        place = Place() / "rules"
+        return [rule.to_wish(interface, place / number, is_here=is_here) for number, rule in enumerate(self.rules)]
+
+
+class MoveBody(Body):
+    number: Whole = Field(description="The one that it is to have")
+
+
+class TrialBody(Body):
+    """Rules of an interface, or rules that are not there."""
+
+    pcap: str = Field(description="A capture file, in base64")
+    interface: str | None = None
+    at: AtName | None = None
+    rules: Annotated[list[RuleBody], Field(min_length=1)] | None = None
+
+    def to_wishes(self, *, is_here: bool) -> list[Wish]:
+        """None: those of the interface."""
+        place = Place() / "rules"
+        if (self.rules is None) == (self.interface is None):
+            with place:
+                raise InvalidInput("rules: give either an interface or rules")
+        if self.rules and self.at:
+            with Place() / "at":
+                raise InvalidInput("at: is said by each of the rules")
+        wishes = [r.to_wish("", place / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
+        for number, wish in enumerate(wishes):
+            with place / number:
+                if wish.at is not wishes[0].at:
+                    raise InvalidInput(f"rules: not all at one place: {wishes[0].at} and {wish.at}")
+                if wish.set_path is not None and wish.set_list is None:
+                    raise InvalidInput(f"set {wish.set_path}: list: missing")
+        return wishes
+
+
+def _check_printable(name: str, text: str) -> None:
+    if not " ".join(text.split()).isprintable():
+        raise InvalidInput(f"{name}: has characters that cannot be printed")
+
+
+# What goes out
+
+
+class SetAnswer(Answer):
+    path: str
+    side: str
+    prefixes: int
+
+
+class OwnRuleAnswer(Answer):
+    at: At
+    action: Action
+    rate: str | None
+    expression: str
+    set: SetAnswer | None
+
+
+class WantedRuleAnswer(OwnRuleAnswer):
+    until: int | None
+
+
+class RulesAnswer(Answer):
+    """What PUT takes."""
+
+    rules: list[WantedRuleAnswer]
+
+
+class RuleAnswer(OwnRuleAnswer):
+    interface: str
+    number: int
+
+
+class RuleStatusAnswer(RuleAnswer):
+    packets: int
+    bytes: int
+    dropped_packets: int
+    dropped_bytes: int
+    in_force: bool
+    expired: bool
+    left_s: int | None
+
+
+class RuleChangeAnswer(RuleAnswer):
+    change: str
+    detail: str
+
+
+class FilterReportAnswer(Answer):
+    """What a change did, or, of a dry run, would do."""
+
+    dry_run: bool
+    changes: list[RuleChangeAnswer]
+    warnings: list[str]
+
+
+class TriedRuleAnswer(RuleAnswer):
+    matched: int
+
+
+class TrialAnswer(Answer):
+    """`dropped_packets`: their positions in the file, from 0."""
+
+    packets: int
+    dropped: int
+    untested: int
+    rules: list[TriedRuleAnswer]
+    dropped_packets: list[int]

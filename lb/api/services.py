@@ -1,0 +1,298 @@
+"""The REST API under /v1, over the balancer's owner.
+
+Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
+every error as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Annotated
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from lb.api.common import (
+    ALWAYS,
+    CHANGES,
+    JSON,
+    READS,
+    DryRun,
+    IfMatch,
+    IfNoneMatch,
+    TheOwner,
+    check_unchanged,
+    content,
+    status_response,
+)
+from lb.api.models import balancer as models
+from lb.api.models.balancer import backends_of, options_of, services_of
+from lb.control.balancer import Balancer
+from lb.errors import AlreadyExists
+from lb.formats.documents import backend_document, interface_document
+from lb.formats.problems import Place, Problem, of_error
+from lb.model.health_check import Kind
+from lb.model.report import Report
+from lb.model.state import Backend, Service, State
+from lb.model.vip import Vip
+from lb.runtime.owner import Owner, Rendered, to_bytes
+
+
+class _Path:
+    """A segment of the path, decoded. Like all that a request depends on, it is no work for another thread."""
+
+    @staticmethod
+    async def vip(vip: Annotated[str, "ADDR:PORT/PROTO, percent-encoded"]) -> Vip:
+        return Vip.parse(unquote(vip))
+
+    @staticmethod
+    async def backend(vip: str, backend: Annotated[str, "ADDR:PORT"]) -> Backend:
+        return Backend.parse(unquote(backend), Vip.parse(unquote(vip)).fixed_port)
+
+
+VipInPath = Annotated[Vip, Depends(_Path.vip)]
+BackendInPath = Annotated[Backend, Depends(_Path.backend)]
+
+router = APIRouter(prefix="/v1")
+
+
+async def _change(
+    request: Request,
+    work: Callable[[Balancer], Report],
+    *,
+    vip: Vip | None = None,
+    if_match: str | None = None,
+) -> Response:
+    """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
+    owner: Owner = request.app.state.owner
+
+    def checked(balancer: Balancer) -> Report:
+        if if_match is not None:
+            now = owner.snapshot.following(balancer.state)
+            found = now.services.get(vip) if vip else now
+            check_unchanged(if_match, found.etag if found else None, f"vip {vip}" if vip else "the configuration")
+        return work(balancer)
+
+    done = await owner.change(checked)
+    request.scope["state"]["change"] = done.summary
+    rendered = owner.snapshot.services.get(vip) if vip else owner.snapshot
+    headers = {"ETag": rendered.etag} if rendered else {}
+    return Response(done.body, media_type=JSON, headers=headers)
+
+
+def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -> None:
+    """A script of a health check is a program that the daemon runs: who comes over TCP may keep one, and set none.
+    Raises Problem."""
+    if request.scope["state"]["peer"].uid is not None:
+        return
+    known = {service.vip: service.options.health for service in before.services}
+    for service in wanted:
+        check = service.options.health
+        if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
+            raise Problem(403, f"vip {service}: a script as health check can be set on the balancer itself alone")
+
+
+# Services
+
+
+@router.get("/services", response_model=list[models.ServiceAnswer], responses=READS)
+async def list_services(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    """All services, as they are desired."""
+    now = owner.snapshot
+    return content(lambda: now.body, now.etag, if_none_match)
+
+
+@router.get("/services/{vip}", response_model=models.ServiceAnswer, responses=READS)
+async def get_service(vip: VipInPath, owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    found = _rendered(owner, vip)
+    return content(lambda: found.body, found.etag, if_none_match)
+
+
+def _rendered(owner: Owner, vip: Vip) -> Rendered:
+    owner.snapshot.state.service(vip)  # raises NotFound
+    return owner.snapshot.services[vip]
+
+
+@router.put("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def put_service(
+    request: Request,
+    vip: VipInPath,
+    body: models.ServiceBody,
+    own_address: Annotated[bool, Query(description="Put a VIP that nobody has on an interface")] = True,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+    if_none_match: Annotated[str | None, Header(description="*: only if it is not there")] = None,
+) -> Response:
+    """Have the service served as the body says, whether it is there or not."""
+    service = body.to_model(Place(), vip)
+
+    def put(balancer: Balancer) -> Report:
+        _check_scripts(request, balancer.state, [service])
+        if if_none_match is None:
+            return balancer.put_service(service, own_address=own_address, dry_run=dry_run)
+        _check_absent(balancer, service, if_none_match)
+        return balancer.add_service(service, own_address=own_address, dry_run=dry_run)
+
+    return await _change(request, put, vip=vip, if_match=if_match)
+
+
+def _check_absent(balancer: Balancer, service: Service, if_none_match: str) -> None:
+    """Raises Problem."""
+    if if_none_match.strip() != "*":
+        raise Problem(400, "If-None-Match: only * has a meaning here")
+    if any(other.vip == service.vip for other in balancer.state.services):
+        raise of_error(AlreadyExists(f"vip {service}: already served"), status=412)
+
+
+@router.patch("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_service(
+    request: Request, vip: VipInPath, body: models.ServicePatch, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Change some options; the others stay."""
+
+    def patch(balancer: Balancer) -> Report:
+        before = balancer.state.service(vip)
+        options = options_of(body.options.given, before.options, Place() / "options")  # type: ignore[attr-defined]
+        with Place() / "options":
+            _check_scripts(request, balancer.state, [replace(before, options=options)])
+        return balancer.set_options(vip, options, dry_run=dry_run)
+
+    return await _change(request, patch, vip=vip, if_match=if_match)
+
+
+@router.delete("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_service(
+    request: Request, vip: VipInPath, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Serve it no longer. Its connections end."""
+    return await _change(
+        request, lambda balancer: balancer.remove_service(vip, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
+# Backends
+
+
+@router.get("/services/{vip}/backends", response_model=list[models.BackendAnswer], responses=ALWAYS)
+async def list_backends(vip: VipInPath, owner: TheOwner) -> Response:
+    service = _rendered(owner, vip).service
+    return Response(to_bytes([backend_document(b) for b in service.backends]), media_type=JSON)
+
+
+@router.post("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def add_backends(
+    request: Request, vip: VipInPath, body: models.BackendsBody, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Add backends. Connections stay where they are."""
+    backends = backends_of(body.backends, vip, Place() / "backends")
+    return await _change(
+        request, lambda balancer: balancer.add_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
+@router.patch("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_backend(
+    request: Request,
+    vip: VipInPath,
+    backend: BackendInPath,
+    body: models.BackendPatch,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Change weight, drain (or end the drain), or server IDs."""
+
+    def patch(balancer: Balancer) -> Report:
+        service = balancer.state.service(vip).changing_backend(backend, body.changed)
+        return balancer.put_service(service, dry_run=dry_run)
+
+    return await _change(request, patch, vip=vip, if_match=if_match)
+
+
+@router.delete("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_backend(
+    request: Request, vip: VipInPath, backend: BackendInPath, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Remove it at once: its connections end. Drain it first where they are not to."""
+    return await _change(
+        request,
+        lambda balancer: balancer.remove_backend(vip, backend, dry_run=dry_run),
+        vip=vip,
+        if_match=if_match,
+    )
+
+
+# All at once
+
+
+@router.get("/config", response_model=models.ConfigAnswer, responses=READS)
+async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+    """What PUT takes."""
+    now = owner.snapshot
+    return content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
+
+
+OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]
+
+
+@router.put("/config", response_model=models.ReportAnswer, responses=CHANGES)
+async def put_config(
+    request: Request,
+    body: models.ConfigBody,
+    own_address: OwnAddresses = True,
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Make the services of the body all that is served."""
+
+    def apply(balancer: Balancer) -> Report:
+        services = body.to_model()
+        _check_scripts(request, balancer.state, services)
+        return balancer.apply(services, own_addresses=own_address, dry_run=dry_run)
+
+    return await _change(request, apply, if_match=if_match)
+
+
+@router.post("/plan", response_model=models.ReportAnswer, responses=CHANGES)
+async def plan(request: Request, body: models.ConfigBody, own_address: OwnAddresses = True) -> Response:
+    """What PUT /v1/config would do with the same body."""
+    return await _change(
+        request, lambda balancer: balancer.apply(body.to_model(), own_addresses=own_address, dry_run=True)
+    )
+
+
+# Interfaces
+
+
+@router.get("/interfaces", response_model=list[models.InterfaceAnswer], responses=ALWAYS)
+async def list_interfaces(owner: TheOwner) -> Response:
+    return await status_response(owner, lambda status: [interface_document(i) for i in status.interfaces])
+
+
+@router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
+async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = False) -> Response:
+    """Serve on these interfaces too; everything is written anew."""
+    interfaces = [interface.to_model() for interface in body.interfaces]
+
+    def attach(balancer: Balancer) -> Report:
+        services = services_of(body.services, Place() / "services")
+        _check_scripts(request, balancer.state, services)
+        return balancer.attach(interfaces, services, own_addresses=body.own_address, dry_run=dry_run)
+
+    return await _change(request, attach)
+
+
+@router.delete("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
+async def detach(
+    request: Request,
+    name: Annotated[list[str] | None, Query(description="May be repeated; none: all")] = None,
+    dry_run: DryRun = False,
+) -> Response:
+    """Serve there no longer. Services stay stored."""
+    return await _change(request, lambda balancer: balancer.detach(name or (), dry_run=dry_run))
+
+
+# What is going on
+
+
+# The application

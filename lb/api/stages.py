@@ -1,0 +1,51 @@
+"""Users' stages in the REST API: those that run, what they find, and their end.
+
+A stage is begun by `xdp-lb stage run` alone, in its own process and with the rights of who types it: C that somebody
+sends would be code in the kernel, and its compiler 128 MB in the daemon.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from lb.api.common import ALWAYS, CHANGES, JSON, TheBeside
+from lb.api.models.stages import StageAnswer, TableAnswer
+from lb.formats.documents import Document
+from lb.runtime.owner import to_bytes
+from lb.stages.local import Here
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/stages", response_model=list[StageAnswer], responses=ALWAYS)
+async def list_stages(beside: TheBeside) -> Response:
+    """Those that run, and those that a killed process left at work."""
+    return Response(await beside.stages(lambda paths: to_bytes(Here(paths).listed())), media_type=JSON)
+
+
+@router.get("/stages/{number}/tables", response_model=list[TableAnswer], responses=ALWAYS)
+async def get_tables(number: int, beside: TheBeside) -> Response:
+    """What a stage has found up to now."""
+    return Response(await beside.stages(lambda paths: to_bytes(Here(paths).tables(number))), media_type=JSON)
+
+
+@router.delete("/stages", response_model=list[StageAnswer], responses=CHANGES)
+async def stop_stages(
+    request: Request,
+    beside: TheBeside,
+    number: Annotated[list[int] | None, Query(description="May be repeated; none: all")] = None,
+) -> Response:
+    """End stages: packets go on as if they had never been there. The answer has them as they were."""
+    ended = await beside.stages(lambda paths: Here(paths).stop(number or ()))
+    sentences = [_sentence(stage) for stage in ended]
+    request.scope["state"]["change"] = "; ".join(sentences) or "no stages"
+    for stage, summary in zip(ended, sentences, strict=True):
+        event = {"number": stage["number"], "interface": stage["interface"], "change": "stopped", "summary": summary}
+        request.app.state.owner.events.publish("stage", event)
+    return Response(to_bytes(ended), media_type=JSON)
+
+
+def _sentence(stage: Document) -> str:
+    return f"stage {stage['number']}: stopped, {stage['interface']}, at {stage['at']}"

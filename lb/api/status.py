@@ -1,0 +1,65 @@
+"""Routes that read: status, statistics, the event stream, and who the caller is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import StreamingResponse
+
+from lb.api.common import ALWAYS, JSON, TheOwner, status_response
+from lb.api.guard import Caller
+from lb.api.models import balancer as models
+from lb.formats.documents import counters_document, status_document, total
+from lb.model.report import Status
+from lb.runtime.owner import to_bytes
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/status", response_model=models.StatusAnswer, responses=ALWAYS)
+async def status(owner: TheOwner) -> Response:
+    """Interfaces, services and counters, as the kernel has them."""
+    return await status_response(owner, status_document)
+
+
+@router.get("/stats", response_model=models.StatsAnswer, responses=ALWAYS)
+async def stats(owner: TheOwner) -> Response:
+    """The counters alone."""
+    return await status_response(owner, _stats_document)
+
+
+def _stats_document(now: Status) -> dict[str, Any]:
+    services = [
+        {
+            "vip": str(s.service),
+            "slots_in_transition": s.slots_in_transition,
+            **counters_document(total(s)),
+            "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
+        }
+        for s in now.services
+    ]
+    reasons = {"answered": now.answered, "drops": now.drops, "passes": now.passes, "noted": now.noted}
+    return {"services": services} | {name: dict(counts) for name, counts in reasons.items()}
+
+
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM, "description": "Until either side ends"}}
+
+
+@router.get("/events", response_class=StreamingResponse, responses=ALWAYS | EVENTS)
+async def events(
+    owner: TheOwner,
+    last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
+) -> StreamingResponse:
+    """Server-sent events: change, attach, detach, health, drift, upgrade, filter, stage; missed: some are gone."""
+    return StreamingResponse(
+        owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+@router.get("/whoami", response_model=models.CallerAnswer, responses=ALWAYS)
+async def whoami(request: Request) -> Response:
+    """Who asks, as the audit log has it, and what they may."""
+    caller: Caller = request.scope["state"]["caller"]
+    return Response(to_bytes({"who": caller.who, "role": caller.role}), media_type=JSON)

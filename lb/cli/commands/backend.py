@@ -1,0 +1,143 @@
+"""`xdp-lb backend`: backends of a service added, removed, drained, weighed and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from lb.cli import completion
+from lb.cli.common import Request, change_options, echo_json, echo_lines, open_balancer, parse_backends, wants_colour
+from lb.cli.options import backend_argument, json_option, server_id_option, split_list, vip_argument
+from lb.formats import documents, text
+from lb.model.state import Backend
+from lb.model.vip import Vip
+
+NO_SERVER_ID = ("none",)
+
+
+@click.group()
+def backend() -> None:
+    """Add, remove, drain, re-weight and list backends."""
+
+
+@backend.command("add")
+@vip_argument
+@click.argument("backends", nargs=-1, required=True, metavar="BACKEND...")
+@server_id_option
+@change_options
+def backend_add(vip: Vip, backends: tuple[str, ...], server_ids: tuple[str, ...], request: Request) -> None:
+    """Add backends to the service at VIP. Open connections do not move.
+
+    \b
+    Examples:
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13
+      # Three times the share of a backend of weight 1
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13@3
+      # Show how many slots would move
+      xdp-lb backend add 10.0.0.1:80 10.0.0.13 --dry-run
+      # QUIC: route connection IDs that carry server ID 0a1b to it
+      xdp-lb backend add 10.0.0.1:443/udp 10.0.0.13 --server-id 0:0a1b
+    """
+    added = parse_backends(split_list(backends), vip.fixed_port)
+    if server_ids:
+        if len(added) > 1:
+            raise click.UsageError("--server-id names one backend: add them one by one.")
+        added = (replace(added[0], server_ids=server_ids),)
+    request.run(lambda balancer: balancer.add_backends(vip, added, dry_run=request.dry_run))
+
+
+@backend.command("remove")
+@vip_argument
+@backend_argument
+@change_options
+def backend_remove(vip: Vip, backend: str, request: Request) -> None:
+    """Remove a backend immediately. Its connections are lost; see drain.
+
+    \b
+    Examples:
+      xdp-lb backend remove 10.0.0.1:80 10.0.0.11
+    """
+    name = Backend.parse(backend, vip.fixed_port)
+    request.run(lambda balancer: balancer.remove_backend(vip, name, dry_run=request.dry_run))
+
+
+@backend.command("drain")
+@vip_argument
+@backend_argument
+@change_options
+def backend_drain(vip: Vip, backend: str, request: Request) -> None:
+    """Drain a backend: no new connections, open ones continue.
+
+    xdp-lb backend weight ends the drain.
+
+    \b
+    Examples:
+      xdp-lb backend drain 10.0.0.1:80 10.0.0.11
+    """
+    name = Backend.parse(backend, vip.fixed_port)
+    request.run(lambda balancer: balancer.drain_backend(vip, name, dry_run=request.dry_run))
+
+
+@backend.command("weight", context_settings={"ignore_unknown_options": True})
+@vip_argument
+@backend_argument
+@click.argument("weight", type=int)
+@change_options
+def backend_weight(vip: Vip, backend: str, weight: int, request: Request) -> None:
+    """Set a backend's weight, 0 to 65535. Ends a drain.
+
+    \b
+    Examples:
+      # Three times the share of a backend of weight 1
+      xdp-lb backend weight 10.0.0.1:80 10.0.0.11 3
+    """
+    name = replace(Backend.parse(backend, vip.fixed_port), weight=weight)
+    request.run(lambda balancer: balancer.set_weight(vip, name, weight, dry_run=request.dry_run))
+
+
+@backend.command("server-id")
+@vip_argument
+@backend_argument
+@click.argument("server_ids", nargs=-1, required=True, metavar="CONFIG:HEX...")
+@change_options
+def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], request: Request) -> None:
+    """Set the QUIC-LB server IDs of a backend; none removes them.
+
+    CONFIG is the QUIC-LB config rotation codepoint, 0 to 6. HEX is the server ID, 1 to 15 bytes, as
+    the server puts it into its connection IDs (plaintext algorithm). All server IDs of one CONFIG
+    in a service must have the same length.
+
+    \b
+    Examples:
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b
+      # Both IDs, while servers change over to config 1
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b 1:00c4d2
+      xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 none
+    """
+    name = Backend.parse(backend, vip.fixed_port)
+    ids = () if server_ids == NO_SERVER_ID else server_ids
+    request.run(lambda balancer: balancer.set_server_ids(vip, name, ids, dry_run=request.dry_run))
+
+
+@backend.command("list")
+@click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
+@json_option("Print JSON (keys above).")
+def backend_list(vip: Vip | None, as_json: bool) -> None:
+    """List the stored backends, of VIP or of all services.
+
+    \b
+    JSON: [{vip, backend, address, port, weight, draining, server_ids}]
+
+    \b
+    Examples:
+      xdp-lb backend list
+      xdp-lb backend list 10.0.0.1:80
+    """
+    with open_balancer(write=False) as balancer:
+        state = balancer.state
+    services = (state.service(vip),) if vip else state.services
+    if as_json:
+        echo_json(documents.backends_document(services))
+    else:
+        echo_lines(text.backends_table(services, colour=wants_colour()))

@@ -1,0 +1,151 @@
+"""What commands share: the balancer they act on, how a change is asked for and answered, and errors as one line.
+
+`errors_explained` is the one place where errors become that line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+
+import click
+from click.exceptions import Abort, Exit
+
+from lb.cli.options import OptionWords, json_option, split_list
+from lb.cli.progress import progress
+from lb.formats import documents
+from lb.formats import text as output
+from lb.formats.error_text import explain, is_expected
+from lb.model.report import Report
+from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.model.vip import Vip
+
+if TYPE_CHECKING:  # what imports SQLite waits until a command needs it
+    from lb.control.balancer import Balancer
+
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
+
+
+class Opener(Protocol):
+    """Gives the balancer of this network namespace; `write` takes the lock."""
+
+    def __call__(self, *, write: bool) -> AbstractContextManager[Balancer]: ...
+
+
+def open_here(*, write: bool) -> AbstractContextManager[Balancer]:
+    """Where the daemon runs, it is asked: it has the lock."""
+    from lb.client.balancer import daemon_listens, open_remote
+    from lb.paths import Paths
+
+    paths = Paths.here()
+    if daemon_listens(paths.socket):
+        return cast("AbstractContextManager[Balancer]", open_remote(paths.socket))
+    from lb.control.open import open_balancer
+
+    return open_balancer(paths, write=write)
+
+
+def open_balancer(*, write: bool) -> AbstractContextManager[Balancer]:
+    """By the opener that the caller of `cli` passed as `obj`."""
+    opener: Opener = click.get_current_context().find_root().obj
+    return opener(write=write)
+
+
+class Failure(click.ClickException):
+    """What ends the command with exit status 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"xdp-lb: {self.message}", err=True)
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """The edge where foreign errors become a Failure. Click's own go on to click."""
+    try:
+        yield
+    except (click.ClickException, Exit, Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        raise Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        if os.environ.get("XDP_LB_TRACEBACK") == "1" and not is_expected(error):
+            raise
+        raise Failure(explain(error)) from error
+
+
+class Commands(click.Group):
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with errors_explained():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with errors_explained():
+            return super().invoke(ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a changing command was asked to run and to answer."""
+
+    dry_run: bool
+    as_json: bool
+
+    def run(self, change: Callable[[Balancer], Report]) -> None:
+        self.show(self.report(change), output.report_lines)
+
+    def report(self, change: Callable[[Balancer], Report]) -> Report:
+        with open_balancer(write=True) as balancer, progress(balancer):
+            return change(balancer)
+
+    def show(self, report: Report, lines: Callable[[Report], list[str]]) -> None:
+        for warning in documents.warnings(report):
+            click.echo(f"xdp-lb: warning: {warning}", err=True)
+        if self.as_json:
+            echo_json(documents.report_document(report))
+        else:
+            echo_lines(lines(report))
+
+
+def change_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`--dry-run` and `--json`, given to the command as one `request`."""
+
+    @wraps(command)
+    def with_request(*, dry_run: bool, as_json: bool, **words: Any) -> None:
+        command(request=Request(dry_run, as_json), **words)
+
+    dry_run = click.option("--dry-run", is_flag=True, help="Show what would change without changing it.")
+    json = json_option("Print {dry_run, changes, attached, detached, notes, warnings}.")
+    return dry_run(json(with_request))
+
+
+def parse_backends(texts: Sequence[str], port: int) -> tuple[Backend, ...]:
+    return tuple(Backend.parse(text, port) for text in texts)
+
+
+def make_service(
+    vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None, option_words: OptionWords
+) -> Service:
+    return Service(
+        vip,
+        Mode(mode or Mode.NAT),
+        parse_backends(split_list(backends), vip.fixed_port),
+        DEFAULT_RING_SIZE if ring_size is None else ring_size,
+        options=option_words.change(vip),
+    )
+
+
+def echo_lines(lines: Sequence[str]) -> None:
+    click.echo("\n".join(lines))
+
+
+def echo_json(document: object) -> None:
+    click.echo(documents.to_json(document))
+
+
+def wants_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,1 @@
+"""The API from Python, and the choice between this host and its daemon."""

@@ -1,0 +1,115 @@
+"""What a command uses instead of a Balancer where the daemon runs.
+
+Enters: the calls that commands make. Leaves: what a Balancer would answer, from the daemon, which has the lock; only
+the host's interfaces and addresses are looked up here, since it is the same host.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lb.model.options import Options, values
+from lb.model.report import Report, Status
+from lb.model.state import Backend, Interface, Service, State
+from lb.model.vip import Vip
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
+
+    from lb.client.client import Client
+    from lb.control.contracts import Network
+
+
+def daemon_listens(path: Path) -> bool:
+    """Not at a socket that a dead one has left. Who may not connect may not do without the daemon either, and the
+    command will say so."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+class RemoteBalancer:
+    """See lb.control.balancer.Balancer, of which this has the methods that commands call."""
+
+    def __init__(self, client: Client, network: Network) -> None:
+        self.network = network
+        self.on_progress: Callable[[int, int], None] | None = None  # the daemon does not tell how far it is
+        self._client = client
+        self._state = State()
+
+    @property
+    def state(self) -> State:
+        """The services; interfaces and addresses are the daemon's to know."""
+        self._state = State(self._client.services().value)
+        return self._state
+
+    def attach(
+        self,
+        interfaces: Sequence[Interface],
+        services: Sequence[Service] = (),
+        *,
+        own_addresses: bool = True,
+        dry_run: bool = False,
+    ) -> Report:
+        return self._client.attach(interfaces, services, own_addresses=own_addresses, dry_run=dry_run)
+
+    def detach(self, names: Sequence[str] = (), *, dry_run: bool = False) -> Report:
+        return self._client.detach(names, dry_run=dry_run)
+
+    def add_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
+        return self._client.add_service(service, own_address=own_address, dry_run=dry_run)
+
+    def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
+        return self._client.remove_service(vip, dry_run=dry_run)
+
+    def add_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.add_backends(vip, backends, dry_run=dry_run)
+
+    def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        return self._client.remove_backend(vip, backend, dry_run=dry_run)
+
+    def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        return self._client.drain_backend(vip, backend, dry_run=dry_run)
+
+    def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
+        return self._client.set_weight(vip, backend, weight, dry_run=dry_run)
+
+    def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
+        """Of those that were read, only what differs: what others have changed meanwhile stays."""
+        before = values(self._state.service(vip).options)
+        changed = {name: value for name, value in values(options).items() if value != before[name]}
+        return self._client.set_options(vip, changed, dry_run=dry_run)
+
+    def set_server_ids(
+        self, vip: Vip, backend: Backend, server_ids: tuple[str, ...], *, dry_run: bool = False
+    ) -> Report:
+        return self._client.set_server_ids(vip, backend, server_ids, dry_run=dry_run)
+
+    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
+        return self._client.apply(services, own_addresses=own_addresses, dry_run=dry_run)
+
+    def status(self) -> Status:
+        return self._client.status()
+
+
+@contextmanager
+def open_remote(path: Path) -> Iterator[RemoteBalancer]:
+    """By the daemon that listens at `path`. Raises DaemonError."""
+    from lb.client.client import Client  # with httpx, which no other command needs
+    from lb.host.neighbours import Network as KernelNetwork
+
+    with Client.unix(path) as client:
+        yield RemoteBalancer(client, KernelNetwork(_route_socket))
+
+
+def _route_socket() -> IPRoute:
+    from lb.dataplane.dataplane import route_socket  # few commands ask for interfaces
+
+    return route_socket()

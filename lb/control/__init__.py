@@ -1,0 +1,1 @@
+"""The use cases: a request -> desired state -> store and dataplane."""

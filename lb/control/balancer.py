@@ -1,0 +1,276 @@
+"""What an operator can ask of the balancer, each from the stored state to the state that is asked for.
+
+Enters: an operator's wish, in values of lb.model.state. Leaves: a Report of what became of it. A wish is checked here,
+and made one desired state; lb.control.writer brings it about, and lb.control.repair keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from lb.control.change import reply_interfaces, some
+from lb.control.contracts import Dataplane, Guard, Network, NoGuard
+from lb.control.repair import Repairs
+from lb.control.writer import Writer
+from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
+from lb.model.conditions import Condition
+from lb.model.forwarding import Counters, Statistics
+from lb.model.options import Options
+from lb.model.report import BackendStatus, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.state import Backend, Interface, OwnAddress, Service, State
+from lb.model.vip import Vip
+from lb.paths import DEFAULT_NETNS
+from lb.store.store import Store
+
+UPGRADED = "the installed program has taken over from that of xdp-lb {}"
+
+
+class Balancer:
+    """Each method raises LbError, and then nothing has changed. `repairs` is for what others have changed."""
+
+    def __init__(
+        self,
+        store: Store,
+        dataplane: Dataplane,
+        network: Network,
+        netns: str = DEFAULT_NETNS,
+        guard: Guard | None = None,
+    ) -> None:
+        self.writer = Writer(store, dataplane, network, guard or NoGuard())
+        self.repairs = Repairs(self.writer)
+        self.network = network
+        self._netns = netns
+        store.load()
+
+    @property
+    def state(self) -> State:
+        """The desired state, as it is stored."""
+        return self.writer.state
+
+    @property
+    def on_progress(self) -> Callable[[int, int], None] | None:
+        """Called with the services that are written, of all to write."""
+        return self.writer.on_progress
+
+    @on_progress.setter
+    def on_progress(self, call: Callable[[int, int], None] | None) -> None:
+        self.writer.on_progress = call
+
+    def attach(
+        self,
+        interfaces: Sequence[Interface],
+        services: Sequence[Service] = (),
+        *,
+        own_addresses: bool = True,
+        dry_run: bool = False,
+    ) -> Report:
+        """Serve on `interfaces`, beside those attached already, `services` beside those stored.
+
+        Everything is written anew, which also repairs what others have changed. `own_addresses`
+        is about `services`; without them and False, about all that are stored.
+        """
+        goal = self.state
+        for service in services:
+            goal = _including(goal, service)
+        for interface in interfaces:
+            self._check_exists(interface)
+            goal = goal.with_interface(interface)
+        _check_something_to_serve(goal)
+        named = services or (() if own_addresses else goal.services)
+        goal = self._with_own_addresses(goal, named, own_addresses)
+        upgraded = Report() if dry_run else self.upgrade()
+        report = self.writer.change(goal, everything=True, dry_run=dry_run)
+        return replace(report, notes=(*upgraded.notes, *report.notes))
+
+    @property
+    def outdated(self) -> str:
+        """The version of xdp-lb that the program in force is of, where it is not the installed one; else empty."""
+        return self.writer.dataplane.outdated
+
+    def upgrade(self) -> Report:
+        """Have the installed program take over from one that is outdated, with all that its maps hold."""
+        before = self.outdated
+        with self.writer.guard.alone():
+            done = self.writer.dataplane.upgrade()
+        return Report(notes=(UPGRADED.format(before),) if done else ())
+
+    def detach(self, names: Sequence[str] = (), *, dry_run: bool = False) -> Report:
+        """Serve on `names` no longer, or nowhere (no names). The services stay stored."""
+        goal = self.state
+        for name in names:
+            if goal.interface(name) is None:
+                raise NotFound(f"interface {name}: not attached: see xdp-lb status")
+            goal = goal.without_interface(name)
+        if names and goal.interfaces:
+            self._check_replies(goal, names)
+            return self.writer.change(goal, dry_run=dry_run)
+        return self.writer.change(replace(goal, interfaces=()), dry_run=dry_run)
+
+    def add_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
+        goal = self.state.with_service(service)
+        goal = self._with_own_addresses(goal, [service], own_address)
+        return self.writer.change(goal, dry_run=dry_run)
+
+    def put_service(self, service: Service, *, own_address: bool | None = None, dry_run: bool = False) -> Report:
+        """Have `service` served as it is given, also in the place of another at its VIP. `own_address` None: the VIP's
+        address stays on an interface if it is on one."""
+        others = tuple(s for s in self.state.services if s.vip != service.vip)
+        goal = replace(self.state, services=(*others, service))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        if own_address is not None:
+            goal = self._with_own_addresses(goal, [service], own_address)
+        return self.writer.change(goal, dry_run=dry_run)
+
+    def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
+        return self.writer.change(self.state.without_service(vip), dry_run=dry_run)
+
+    def add_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        service = self.state.service(vip)
+        for backend in backends:
+            service = service.with_backend(backend)
+        return self._change_service(service, dry_run)
+
+    def add_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        return self.add_backends(vip, [backend], dry_run=dry_run)
+
+    def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        """At once: its connections end. See `drain_backend`."""
+        return self._change_service(self.state.service(vip).without_backend(backend), dry_run)
+
+    def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
+        """No new connections for it; those it has go on."""
+        service = self.state.service(vip)
+        drained = service.changing_backend(backend, lambda b: replace(b, draining=True))
+        return self._change_service(drained, dry_run)
+
+    def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
+        """Also ends a drain."""
+        service = self.state.service(vip)
+        weighted = service.changing_backend(backend, lambda b: replace(b, weight=weight, draining=False))
+        return self._change_service(weighted, dry_run)
+
+    def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
+        goal = self.state.replacing_service(replace(self.state.service(vip), options=options))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        return self.writer.change(goal, dry_run=dry_run)
+
+    def set_server_ids(
+        self, vip: Vip, backend: Backend, server_ids: tuple[str, ...], *, dry_run: bool = False
+    ) -> Report:
+        """What names the backend in QUIC connection IDs."""
+        service = self.state.service(vip)
+        named = service.changing_backend(backend, lambda b: replace(b, server_ids=server_ids))
+        return self._change_service(named, dry_run)
+
+    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
+        """Make `services` all that is served."""
+        goal = replace(self.state, services=tuple(services))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
+        goal = self._with_own_addresses(goal, goal.services, own_addresses)
+        return self.writer.change(goal, dry_run=dry_run)
+
+    def status(self) -> Status:
+        loaded = self.writer.dataplane.loaded
+        attachments = self.writer.dataplane.attachments()
+        statistics = self.writer.dataplane.statistics() if loaded else Statistics()
+        return Status(
+            netns=self._netns,
+            loaded=loaded,
+            interfaces=tuple(InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces),
+            services=tuple(
+                _service_status(s, statistics, self.writer.conditions.get(s.vip, {})) for s in self.state.services
+            ),
+            drops=_reasons(statistics, "drop_"),
+            passes=_reasons(statistics, "pass_"),
+            answered=_reasons(statistics, "answered_"),
+            noted=_reasons(statistics, "noted_"),
+            maps=statistics.maps,
+            outdated=self.outdated if loaded else "",
+        )
+
+    def _change_service(self, service: Service, dry_run: bool) -> Report:
+        return self.writer.change(self.state.replacing_service(service), dry_run=dry_run)
+
+    def _with_own_addresses(self, goal: State, services: Sequence[Service], own: bool) -> State:
+        """Have the addresses of `services` put on an interface where nobody owns them, or not."""
+        named = {service.vip.address for service in services if service.vip.is_one_address}
+        if not own:
+            return replace(goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named))
+        unknown = named - {o.address for o in goal.own_addresses}
+        ours = (OwnAddress("", a) for a in unknown if self.network.owner(a) is None)
+        return replace(goal, own_addresses=(*goal.own_addresses, *ours))
+
+    def _check_exists(self, interface: Interface) -> None:
+        if not self.network.interface_exists(interface.name):
+            raise InvalidInput(f"interface {interface.name}: does not exist")
+
+    def _check_replies(self, goal: State, names: Sequence[str]) -> None:
+        """An interface that nat replies come in on cannot be detached alone."""
+        with suppress(NoRoute):  # then no replies come in
+            for name, backends in reply_interfaces(
+                goal.services, self.writer.next_hops(goal.services, anew=True)
+            ).items():
+                if name in names:
+                    raise InvalidInput(
+                        f"interface {name}: nat replies of {some(backends)} come in there:"
+                        " detach all interfaces, or remove those backends first"
+                    )
+
+
+def _including(state: State, service: Service) -> State:
+    """With `service`, which may be there already if it is the same."""
+    if service in state.services:
+        return state
+    if any(service.vip == other.vip for other in state.services):
+        raise AlreadyExists(
+            f"vip {service.vip}: already served otherwise: change it with xdp-lb backend, or remove it first"
+        )
+    return state.with_service(service)
+
+
+def _check_something_to_serve(goal: State) -> None:
+    if not goal.services:
+        raise InvalidInput("attach: nothing to serve: give --backends, or add a service first")
+    if not goal.interfaces:
+        raise InvalidInput("attach: no interface: name one, as in xdp-lb attach eth0")
+
+
+def _check_same_shape(before: State, goal: State) -> None:
+    """Mode and ring size hold as long as a VIP is served: its flows depend on them."""
+    old = {service.vip: service for service in before.services}
+    for new in goal.services:
+        was = old.get(new.vip, new)
+        for name, changes in (
+            ("mode", was.mode != new.mode),
+            ("ring size", was.ring_size != new.ring_size),
+            ("affinity", bool(was.options.affinity_s) != bool(new.options.affinity_s)),
+        ):
+            if changes:
+                raise InvalidInput(f"vip {new.vip}: {name} cannot be changed while it is served: remove it first")
+
+
+def _service_status(service: Service, statistics: Statistics, conditions: Mapping[str, Condition]) -> ServiceStatus:
+    # The kernel knows a backend by address and port, not by its weight.
+    held = {str(b): c for b, c in statistics.backends.get(service.vip, {}).items()}
+    return ServiceStatus(
+        service,
+        statistics.slots_in_transition.get(service.vip, 0),
+        tuple(
+            BackendStatus(
+                b,
+                resolved=str(b) in held and b.address not in statistics.unresolved,
+                counters=held.get(str(b), Counters()),
+                condition=conditions.get(str(b)),
+            )
+            for b in service.backends
+        ),
+    )
+
+
+def _reasons(statistics: Statistics, prefix: str) -> dict[str, int]:
+    return {name: n for name, n in statistics.reasons.items() if name.startswith(prefix)}

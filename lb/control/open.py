@@ -1,0 +1,39 @@
+"""Puts a balancer together: the store, the kernel's dataplane, the host's network, filter rules, health."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from lb.control.balancer import Balancer
+from lb.control.filter_handover import FilterGuard
+from lb.health.file import HealthFile
+from lb.host.capabilities import check_may_change
+from lb.paths import Paths
+from lb.store.lock import writer_lock
+from lb.store.store import Store
+
+
+@contextmanager
+def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) -> Iterator[Balancer]:
+    """The balancer of one network namespace; to `write` is to hold its lock until the end. `in_daemon`: see Writer.
+
+    Raises Busy, StoreError, DataplaneError.
+    """
+    from lb.dataplane.dataplane import KernelDataplane, route_socket  # what needs no kernel does without it
+    from lb.host.neighbours import ANSWER_TIMEOUT_S, FOLLOWED_TIMEOUT_S
+    from lb.host.neighbours import Network as KernelNetwork
+
+    with ExitStack() as stack:
+        if write:
+            check_may_change()
+            stack.enter_context(writer_lock(paths.lock, paths.netns))
+        store = stack.enter_context(Store.open(paths.store, write))
+        dataplane = KernelDataplane.open(paths)
+        stack.callback(dataplane.close)
+        guard = FilterGuard(paths, store, dataplane)
+        network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
+        balancer = Balancer(store, dataplane, network, paths.netns, guard)
+        balancer.writer.in_daemon = in_daemon
+        balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
+        yield balancer

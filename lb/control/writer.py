@@ -1,0 +1,324 @@
+"""From the state in force to another: store and dataplane are written here, and nowhere else.
+
+Enters: the desired state of lb.model.state, and what health checks have found. Leaves: a Report. A change goes plan ->
+open the store's transaction -> dataplane -> commit -> acknowledge:
+
+- Before the first write to the dataplane its generation becomes 0, after the commit that of the
+  store. Where the two differ, a change was cut short (or the host has booted), and the next change
+  writes everything, not only what differs.
+- VIP addresses are taken off before the commit and put on after it, so that the store knows of
+  every address that may be on an interface.
+- An error on the way puts the old state back, in the store and in the dataplane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+from lb.control.change import (
+    Outcome,
+    Served,
+    Step,
+    addresses_in_force,
+    backends_that_left,
+    changed,
+    check_on_link,
+    differing,
+    notes_of_addresses,
+    notes_of_storing,
+    report,
+    silent,
+    with_reply_interfaces,
+)
+from lb.control.contracts import Dataplane, Guard, Network
+from lb.errors import DataplaneError, LbError, NoRoute
+from lb.hashing.ring import Plan
+from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
+from lb.model.forwarding import Attachment, NextHop
+from lb.model.report import Report
+from lb.model.state import Interface, Service, State
+from lb.model.vip import Address, Vip
+from lb.store.store import Store
+
+REPAIRED = "the kernel did not hold what is stored: everything is written anew"
+UNCHECKED = "health checks run only while xdp-lb serve does"
+ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach {0} forgets it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """A service, what has been found of its backends, and what it is in force by that."""
+
+    service: Service
+    found: Mapping[str, Condition] | None
+    met: Service
+
+
+class Writer:
+    """`on_progress(done, total)` is called with the services that are written, of all to write. `in_daemon`: tasks of
+    this process check backends and follow their neighbours. A method that changes something raises LbError, and then
+    nothing has changed."""
+
+    def __init__(self, store: Store, dataplane: Dataplane, network: Network, guard: Guard) -> None:
+        self.store, self.dataplane, self.network, self.guard = store, dataplane, network, guard
+        self.on_progress: Callable[[int, int], None] | None = None
+        self.in_daemon = False
+        self.conditions: Conditions = {}
+        self._served = Served()
+        self._met: dict[Vip, _Met] = {}
+
+    @property
+    def state(self) -> State:
+        """The desired state, as it is stored."""
+        return self.store.state
+
+    def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
+        self._check_store_is_whole(goal)
+        step = self._prepare(self.state, self._with_homes(goal), everything)
+        if dry_run:
+            self._release_unused(step.hops.keys())
+            return report(step, self._foresee(step), dry_run=True)
+        if step.goal == step.before and not everything and self.in_step(step.goal):
+            return report(step, Outcome({}))
+        return report(step, self._execute(step))
+
+    def set_conditions(self, conditions: Conditions) -> dict[Vip, Plan]:
+        """Lay what health checks have found over the desired state, in the place of what they had found before. What
+        differs is in force at once, without a change of what is stored. Raises DataplaneError; to be repeated then."""
+        before = self.conditions
+        self.conditions = {vip: before[vip] if before.get(vip) == each else each for vip, each in conditions.items()}
+        try:
+            return self._put_conditions(before)
+        except BaseException:
+            self.conditions = before
+            raise
+
+    def _put_conditions(self, before: Conditions) -> dict[Vip, Plan]:
+        others = with_other_conditions(before, self.conditions)
+        services = [service for service in self.state.services if service.vip in others]
+        met = [(in_force(service, before.get(service.vip)), self.in_force(service)) for service in services]
+        wanted = [now for then, now in met if then != now]
+        if not (wanted and self.state.interfaces):
+            return {}
+        if not self.in_step(self.state):
+            return dict(self._execute(self._prepare(self.state, self.state, everything=True)).plans)
+        with self.rewriting():
+            return {service.vip: self.dataplane.put(service, {}) for service in wanted}
+
+    def settle(self, vip: Vip) -> None:
+        """Each slot is written as a whole: cut short, the next call ends the rest."""
+        if self.in_step(self.state):
+            self.dataplane.settle(vip)
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Services of the state in force may be put within. Cut short, the next change writes everything."""
+        self.dataplane.generation = 0
+        yield
+        self.dataplane.publish(self.all_in_force(self.state.services))
+        self.dataplane.generation = self.store.generation
+
+    def in_force(self, service: Service) -> Service:
+        """The very same as the last time, if nothing has changed: publish() takes that for a hint."""
+        found = self.conditions.get(service.vip)
+        known = self._met.get(service.vip)
+        if known and known.service is service and known.found is found:
+            return known.met
+        met = in_force(service, found)
+        self._met[service.vip] = _Met(service, found, met)
+        return met
+
+    def all_in_force(self, services: Sequence[Service]) -> tuple[Service, ...]:
+        return tuple(self.in_force(service) if service.vip in self.conditions else service for service in services)
+
+    def in_step(self, state: State) -> bool:
+        """The kernel holds `state`, and so does the store."""
+        if state != self.state:
+            return False
+        if not state.interfaces:
+            return not self.dataplane.loaded and not self.dataplane.attachments()
+        return self.dataplane.loaded and self.dataplane.generation == self.store.generation
+
+    # How a change is thought through
+
+    def _check_store_is_whole(self, goal: State) -> None:
+        """Programs that the store knows nothing of are what a lost one has left: attach or detach has to come first."""
+        lost = sorted(self.dataplane.attachments()) if not (goal.interfaces or self.state.interfaces) else []
+        if lost and goal.services != self.state.services:
+            names = " ".join(lost)
+            raise DataplaneError(
+                f"{names}: attached, but not in the store: xdp-lb attach {names} goes on, xdp-lb detach ends it"
+            )
+
+    def _prepare(self, before: State, goal: State, everything: bool) -> Step:
+        if not goal.interfaces:
+            return Step(
+                before,
+                goal,
+                notes=(
+                    *notes_of_storing(before, goal),
+                    *notes_of_addresses(before, goal),
+                    *self._notes_of_checks(before, goal),
+                ),
+            )
+        notes: list[str] = []
+        if not everything and not self.in_step(before):
+            everything = True
+            notes += [REPAIRED] if before.interfaces else []
+        known = State() if everything else before
+        services = changed(known.services, goal.services)
+        hops = self.next_hops(services, anew=everything)
+        goal, taken_along = with_reply_interfaces(goal, services, hops)
+        interfaces = differing(known.interfaces, goal.interfaces)
+        absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
+        return Step(
+            before,
+            goal,
+            services,
+            hops,
+            tuple(i for i in interfaces if i not in absent),
+            differing(addresses_in_force(known), addresses_in_force(goal)),
+            (
+                *notes,
+                *taken_along,
+                *notes_of_addresses(before, goal),
+                *self._notes_of_checks(before, goal),
+                *self._notes_of_conditions(services),
+            ),
+            (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
+        )
+
+    def _with_homes(self, goal: State) -> State:
+        """Each own address that is served has an attached interface, as far as there is one: the
+        one it was on, else the first."""
+        homes = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
+        served = {service.vip.address for service in goal.services}
+        kept = [own for own in goal.own_addresses if own.address in served]
+        if homes:
+            kept = [o if o.interface in homes else replace(o, interface=homes[0]) for o in kept]
+        return replace(goal, own_addresses=tuple(kept))
+
+    def next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
+        """One query for all that are not known yet, or for all. Raises NoRoute, also for a backend that mode dr cannot
+        reach."""
+        addresses: set[Address] = set()
+        for service in services:
+            addresses |= {b.address for b in service.backends} if anew else self.dataplane.unknown(service)
+        hops = self.network.next_hops(addresses) if addresses else {}
+        try:
+            for service in services:
+                check_on_link(service, hops)
+        except NoRoute:
+            self._release_unused(addresses)
+            raise
+        return hops
+
+    def _release_unused(self, addresses: Collection[Address]) -> None:
+        """Of these neighbours, those that no served backend is behind; gateways with the last."""
+        if not addresses:
+            return
+        used = self._served.addresses(self.state)
+        unused = {address for address in addresses if not used[address]}
+        if unused:
+            self.network.release(unused if any(used.values()) else None)
+
+    def _foresee(self, step: Step) -> Outcome:
+        """What a dry run can say. Before the first attach there is no ring to move slots of."""
+        asked = {i.name: i.xdp_mode.value for i in step.interfaces}
+        return Outcome(
+            {s.vip: self.dataplane.plan(self.in_force(s)) for s in step.services if self.dataplane.loaded},
+            tuple(Attachment(name, mode, program_id=0) for name, mode in asked.items()),
+        )
+
+    def _notes_of_checks(self, before: State, goal: State) -> Iterator[str]:
+        if not self.in_daemon and any(s.options.health for s in changed(before.services, goal.services)):
+            yield UNCHECKED
+
+    def _notes_of_conditions(self, services: Sequence[Service]) -> Iterator[str]:
+        if not self.in_daemon:
+            yield from filter(None, (left_behind(s, self.conditions.get(s.vip)) for s in services))
+
+    # How it is carried out
+
+    def _execute(self, step: Step) -> Outcome:
+        self.dataplane.recover(step.before.interfaces)
+        try:
+            with self._guarded(step):
+                return self._carry_out(step)
+        except BaseException as error:
+            self._go_back(step, error)
+            raise
+
+    def _guarded(self, step: Step) -> AbstractContextManager[None]:
+        """Changes of backends wait for nobody: filter rules, of which a large set takes seconds, are beside them."""
+        return self.guard.alone() if step.moves_programs else nullcontext()
+
+    def _carry_out(self, step: Step) -> Outcome:
+        with self.store.saving(step.goal):
+            outcome = self._serve(step) if step.goal.interfaces else self._stop()
+            for own in step.addresses_off:
+                self.network.remove_address(own.interface, own.address)
+        for own in step.addresses_on:
+            self.network.add_address(own.interface, own.address)
+        if step.goal.interfaces:
+            self.dataplane.generation = self.store.generation
+        self._release_unused(backends_that_left(step.before, step.goal))
+        return outcome
+
+    def _go_back(self, step: Step, error: BaseException) -> None:
+        if self.in_step(step.before):
+            self._release_unused(step.hops.keys())
+            return
+        try:
+            back = self._prepare(step.goal, step.before, everything=True)
+            with self._guarded(back):
+                self._carry_out(back)
+        except LbError as second:
+            raise DataplaneError(
+                f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"
+            ) from error
+
+    def _serve(self, step: Step) -> Outcome:
+        if self.dataplane.loaded:
+            self.dataplane.generation = 0
+        self.dataplane.load(step.services)
+        plans = self._put(step)
+        self.dataplane.publish(self.all_in_force(step.goal.services))
+        attached = tuple(self.attach(interface) for interface in step.interfaces)
+        if step.interfaces or step.before.interfaces != step.goal.interfaces:
+            self._detach_others(step.goal)
+        for vip in self.dataplane.vips() - {service.vip for service in step.goal.services}:
+            self.dataplane.remove(vip)
+        return Outcome(plans, attached)
+
+    def _detach_others(self, goal: State) -> None:
+        for name in sorted(self.dataplane.attachments()):
+            if goal.interface(name) is None:
+                self._detach(name)
+
+    def attach(self, interface: Interface) -> Attachment:
+        self.guard.make_way(interface.name)
+        return self.dataplane.attach(interface)
+
+    def _detach(self, name: str) -> None:
+        self.guard.take_over(name)
+        self.dataplane.detach(name)
+
+    def _put(self, step: Step) -> dict[Vip, Plan]:
+        plans = {}
+        for done, service in enumerate(step.services, start=1):
+            plans[service.vip] = self.dataplane.put(self.in_force(service), step.hops)
+            if self.on_progress:
+                self.on_progress(done, len(step.services))
+        return plans
+
+    def _stop(self) -> Outcome:
+        if self.dataplane.loaded:
+            self.dataplane.generation = 0
+        for name in sorted(self.dataplane.attachments()):
+            self._detach(name)
+        if self.dataplane.loaded:
+            self.dataplane.unload()
+        return Outcome({})

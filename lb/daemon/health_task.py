@@ -1,0 +1,109 @@
+"""Health checks as a task of the daemon (lb.daemon.server.Task): the engine between the balancer's owner and the
+network.
+
+Enters: the desired state, as the owner's snapshot has it, and what changes in the host's network. Leaves: conditions
+that the balancer puts in force, an event `health` for each backend that goes up or down, and a file that remembers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import structlog
+
+from lb.daemon.reconcile import HostChanges
+from lb.formats.documents import Document
+from lb.health.checker import Checker, Ways, conditions_of
+from lb.health.file import Found, HealthFile
+from lb.model.conditions import UP, Condition, Conditions
+from lb.model.vip import Vip
+from lb.runtime.owner import Owner
+
+log = structlog.get_logger("xdp-lb")
+
+LOOK_S = 0.1  # after changes of the desired state
+ALIVE_S = 1.0
+AGAIN_S = 1.0  # between two searches for ways
+QUIET_S = 3600.0
+
+
+class HealthTask:
+    """`ways` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
+
+    def __init__(
+        self,
+        ways: Callable[[], Ways],
+        file: HealthFile,
+        listen: Callable[[], AbstractContextManager[HostChanges]],
+    ) -> None:
+        self._ways, self._file, self._listen = ways, file, listen
+        self._found: Found | None = None  # by an earlier run
+        self._fault = ""
+
+    async def run(self, owner: Owner) -> None:
+        found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
+        told = conditions_of(found)
+
+        async def put_in_force(conditions: Conditions) -> None:
+            nonlocal told
+            await self._remember(checker.remembered)
+            await owner.call(lambda balancer: balancer.writer.set_conditions(conditions))
+            for document in turns(told, conditions):
+                owner.events.publish("health", document)
+            told = conditions
+
+        ways = self._ways()
+        checker = Checker(put_in_force, ways, previous=found)
+        await owner.call(lambda balancer: balancer.writer.set_conditions(told))
+        with self._listen() as host:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(checker.run())
+                group.create_task(_follow(owner, checker))
+                group.create_task(_follow_host(host, ways, checker))
+                group.create_task(self._stay_fresh())
+
+    async def _remember(self, found: Found) -> None:
+        """Before it is in force: a process killed in between finds it, and puts it in force."""
+        self._found = found
+        try:
+            await asyncio.to_thread(self._file.write, found)
+            self._fault = ""
+        except OSError as error:
+            if self._fault != str(error):
+                log.warning("what health checks find is lost when this process ends", reason=str(error))
+            self._fault = str(error)
+
+    async def _stay_fresh(self) -> None:
+        while True:
+            self._file.touch()
+            await asyncio.sleep(ALIVE_S)
+
+
+async def _follow(owner: Owner, checker: Checker) -> None:
+    watched = None
+    while True:
+        if owner.snapshot.state is not watched:
+            watched = owner.snapshot.state
+            checker.watch(watched.services)
+        await asyncio.sleep(LOOK_S)
+
+
+async def _follow_host(host: HostChanges, ways: Ways, checker: Checker) -> None:
+    while True:
+        if ways.concerned(await host.next(QUIET_S)):
+            checker.look_for_ways()
+        await asyncio.sleep(AGAIN_S)
+
+
+def turns(before: Conditions, after: Conditions) -> Iterator[Document]:
+    """`vip`, `backend`, `state` (active or down), `why`, `since` of each that has gone up or down."""
+    for vip, name, condition in _each(after):
+        if before.get(vip, {}).get(name, UP).down != condition.down:
+            state = "down" if condition.down else "active"
+            yield {"vip": str(vip), "backend": name, "state": state, "why": condition.why, "since": condition.since}
+
+
+def _each(conditions: Mapping[Vip, Mapping[str, Condition]]) -> Iterator[tuple[Vip, str, Condition]]:
+    return ((vip, name, each) for vip, found in conditions.items() for name, each in found.items())

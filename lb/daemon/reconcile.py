@@ -1,0 +1,136 @@
+"""The kernel kept in step with what is stored, as a task of the daemon (lb.daemon.server.Task).
+
+Enters: time, and what changes in the host's network. Leaves: what others have changed is repaired, packets go where
+routes and neighbours lead, and each of that is a line in the log and an event `drift`. What cannot be repaired, such as
+an interface with someone else's program, is left alone and told once, for as long as it lasts.
+
+The balancer's thread is asked for a little at a time: requests do not wait for the whole of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import structlog
+
+from lb.control.balancer import Balancer
+from lb.errors import LbError
+from lb.host.events import Changes
+from lb.model.report import Report
+from lb.model.vip import Address, Vip
+from lb.runtime.owner import Owner
+
+log = structlog.get_logger("xdp-lb")
+
+PERIOD_S = 60.0
+AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
+WAYS_A_CHECK = 1000  # backends whose next hops are looked for without a notification
+SENTENCES = 20  # of an event
+
+
+class HostChanges(Protocol):
+    """What lb.host.events.HostEvents is."""
+
+    async def next(self, timeout_s: float) -> Changes:
+        """What has changed, as soon as there is something; nothing after the timeout."""
+
+
+class ReconcileTask:
+    """`listen` gives the host's changes, for each run."""
+
+    def __init__(self, listen: Callable[[], AbstractContextManager[HostChanges]], period_s: float = PERIOD_S) -> None:
+        self._listen, self._period_s = listen, period_s
+        self._told: frozenset[str] = frozenset()
+        self._ways_begin = 0
+
+    async def run(self, owner: Owner) -> None:
+        with self._listen() as host:
+            check_at = time.monotonic()
+            while True:
+                changes = await host.next(max(0.0, check_at - time.monotonic()))
+                began = time.monotonic()
+                if changes.everything or began >= check_at:
+                    await self._check(owner, every_way=changes.everything)
+                    check_at = time.monotonic() + self._period_s
+                else:
+                    await self._follow(owner, changes)
+                await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
+
+    async def _check(self, owner: Owner, *, every_way: bool) -> None:
+        """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
+        by then is told again if it comes back."""
+        found = Found(owner)
+        await found.add(_host)
+        for service in owner.snapshot.state.services:
+            await found.add(_service(service.vip))
+        addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
+        await found.add_ways(addresses if every_way else self._part_of(addresses))
+        self._tell(found)
+        self._told = frozenset(found.unmended)
+
+    def _part_of(self, addresses: Sequence[Address]) -> Sequence[Address]:
+        """Those behind the last part, in turn."""
+        begin = self._ways_begin if self._ways_begin < len(addresses) else 0
+        self._ways_begin = begin + WAYS_A_CHECK
+        return addresses[begin : begin + WAYS_A_CHECK]
+
+    async def _follow(self, owner: Owner, changes: Changes) -> None:
+        found = Found(owner)
+        if changes.links:
+            await found.add(_host)
+        await found.add_ways(await owner.call(lambda balancer: changes.concerned(balancer.repairs.ways())))
+        self._tell(found)
+        self._told |= frozenset(found.unmended)
+
+    def _tell(self, found: Found) -> None:
+        news = [sentence for sentence in found.unmended if sentence not in self._told]
+        for sentence in _some(news):
+            log.warning(sentence)
+        for sentence in _some(found.mended):
+            log.info("drift", what=sentence)
+        if sentences := [*news, *found.mended]:
+            document = {"mended": _some(found.mended), "unmended": _some(news), "summary": "; ".join(_some(sentences))}
+            found.owner.events.publish("drift", document)
+
+
+class Found:
+    """In one look at everything or at a part: sentences of what has been mended, and of what cannot be."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.mended: list[str] = []
+        self.unmended: dict[str, None] = {}
+
+    async def add(self, work: Callable[[Balancer], Report]) -> None:
+        try:
+            report = (await self.owner.change(work)).report
+        except LbError as error:
+            report = Report(warnings=(str(error),))
+        self.mended += report.notes
+        self.unmended |= dict.fromkeys(report.warnings)
+
+    async def add_ways(self, addresses: Collection[Address]) -> None:
+        waiting = list(addresses)
+        for at in range(0, len(waiting), AT_ONCE):
+            await self.add(_ways(waiting[at : at + AT_ONCE]))
+
+
+def _host(balancer: Balancer) -> Report:
+    return balancer.repairs.reconcile_host()
+
+
+def _service(vip: Vip) -> Callable[[Balancer], Report]:
+    return lambda balancer: balancer.repairs.reconcile_service(vip)
+
+
+def _ways(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
+    return lambda balancer: balancer.repairs.follow(addresses)
+
+
+def _some(sentences: Sequence[str]) -> list[str]:
+    more = len(sentences) - SENTENCES
+    return [*sentences[:SENTENCES], f"{more} more"] if more > 0 else list(sentences)

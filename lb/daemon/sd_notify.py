@@ -1,0 +1,31 @@
+"""Tells systemd how far the daemon is, sd_notify(3), and feeds its watchdog."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from lb.runtime.owner import Owner
+
+
+def notify(message: str) -> None:
+    """To the service manager, where there is one."""
+    name = os.environ.get("NOTIFY_SOCKET")
+    if not name:
+        return
+    address = "\0" + name[1:] if name.startswith("@") else name
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager, suppress(OSError):
+        manager.sendto(message.encode(), address)
+
+
+async def feed_watchdog(owner: Owner) -> None:
+    """The daemon is alive while both the event loop and the balancer's thread get on."""
+    period_us = os.environ.get("WATCHDOG_USEC", "")
+    if not period_us.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        await owner.call(lambda balancer: None)
+        notify("WATCHDOG=1")
+        await asyncio.sleep(int(period_us) / 2e6)

@@ -1,0 +1,251 @@
+"""The daemon: one balancer for as long as it lives, the API in front of it, and what runs beside.
+
+Enters: where things lie, what to listen on, and tasks. Leaves: a kernel that holds what is stored. The daemon has the
+writer's lock of its network namespace from start to end; packets do not notice either.
+
+Whatever else needs a process that stays is a Task: it is started when the kernel has been reconciled, reaches the
+balancer through the Owner, and is cancelled at the end. One that fails is reported, and started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from lb.api.access import Access
+from lb.api.app import create_app
+from lb.api.guard import AccessThread, Guard
+from lb.api.measured import Measured
+from lb.control.balancer import Balancer
+from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
+from lb.daemon.sd_notify import feed_watchdog, notify
+from lb.errors import LbError
+from lb.formats import config
+from lb.model.report import Report
+from lb.model.state import Service
+from lb.paths import Paths
+from lb.runtime.features import Beside
+from lb.runtime.owner import Owner
+
+log = structlog.get_logger("xdp-lb")
+
+AGAIN_S = 5.0  # after a task has failed
+STARTING = "starting: what is stored is being written to the kernel"
+
+
+class Task(Protocol):
+    """What runs beside the API."""
+
+    async def run(self, owner: Owner) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """socket: of the API, on this host. listen: address and port, for TLS. config: lb.toml, the services wanted. paths:
+    of what the API reaches beside the balancer; None: nothing."""
+
+    socket: Path
+    access: Path
+    listen: tuple[tuple[str, int], ...] = ()
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    config: Path | None = None
+    paths: Paths | None = None
+
+
+class Daemon:
+    """`on_ready` is called when the kernel has what is stored."""
+
+    def __init__(
+        self,
+        opener: Callable[[], AbstractContextManager[Balancer]],
+        settings: Settings,
+        tasks: Sequence[Task] = (),
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.unready = STARTING
+        self.owner: Owner | None = None
+        self._opener = opener
+        self._settings = settings
+        self._tasks = tasks
+        self._on_ready = on_ready
+        self._listeners: list[Listener] = []
+        self._ending = asyncio.Event()
+        self._reloading = asyncio.Event()
+        self._tls = _tls(settings)
+
+    def stop(self) -> None:
+        """Answers that are on their way are finished first. To be called in the event loop's thread."""
+        self._ending.set()
+
+    def reload(self) -> None:
+        """Read the configuration file and the certificate anew."""
+        self._reloading.set()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises LbError where it cannot begin."""
+        wanted = config.read(self._settings.config) if self._settings.config else None
+        async with AsyncExitStack() as stack:
+            self.owner = owner = await stack.enter_async_context(Owner.open(self._opener))
+            access = AccessThread(lambda: Access.open(self._settings.access))
+            stack.callback(access.close)
+            self._listen(owner, access, stack)
+            running = [asyncio.create_task(each.run_until_exit()) for each in self._listeners]
+            beside = asyncio.create_task(self._beside(owner, wanted))
+            await self._ending.wait()
+            notify("STOPPING=1")
+            owner.events.close()
+            beside.cancel()
+            for listener in self._listeners:
+                listener.should_exit = True
+            await asyncio.gather(beside, *running, return_exceptions=True)
+
+    def _listen(self, owner: Owner, access: AccessThread, stack: AsyncExitStack) -> None:
+        """Connections are taken from here on; they wait until the balancer is free."""
+        beside = Beside(self._settings.paths) if self._settings.paths else None
+        if beside:
+            stack.callback(beside.close)
+        app = Measured(Guard(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
+        local = unix_socket(self._settings.socket)
+        stack.callback(self._settings.socket.unlink, missing_ok=True)
+        self._listeners.append(Listener(app, [local]))
+        if self._tls:
+            sockets = [tcp_socket(address, port) for address, port in self._settings.listen]
+            self._listeners.append(Listener(app, sockets, self._tls))
+        for listener in self._listeners:
+            for each in listener.sockets:
+                log.info("listening", address=_name(each))
+
+    async def _beside(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+        await self._upgrade(owner)
+        await self._reconcile(owner, wanted)
+        self._on_ready()
+        notify("READY=1")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._reconcile_again(owner, wanted))
+            group.create_task(self._reload_when_told(owner))
+            group.create_task(feed_watchdog(owner))
+            for task in self._tasks:
+                group.create_task(_kept_running(task, owner))
+
+    async def _upgrade(self, owner: Owner) -> None:
+        """Once: what the verifier refuses now, it will refuse again."""
+        notes = await owner.upgrade()
+        for note in notes:
+            (log.error if owner.refused else log.info)(note)
+
+    async def _reconcile(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+        """Have the kernel hold what is stored, and the store what the file says."""
+        try:
+            _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
+            if wanted is not None:
+                _log_report("configured", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
+            self.unready = ""
+        except LbError as error:
+            if self.unready != str(error):
+                log.error("the kernel does not hold what is wanted", reason=str(error), again_after_s=AGAIN_S)
+            self.unready = str(error)
+
+    async def _reconcile_again(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+        """Until it succeeds."""
+        while self.unready:
+            await asyncio.sleep(AGAIN_S)
+            await self._reconcile(owner, wanted)
+
+    async def _reload_when_told(self, owner: Owner) -> None:
+        while True:
+            await self._reloading.wait()
+            self._reloading.clear()
+            notify("RELOADING=1")
+            await self._reload(owner)
+            notify("READY=1")
+
+    async def _reload(self, owner: Owner) -> None:
+        try:
+            self._reload_certificate()
+            if self._settings.config:
+                wanted = config.read(self._settings.config)
+                _log_report("reloaded", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
+        except LbError as error:
+            log.error("not reloaded: all stays as it was", reason=str(error))
+
+    def _reload_certificate(self) -> None:
+        certificate, key = self._settings.tls_certificate, self._settings.tls_key
+        if self._tls and certificate and key:
+            load_certificate(self._tls, certificate, key)
+            log.info("certificate loaded", file=str(certificate))
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_certificate and settings.tls_key and settings.listen:
+        return tls_context(settings.tls_certificate, settings.tls_key)
+    return None
+
+
+def _log_report(event: str, report: Report) -> None:
+    for warning in report.warnings:
+        log.warning(warning)
+    log.info(event, changes=len(report.changes), attached=[a.interface for a in report.attached])
+
+
+def _name(listening: socket.socket) -> str:
+    name = listening.getsockname()
+    return name if isinstance(name, str) else f"{name[0]} port {name[1]}"
+
+
+async def _kept_running(task: Task, owner: Owner) -> None:
+    while True:
+        try:
+            await task.run(owner)
+            return
+        except Exception:
+            log.exception("a task has failed: it is started again", task=type(task).__name__, after_s=AGAIN_S)
+        await asyncio.sleep(AGAIN_S)
+
+
+# systemd's notification protocol, sd_notify(3)
+
+
+def serve(
+    opener: Callable[[], AbstractContextManager[Balancer]], settings: Settings, tasks: Sequence[Task] = ()
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads. Raises LbError."""
+    gc.enable()  # which the command line does without
+    _raise_limit()
+    asyncio.run(_serve(opener, settings, tasks))
+
+
+async def _serve(
+    opener: Callable[[], AbstractContextManager[Balancer]], settings: Settings, tasks: Sequence[Task]
+) -> None:
+    daemon = Daemon(opener, settings, tasks, on_ready=_ready)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.stop)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run()
+    log.info("ended: programs and maps go on")
+
+
+def _ready() -> None:
+    """What is there by now stays: looking through it for garbage would take longer than most changes."""
+    gc.collect()
+    gc.freeze()
+    log.info("ready")
+
+
+def _raise_limit() -> None:
+    """Of open files, to what is allowed: a connection is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,32 @@
+"""Transitions ended when their time is over, as a task of the daemon (lb.daemon.server.Task).
+
+Enters: time. Leaves: slots that name one member alone, whose packets need no lookup of their flow any more, and in mode
+gue no second address. Without the daemon the next change of any service does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from lb.model.vip import Vip
+from lb.runtime.owner import Owner
+
+PERIOD_S = 2.0
+
+
+class SettleTask:
+    def __init__(self, period_s: float = PERIOD_S) -> None:
+        self._period_s = period_s
+
+    async def run(self, owner: Owner) -> None:
+        while True:
+            for vip in await owner.call(lambda balancer: balancer.writer.dataplane.due()):
+                began = time.monotonic()
+                await _settle(owner, vip)
+                await asyncio.sleep(time.monotonic() - began)  # requests come in between
+            await asyncio.sleep(self._period_s)
+
+
+async def _settle(owner: Owner, vip: Vip) -> None:
+    await owner.call(lambda balancer: balancer.writer.settle(vip))

@@ -1,0 +1,154 @@
+"""The maps by which packets find services, brought in line with what lb.dataplane.lookup says they should hold.
+
+Enters: services and numbers. Leaves: entries, new ones before those that go, so that at every moment each packet finds
+the service that it had or the one that it gets.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+from lb.dataplane.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
+from lb.dataplane.members import address_words
+from lb.model.state import Service
+from lb.model.vip import Vip
+
+
+class Table:
+    """One map of u32 values, and what it holds; this process is the only writer."""
+
+    def __init__(self, table: Any) -> None:
+        self._map = table
+        self.writes = 0
+
+    @cached_property
+    def held(self) -> dict[bytes, int]:
+        return {bytes(key): value for key, value in self._map.items()}
+
+    def key(self, key: Key) -> bytes:
+        """As the map has it."""
+        made = self._map.key_type()
+        for name in key.__slots__:
+            value = getattr(key, name)
+            if isinstance(value, IPv4Address):
+                value = int(value)
+            if isinstance(value, IPv6Address):
+                getattr(made, name)[:] = address_words(value)
+            elif isinstance(value, bytes):
+                getattr(made, name)[: len(value)] = value
+            else:
+                setattr(made, name, value)
+        return bytes(made)
+
+    def reread(self) -> int:
+        """How many entries others have changed since."""
+        found = {bytes(key): value for key, value in self._map.items()}
+        changed = len(dict(found.items() ^ self.held.items()))
+        self.held = found
+        return changed
+
+    def add(self, wanted: Mapping[bytes, int]) -> None:
+        for key, value in wanted.items():
+            if self.held.get(key) != value:
+                self._map[self._map.key_type.from_buffer_copy(key)] = value
+                self.held[key] = value
+                self.writes += 1
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        for key in list(keys):
+            del self._map[self._map.key_type.from_buffer_copy(key)]
+            del self.held[key]
+            self.writes += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A service that has but the one entry of its VIP."""
+
+    service: Service
+    number: int
+    key: bytes
+
+
+class Directory:
+    """All of the tables. `maps.map(name)` gives each, such as xdp.object.BpfObject.
+
+    Services that have not changed since the last time cost next to nothing: there may be thousands."""
+
+    def __init__(self, maps: Any) -> None:
+        self._tables = {name: Table(maps.map(name)) for name in TABLES}
+        self._plain: dict[Vip, Plain] = {}
+        self._wanted: dict[str, set[bytes]] = {}
+
+    def add(self, services: Iterable[Service], numbers: Mapping[Vip, int], members: Members) -> None:
+        """What these services want, beside what is there; `prune` takes away the rest."""
+        plain, unusual = {}, []
+        for service in services:
+            known = self._plain.get(service.vip)
+            if known and known.service is service and known.number == numbers[service.vip]:
+                plain[service.vip] = known
+            elif is_plain(service):
+                plain[service.vip] = self._add_plain(service, numbers[service.vip])
+            else:
+                unusual.append(service)
+        self._plain = plain
+        self._add_unusual(entries(unusual, numbers, members))
+
+    def _add_plain(self, service: Service, number: int) -> Plain:
+        table = self._tables[exact_table(service.vip)]
+        key = table.key(service_key(service.vip))
+        table.add({key: number})
+        return Plain(service, number, key)
+
+    def _add_unusual(self, found: Mapping[str, Mapping[Key, int]]) -> None:
+        for name, table in self._tables.items():
+            wanted = {table.key(key): value for key, value in found[name].items()}
+            table.add(wanted)
+            self._wanted[name] = set(wanted)
+        for vip, plain in self._plain.items():
+            self._wanted[exact_table(vip)].add(plain.key)
+
+    def prune(self) -> None:
+        """Takes away what the last `add` did not want."""
+        for name, table in self._tables.items():
+            table.remove(table.held.keys() - self._wanted[name])
+
+    def reread(self) -> int:
+        """How many entries others have changed since: `add` and `prune` repair them."""
+        changed = sum(table.reread() for table in self._tables.values())
+        if changed:
+            self._plain = {}
+        return changed
+
+    def forget(self, number: int) -> None:
+        """A service that goes before anyone asked for it: nothing may lead to its number, which another may get."""
+        for name, table in self._tables.items():
+            if name == "quic_members":
+                table.remove([key for key in table.held if key.startswith(number.to_bytes(4, sys.byteorder))])
+            elif not name.startswith("networks"):
+                table.remove([key for key, value in table.held.items() if value == number])
+        self._plain = {vip: plain for vip, plain in self._plain.items() if plain.number != number}
+
+    @property
+    def exact_writes(self) -> int:
+        """How often the tables of which the programs keep copies have been written."""
+        return sum(self._tables[f"services{version}"].writes for version in (4, 6))
+
+    @property
+    def wide_services(self) -> int:
+        """Whether a packet that no exact VIP fits may have a service all the same: nonzero."""
+        return sum(len(self._tables[f"ranges{version}"].held) for version in (4, 6))
+
+    @property
+    def server_ids(self) -> int:
+        return len(self._tables["quic_members"].held)
+
+    @property
+    def echo_addresses(self) -> int:
+        tables = (self._tables[f"services{version}"] for version in (4, 6))
+        return sum(list(table.held.values()).count(NO_SERVICE) for table in tables)

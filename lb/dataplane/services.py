@@ -1,0 +1,131 @@
+"""Services in the kernel: one entry of the map `services` for each, under its number.
+
+Enters: services and where they lie. Leaves: entries that say all that the programs, and the next process here, need to
+know of a service. How packets get there is lb.dataplane.lookup_maps's.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Set
+from ipaddress import ip_address
+from typing import Any
+
+from lb.dataplane.allocation import Placed
+from lb.dataplane.members import address_words
+from lb.model.options import Options
+from lb.model.state import Mode, Service
+from lb.model.vip import Protocol, Vip
+
+_PLACED_FIELDS = (
+    "number",
+    "ring_base",
+    "ring_size",
+    "member_base",
+    "member_count",
+    "flow_timeout_s",
+    "affinity_s",
+    "changed_ns",
+)
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+class ServiceTable:
+    """services: a live ctypes array of struct service. modes, options: the enums `mode` and `service_option`."""
+
+    def __init__(self, services: Any, modes: Mapping[str, int], options: Mapping[str, int]) -> None:
+        self._services = services
+        self._struct = services._type_
+        self._modes = {Mode(name.removeprefix("MODE_").lower()): value for name, value in modes.items()}
+        self._mode_names = {value: mode for mode, value in self._modes.items()}
+        self._options = options
+        bits = {number: e.options & self._source_bits for number, e in enumerate(services)}
+        self._of_sources = {number: asked for number, asked in bits.items() if asked}
+
+    def __iter__(self) -> Iterator[Placed]:
+        """Those in use."""
+        for entry in self._services:
+            if entry.in_use:
+                yield self._placed(entry)
+
+    def _placed(self, entry: Any) -> Placed:
+        size = 4 if entry.family == socket.AF_INET else 16
+        vip = Vip(
+            ip_address(bytes(entry.address)[:size]),
+            entry.first_port,
+            Protocol(entry.protocol),
+            entry.last_port,
+            entry.prefix_length,
+            bytes(entry.set).rstrip(b"\0").decode(),
+        )
+        mode = self._mode_names[entry.mode]
+        return Placed(vip=vip, mode=mode, **{name: getattr(entry, name) for name in _PLACED_FIELDS})
+
+    def write(self, placed: Placed, service: Service) -> None:
+        """Whether it asks for sources, `set_sources` says, and stays as it is."""
+        self._services[placed.number] = self._entry(placed, service)
+
+    def holds(self, placed: Placed, service: Service) -> bool:
+        """Whether its entry is as it was written."""
+        return bytes(self._services[placed.number]) == bytes(self._entry(placed, service))
+
+    def _entry(self, placed: Placed, service: Service) -> Any:
+        vip, options = placed.vip, service.options
+        entry = self._struct(
+            mode=self._modes[placed.mode],
+            in_use=1,
+            mss=options.mss,
+            gue_port=options.gue_port,
+            syn_limit=options.syn_limit,
+            syn_limit_of_source=options.syn_limit_of_source,
+            first_port=vip.port,
+            last_port=vip.last_port,
+            prefix_length=vip.prefix_length,
+            family=_FAMILIES[vip.address.version],
+            protocol=vip.protocol,
+            **{name: getattr(placed, name) for name in _PLACED_FIELDS},
+        )
+        entry.options = self._bits(service) | self._of_sources.get(placed.number, 0)
+        entry.address[:] = address_words(vip.address)
+        entry.set[: len(vip.set)] = vip.set.encode()
+        for config, length in service.quic_lengths.items():
+            entry.quic_lengths[config] = length
+        return entry
+
+    @property
+    def _source_bits(self) -> int:
+        return self._options["OPTION_SOURCES"] | self._options["OPTION_ONLY_SOURCES"]
+
+    def _bits(self, service: Service) -> int:
+        asked = _options_asked(service.options) | {"OPTION_QUIC": bool(service.quic_lengths)}
+        return sum(self._options[name] for name, is_asked in asked.items() if is_asked)
+
+    def set_changed(self, placed: Placed) -> None:
+        """The time of its last change alone."""
+        self._services[placed.number].changed_ns = placed.changed_ns
+
+    def set_sources(self, *, some: Set[int], only: Set[int]) -> None:
+        """The numbers of the services whose clients are looked up, and of those that refuse who is not found."""
+        asked = {
+            number: self._options["OPTION_SOURCES"] | self._options["OPTION_ONLY_SOURCES"] * (number in only)
+            for number in some
+        }
+        for number in self._of_sources.keys() | some:
+            entry = self._services[number]
+            entry.options = entry.options & ~self._source_bits | asked.get(number, 0)
+        self._of_sources = asked
+
+    def erase(self, placed: Placed) -> None:
+        self._services[placed.number] = self._struct()
+        self._of_sources.pop(placed.number, None)
+
+
+def _options_asked(options: Options) -> dict[str, bool]:
+    return {
+        "OPTION_SYN_LIMIT": bool(options.syn_limit),
+        "OPTION_SYN_LIMIT_OF_SOURCE": bool(options.syn_limit_of_source),
+        "OPTION_MSS": bool(options.mss),
+        "OPTION_AFFINITY": bool(options.affinity_s),
+        "OPTION_OUTER_CHECKSUM": options.outer_checksum,
+        "OPTION_SECOND_CHANCE": options.second_chance,
+    }

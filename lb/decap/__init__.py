@@ -1,0 +1,1 @@
+"""Decapsulation of tunnelled packets on a backend."""

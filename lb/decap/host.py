@@ -1,0 +1,201 @@
+"""What decapsulation wants of the host: the VIP on the loopback, and silence about it on the wire.
+
+Enters: the VIPs, and a file that remembers what was changed here. Leaves: addresses on `lo` and ARP
+settings, changed only where they were not as they should be, and taken back exactly; or sentences on
+what is not as it should be. IPv6 needs no setting: neighbour solicitations for an address of another
+interface are not answered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+from socket import AF_INET, if_indextoname
+from typing import TYPE_CHECKING
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from lb.decap.values import Prefix, is_address, prefix_text
+from lb.host.neighbours import RTN_LOCAL, Network
+from lb.model.vip import Address
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
+
+LOOPBACK = "lo"
+SYSCTLS = Path("/proc/sys/net/ipv4/conf")
+
+# Documentation/networking/ip-sysctl.rst: answer ARP for the asked interface's own addresses, and never ask as a VIP.
+WANTED = {"arp_ignore": 1, "arp_announce": 2}
+SET_ON = ("all", LOOPBACK)
+RP_FILTER_STRICT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What was changed: addresses put on the loopback, and settings (`all/arp_ignore`) with their values before."""
+
+    addresses: tuple[str, ...] = ()
+    sysctls: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Made:
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError:
+            return cls()
+        return cls(tuple(document["addresses"]), document["sysctls"])
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all; what is nothing needs no file."""
+        if self == Made():
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        following = path.with_suffix(".next")
+        following.write_text(json.dumps(asdict(self)))
+        following.rename(path)
+
+
+class DecapHost:
+    """The host's side of one network namespace. Raises LbError and OSError."""
+
+    def __init__(self, open_socket: Callable[[], IPRoute], path: Path) -> None:
+        self._open_socket, self._path = open_socket, path
+        self._network = Network(open_socket)
+        self._made = self._before = Made.read(path)
+
+    def own_addresses(self, names: Sequence[str]) -> dict[int, Address]:
+        """IP version -> the first address that these interfaces have, and send from. Raises NotFound."""
+        found = [address for name in names for address in self._network.addresses(name) if not address.is_link_local]
+        return {address.version: address for address in reversed(found)}
+
+    def set_up(self, vips: Sequence[Address]) -> list[str]:
+        """Make VIPs the host's own, each one that is not; what was done, as sentences.
+
+        The settings come first: no ARP request is to be answered in between.
+        """
+        notes = [self._set(name) for name in _settings() if _value(name) < WANTED[Path(name).name]]
+        for vip in vips:
+            if not self._is_local(vip):
+                self._network.add_address(LOOPBACK, vip)
+                self._remember(replace(self._made, addresses=(*self._made.addresses, str(vip))))
+                notes.append(f"{vip}: put on {LOOPBACK}")
+        return notes
+
+    def commit(self, vips: Sequence[Address]) -> None:
+        """What set_up() did stays; of what it did earlier, addresses that are no VIPs any more go."""
+        kept = {str(vip) for vip in vips}
+        for address in self._made.addresses:
+            if address not in kept:
+                self._network.remove_address(LOOPBACK, ip_address(address))
+        self._remember(replace(self._made, addresses=tuple(a for a in self._made.addresses if a in kept)))
+        self._before = self._made
+
+    def undo(self) -> None:
+        """Take back what was done since the last commit()."""
+        self._return_to(self._before)
+
+    def take_back(self) -> list[str]:
+        """Take back all that was done; sentences."""
+        return self._return_to(Made())
+
+    def warnings(self, destinations: Iterable[Prefix], interfaces: Sequence[str]) -> list[str]:
+        """What will keep decapsulated packets from being served, each with its remedy."""
+        return [
+            warning
+            for destination in destinations
+            for warning in (self._not_local(destination), self._answers_arp(destination, interfaces))
+            if warning
+        ] + [warning for name in interfaces if (warning := self._drops_by_source(name))]
+
+    def _set(self, name: str) -> str:
+        before, wanted = _value(name), WANTED[Path(name).name]
+        self._remember(replace(self._made, sysctls={name: before} | self._made.sysctls))
+        _write(name, wanted)
+        return f"{_dotted(name)}: {before} -> {wanted}"
+
+    def _remember(self, made: Made) -> None:
+        made.write(self._path)
+        self._made = made
+
+    def _return_to(self, target: Made) -> list[str]:
+        notes = []
+        for address in self._made.addresses:
+            if address not in target.addresses:
+                self._network.remove_address(LOOPBACK, ip_address(address))
+                notes.append(f"{address}: taken off {LOOPBACK}")
+        for name, before in self._made.sysctls.items():
+            if name not in target.sysctls and _value(name) == WANTED[Path(name).name]:
+                _write(name, before)
+                notes.append(f"{_dotted(name)}: back to {before}")
+        self._remember(target)
+        return notes
+
+    def _is_local(self, address: Address) -> bool:
+        with self._open_socket() as ipr:
+            try:
+                (message, *_) = ipr.route("get", dst=str(address))
+            except NetlinkError:  # no route at all
+                return False
+        return bool(message["type"] == RTN_LOCAL)
+
+    def _not_local(self, destination: Prefix) -> str | None:
+        if self._is_local(destination.network_address):
+            return None
+        name = prefix_text(destination)
+        remedy = "give --setup-vip" if is_address(destination) else f"ip route add local {name} dev {LOOPBACK}"
+        return f"{name}: not an address of this host, which will not take its packets: {remedy}"
+
+    def _answers_arp(self, destination: Prefix, interfaces: Sequence[str]) -> str | None:
+        loud = [name for name in interfaces if _effective("arp_ignore", name) == 0]
+        if destination.version == 6 or not loud or not self._is_local(destination.network_address):
+            return None
+        return (
+            f"{prefix_text(destination)}: this host answers ARP for it on {', '.join(loud)}, in the balancer's place:"
+            " give --setup-vip, or sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2"
+        )
+
+    def _drops_by_source(self, name: str) -> str | None:
+        """RFC 3704's strict mode takes a client's packet only where packets to the client leave."""
+        ways = set(self._default_ways())
+        if _effective("rp_filter", name) != RP_FILTER_STRICT or name in ways:
+            return None
+        return (
+            f"{name}: strict rp_filter drops packets of clients, to whom replies leave on"
+            f" {', '.join(sorted(ways)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
+        )
+
+    def _default_ways(self) -> Iterator[str]:
+        """The interfaces of the IPv4 default routes."""
+        with self._open_socket() as ipr:
+            messages = ipr.get_default_routes(family=AF_INET)
+        for message in messages:
+            if index := message.get_attr("RTA_OIF"):
+                with suppress(OSError):  # it has just gone
+                    yield if_indextoname(index)
+
+
+def _settings() -> list[str]:
+    return [f"{where}/{setting}" for where in SET_ON for setting in WANTED]
+
+
+def _value(name: str) -> int:
+    return int((SYSCTLS / name).read_text())
+
+
+def _write(name: str, value: int) -> None:
+    (SYSCTLS / name).write_text(f"{value}\n")
+
+
+def _dotted(name: str) -> str:
+    return f"net.ipv4.conf.{name.replace('/', '.')}"
+
+
+def _effective(setting: str, interface: str) -> int:
+    """The kernel takes the larger one of the interface's value and that of `all`."""
+    return max(_value(f"all/{setting}"), _value(f"{interface}/{setting}"))

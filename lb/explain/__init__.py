@@ -1,0 +1,1 @@
+"""A packet sent through the program in force, and why it went where it went."""

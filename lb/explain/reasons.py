@@ -1,0 +1,516 @@
+"""Why a packet went where it went: from what is in the maps, and what the program did, to an explanation (pure).
+
+Enters: a Packet, the tables that the programs read, and the outcome of a run. Leaves: a Choice, which is where the
+packet goes by the tables, and whether that is where the program has sent it. What the program did is never worked out
+here: only why. The order of the questions is that of xdp/bpf/lb.bpf.c, flow.h, forward_nat.h and fragment.h.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+from lb.dataplane.allocation import Placed
+from lb.explain.packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
+from lb.hashing import ring
+from lb.hashing.flow_hash import flow_hash, slot_of
+from lb.model.state import Mode
+from lb.model.vip import Address, join_port
+
+NS = 1_000_000_000
+NAT_ENDED = 2 | 8  # enum nat_state: NAT_CLIENT_FIN, NAT_RESET
+QUIC_LONG_HEADER = 0x80
+
+
+class Source(StrEnum):
+    """Where the member of a packet was found."""
+
+    RING_CURRENT = "ring_current"
+    RING_PREVIOUS = "ring_previous"
+    FLOW_TABLE = "flow_table"
+    NAT_TABLE = "nat_table"
+    NAT_REPLY = "nat_reply"
+    CONNECTION_ID = "connection_id"
+    FRAGMENT_TABLE = "fragment_table"
+
+
+# What the tables hold
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A service in force. options: names of enum service_option, in lower case and without their first word."""
+
+    placed: Placed
+    options: frozenset[str] = frozenset()
+    quic_lengths: Sequence[int] = ()
+    gue_port: int = 0
+
+    def has(self, option: str) -> bool:
+        return option in self.options
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A backend of a service that lives. ifindex, macs: its next hop, where it is resolved."""
+
+    number: int
+    address: Address
+    port: int
+    uid: int
+    source: Address
+    ifindex: int
+    source_mac: bytes
+    destination_mac: bytes
+    is_resolved: bool
+
+    def __str__(self) -> str:
+        return join_port(self.address, self.port) if self.port else str(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An entry of the flow table (closing), the nat table (port, state, timeout_s), or that of fragments."""
+
+    member: int
+    uid: int
+    seen_ns: int = 0
+    closing: bool = False
+    port: int = 0
+    state: int = 0
+    timeout_s: int = 0
+    service: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The other direction of a translated flow."""
+
+    request: Flow
+    member: int  # its place among all members
+    ifindex: int
+    client_mac: bytes
+    own_mac: bytes
+
+
+class Tables(Protocol):
+    """What the programs look up. `None`: nothing is found."""
+
+    @property
+    def now_ns(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def udp_timeout_s(self) -> int: ...
+
+    def service_number(self, address: Address, port: int, protocol: int) -> int | None: ...
+
+    def service_of_source(self, number: int, client: Address) -> int | None: ...
+
+    def service(self, number: int) -> Served | None: ...
+
+    def word(self, served: Served, slot: int) -> int: ...
+
+    def member(self, served: Served, number: int) -> Member | None: ...
+
+    def members(self, served: Served) -> list[Member]: ...
+
+    def named_member(self, served: Served, config: int, server_id: bytes) -> int | None: ...
+
+    def flow(self, flow: Flow) -> Recorded | None: ...
+
+    def nat_flow(self, flow: Flow) -> Recorded | None: ...
+
+    def nat_reply(self, flow: Flow) -> Reply | None: ...
+
+    def fragment(self, packet: Packet) -> Recorded | None: ...
+
+    def member_at(self, place: int) -> tuple[Served, Member] | None: ...
+
+
+# The choice
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a service's ring, and what its word says; `hash_value` is of the flow, or of the client."""
+
+    hash_value: int
+    number: int
+    word: int
+
+    @property
+    def current(self) -> int:
+        return ring.current_member(self.word)
+
+    @property
+    def previous(self) -> int:
+        return ring.previous_member(self.word)
+
+    @property
+    def is_tracked(self) -> bool:
+        return ring.is_tracked(self.word)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a packet goes by the tables. refused: its client is none of those that the service is for.
+
+    affinity: slot and flow are those that all of the client's flows share. request: what a reply answers to.
+    """
+
+    served: Served | None = None
+    source: Source | None = None
+    member: Member | None = None
+    slot: Slot | None = None
+    affinity: bool = False
+    refused: bool = False
+    request: Flow | None = None
+
+
+def choose(packet: Packet, tables: Tables) -> Choice:
+    if packet.kind is Kind.OTHER:
+        return Choice(served=_service_of(packet.flow, tables))
+    if packet.kind is Kind.LATER_FRAGMENT:
+        return _follow_fragment(packet, tables)
+    served = _service_of(packet.flow, tables)
+    if served is None:
+        return _reply(packet, tables)
+    found = _service_for_client(served, packet, tables)
+    if found is None:
+        return Choice(served, refused=True)
+    if packet.kind is Kind.FIRST_FRAGMENT and found.placed.mode is Mode.NAT:
+        return Choice(found)
+    chosen = _translated(packet, found, tables) if found.placed.mode is Mode.NAT else _select(packet, found, tables)
+    return replace(chosen, served=found)
+
+
+def _service_of(flow: Flow, tables: Tables) -> Served | None:
+    number = tables.service_number(flow.destination, flow.destination_port, flow.protocol)
+    return None if number is None else tables.service(number)
+
+
+def _service_for_client(served: Served, packet: Packet, tables: Tables) -> Served | None:
+    if not (served.has("sources") or served.has("only_sources")):
+        return served
+    number = tables.service_of_source(served.placed.number, packet.flow.source)
+    if number is not None:
+        return tables.service(number)
+    return None if served.has("only_sources") else served
+
+
+def _reply(packet: Packet, tables: Tables) -> Choice:
+    reply = tables.nat_reply(packet.flow)
+    if reply is None:
+        return Choice()
+    served, member = tables.member_at(reply.member) or (None, None)
+    return Choice(served, Source.NAT_REPLY, member, request=reply.request)
+
+
+def _follow_fragment(packet: Packet, tables: Tables) -> Choice:
+    first = tables.fragment(packet)
+    served = tables.service(first.service) if first else None
+    if first is None or served is None:
+        return Choice()
+    return Choice(served, Source.FRAGMENT_TABLE, _recorded_member(first, served, tables))
+
+
+def _recorded_member(entry: Recorded, served: Served, tables: Tables) -> Member | None:
+    member = tables.member(served, entry.member)
+    return member if member and member.uid == entry.uid else None
+
+
+def _is_older(seen_ns: int, timeout_s: int, tables: Tables) -> bool:
+    return tables.now_ns > seen_ns + timeout_s * NS
+
+
+# Mode nat
+
+
+def _translated(packet: Packet, served: Served, tables: Tables) -> Choice:
+    known = _known_translation(packet, served, tables)
+    if known and not _names_another(packet, served, known, tables):
+        return Choice(source=Source.NAT_TABLE, member=known, slot=_slot(packet.flow, served, tables))
+    if packet.kind is Kind.ICMP_ERROR or packet.tcp_flags & RST:
+        return Choice()
+    return _select_untracked(packet, served, tables)
+
+
+def _known_translation(packet: Packet, served: Served, tables: Tables) -> Member | None:
+    entry = tables.nat_flow(packet.flow)
+    if entry is None or _is_older(entry.seen_ns, entry.timeout_s, tables):
+        return None
+    if packet.opens and entry.state & NAT_ENDED:
+        return None
+    return _recorded_member(entry, served, tables)
+
+
+def _names_another(packet: Packet, served: Served, member: Member, tables: Tables) -> bool:
+    named = _named(packet, served, tables)
+    return named is not None and named.number != member.number
+
+
+def _select_untracked(packet: Packet, served: Served, tables: Tables) -> Choice:
+    if chosen := _select_by_option(packet, served, tables):
+        return chosen
+    slot = _slot(packet.flow, served, tables)
+    previous = tables.member(served, slot.previous)
+    if packet.flow.protocol == socket.IPPROTO_TCP and not packet.opens and previous:
+        return Choice(source=Source.RING_PREVIOUS, member=previous, slot=slot)
+    return Choice(source=Source.RING_CURRENT, member=tables.member(served, slot.current), slot=slot)
+
+
+# The other modes
+
+
+def _select(packet: Packet, served: Served, tables: Tables) -> Choice:
+    return _select_by_option(packet, served, tables) or _select_by_hash(packet.flow, packet, served, tables)
+
+
+def _select_by_option(packet: Packet, served: Served, tables: Tables) -> Choice | None:
+    if named := _named(packet, served, tables):
+        return Choice(source=Source.CONNECTION_ID, member=named)
+    if not served.has("affinity"):
+        return None
+    chosen = _select_by_hash(client_of(packet.flow, served), packet, served, tables)
+    return replace(chosen, affinity=True) if chosen.member else None
+
+
+def client_of(flow: Flow, served: Served) -> Flow:
+    """What stands for all flows of a client to a service with affinity."""
+    vip = served.placed.vip
+    return Flow(flow.protocol, flow.source, 0, vip.address, vip.port)
+
+
+def _select_by_hash(flow: Flow, packet: Packet, served: Served, tables: Tables) -> Choice:
+    slot = _slot(flow, served, tables)
+    if slot.is_tracked and (member := _tracked_member(flow, packet, served, tables)):
+        return Choice(source=Source.FLOW_TABLE, member=member, slot=slot)
+    previous = tables.member(served, slot.previous)
+    if slot.is_tracked and previous and _belongs_to_previous(packet, served, tables):
+        return Choice(source=Source.RING_PREVIOUS, member=previous, slot=slot)
+    return Choice(source=Source.RING_CURRENT, member=tables.member(served, slot.current), slot=slot)
+
+
+def _slot(flow: Flow, served: Served, tables: Tables) -> Slot:
+    value = flow_hash(tables.seed, flow.protocol, socket.htons(flow.source_port), source_words(flow))
+    number = slot_of(value, served.placed.ring_size)
+    return Slot(value, number, tables.word(served, number))
+
+
+def source_words(flow: Flow) -> tuple[int, ...]:
+    """The client's address as lb.hashing.flow_hash wants it."""
+    packed = flow.source.packed
+    return struct.unpack(f"={len(packed) // 4}I", packed)
+
+
+def _tracked_member(flow: Flow, packet: Packet, served: Served, tables: Tables) -> Member | None:
+    entry = tables.flow(flow)
+    if entry is None or _has_ended(entry, packet, served, tables):
+        return None
+    return _recorded_member(entry, served, tables)
+
+
+def _has_ended(entry: Recorded, packet: Packet, served: Served, tables: Tables) -> bool:
+    if packet.opens and entry.closing:
+        return True
+    if packet.opens and served.has("affinity") and _is_older(entry.seen_ns, served.placed.affinity_s, tables):
+        return True
+    return _is_older(entry.seen_ns, served.placed.flow_timeout_s, tables)
+
+
+def _belongs_to_previous(packet: Packet, served: Served, tables: Tables) -> bool:
+    placed = served.placed
+    if served.has("affinity"):
+        return not _is_older(placed.changed_ns, placed.affinity_s, tables)
+    if packet.flow.protocol == socket.IPPROTO_TCP:
+        return not packet.opens
+    return not _is_older(placed.changed_ns, tables.udp_timeout_s, tables)
+
+
+def _named(packet: Packet, served: Served, tables: Tables) -> Member | None:
+    """By the plaintext form of QUIC-LB, as xdp/bpf/quic.h."""
+    if not served.has("quic") or packet.kind is not Kind.UDP or len(packet.payload) < 7:
+        return None
+    is_long = bool(packet.payload[0] & QUIC_LONG_HEADER)
+    at = 6 if is_long else 1
+    config = packet.payload[at] >> 5
+    length = served.quic_lengths[config]
+    server_id = packet.payload[at + 1 : at + 1 + length]
+    if not length or len(server_id) < length or (is_long and packet.payload[5] < 1 + length):
+        return None
+    number = tables.named_member(served, config, server_id)
+    return None if number is None else tables.member(served, number)
+
+
+# What the program did
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A program in the packet's path that is not the balancer's. rule: which of the filter's, in words."""
+
+    place: str
+    program_id: int
+    program: str
+    rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run. reason: of enum reason, in lower case; None where the balancer gave none, because one of `stages` had
+    ended the packet's way. egress: index and name of an interface."""
+
+    action: str
+    reason: str | None
+    frame: bytes
+    egress: tuple[int, str] | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """interface: where the packet came in. member: whom it went to, or by the tables would have, or, of a reply, whom
+    it comes from. slot_members: current and previous one by name, of those that live. hop_interface: by which the
+    member is reached. disagreement: a sentence where program and tables differ."""
+
+    interface: str
+    frame: bytes
+    packet: Packet | None
+    outcome: Outcome
+    choice: Choice
+    member: Member | None = None
+    slot_members: tuple[str | None, str | None] = (None, None)
+    hop_interface: str | None = None
+    disagreement: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def found_by(served: Served) -> str:
+    vip = served.placed.vip
+    how = ["exact address" if vip.is_one_address else f"prefix {vip.network}"]
+    if vip.port == 0:
+        how.append("any port")
+    else:
+        how.append("exact port" if vip.port == vip.last_port else f"ports {vip.port}-{vip.last_port}")
+    if vip.set:
+        how.append(f"set {vip.set} by the client's prefix")
+    return ", ".join(how)
+
+
+def members_reached(outcome: Outcome, packet: Packet, served: Served, tables: Tables) -> list[Member]:
+    """Those to whom the bytes out can have gone: more than one where they are told apart by nothing in the frame."""
+    return [m for m in tables.members(served) if _reaches(outcome, packet, served.placed.mode, m)]
+
+
+def _reaches(outcome: Outcome, packet: Packet, mode: Mode, member: Member) -> bool:
+    if mode is Mode.DR:
+        is_its_hop = outcome.frame[:6] == member.destination_mac and outcome.egress
+        return not member.is_resolved or bool(is_its_hop and is_its_hop[0] == member.ifindex)
+    _, ethertype, data = untagged(outcome.frame)
+    ip = read_ip(data, 4 if ethertype == 0x0800 else 6)
+    if ip is None or ip.destination != member.address:
+        return False
+    if mode is Mode.NAT and packet.kind in (Kind.TCP, Kind.UDP):
+        port = member.port or packet.flow.destination_port
+        return int.from_bytes(ip.payload[2:4], "big") == port
+    return mode is Mode.NAT or ip.protocol in (*INNER, socket.IPPROTO_UDP)
+
+
+def disagreement(choice: Choice, outcome: Outcome, reached: Sequence[Member]) -> str | None:
+    """A sentence if the program did what the tables do not account for."""
+    by_tables = str(choice.member) if choice.member else "nobody"
+    if outcome.reason == "forwarded" and choice.source is not Source.NAT_REPLY:
+        if choice.served and choice.member in reached:
+            return None
+        chosen = " or ".join(map(str, reached)) or "none of the service's members"
+        return f"the program chose {chosen}; by the maps it would be {by_tables}"
+    if outcome.reason == "drop_no_backend" and choice.member:
+        return f"the program found no backend; by the maps it would be {by_tables}"
+    if outcome.reason == "pass_not_a_service" and choice.source:
+        return f"the program found no service; by the maps it would be {_by_tables(choice)}"
+    return None
+
+
+def _by_tables(choice: Choice) -> str:
+    return str(choice.request or (choice.served and choice.served.placed.vip))
+
+
+# Words
+
+WORDS: dict[str, tuple[str, str | None]] = {
+    "forwarded": ("sent on", None),
+    "answered_echo": ("an echo request, answered by the balancer", None),
+    "answered_too_big": (
+        "too big for the tunnel: the sender is told the size that fits",
+        "raise the MTU of the way to the backends, or lower the service's --mss",
+    ),
+    "pass_not_ip": ("left to the host: neither IPv4 nor IPv6", None),
+    "pass_not_tcp_or_udp": ("left to the host: neither TCP nor UDP", None),
+    "pass_not_a_service": (
+        "left to the host: for no service, and no reply of a translated flow",
+        "is it to be balanced? xdp-lb vip list shows the addresses, ports and protocols that are",
+    ),
+    "pass_malformed": ("left to the host: cut off in its headers", None),
+    "pass_fragment": (
+        "left to the host: a fragment whose first one has not come by here",
+        "fragments come in order where the way to here keeps it; better, let senders find the path MTU",
+    ),
+    "pass_ipv6_extension": ("left to the host: an IPv6 extension header", None),
+    "pass_icmp": ("left to the host: ICMP, but no error about a balanced flow", None),
+    "pass_icmp_no_flow": ("left to the host: an ICMP error about a flow that nobody knows", None),
+    "drop_malformed": (
+        "dropped: its lengths contradict each other, or the frame",
+        "look for what mangles it on its way",
+    ),
+    "drop_fragment": (
+        "dropped: a fragment of a packet that cannot be balanced in pieces",
+        "have the sender send smaller packets: TCP by --mss, UDP in the application",
+    ),
+    "drop_ip_options": ("dropped: a packet to a service with IPv4 options", "have the sender leave them out"),
+    "drop_ttl_expired": ("dropped: its TTL or hop limit ends here", "look for a routing loop"),
+    "drop_no_backend": (
+        "dropped: the service has no backend for it",
+        "xdp-lb backend list, then backend add, or give one a weight above 0",
+    ),
+    "drop_no_neighbour": (
+        "dropped: the backend's MAC address is not known",
+        "ping the backend from here; xdp-lb status shows which ones are unresolved",
+    ),
+    "drop_nat_no_flow": ("dropped: a reset of a connection that is not translated", None),
+    "drop_nat_no_port": (
+        "dropped: no port is free towards the backend",
+        "add backends, or balance by --mode dr, ipip or gue, which need no ports",
+    ),
+    "drop_source_not_allowed": (
+        "dropped: the client is in none of the prefixes that the service is for",
+        "xdp-lb vip set VIP --allow PREFIX,..., or --allow any",
+    ),
+    "drop_syn_limit": (
+        "dropped: more new connections than the service's limit",
+        "wait a second, or xdp-lb vip set VIP --syn-limit N",
+    ),
+    "drop_syn_limit_of_source": (
+        "dropped: more new connections than the limit of one client network",
+        "wait a second, or xdp-lb vip set VIP --syn-limit-of-source N",
+    ),
+    "drop_too_big": (
+        "dropped: too big for the tunnel",
+        "raise the MTU of the way to the backends, or lower the service's --mss",
+    ),
+    "drop_no_headroom": (
+        "dropped: the driver leaves no room in front of the frame",
+        "xdp-lb attach IFACE --xdp-mode generic",
+    ),
+}
+
+
+def words(reason: str) -> tuple[str, str | None]:
+    """A reason in a sentence, and what to do about it."""
+    return WORDS.get(reason, (reason.replace("_", " "), None))

@@ -1,0 +1,1 @@
+"""Filter rules: asked for, compiled, attached."""

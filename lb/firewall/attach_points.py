@@ -1,0 +1,79 @@
+"""Where a program of filter rules is attached: in the balancer's path, at XDP, at tc."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lb.dataplane.dataplane import KernelDataplane
+from lb.model.rules import At
+from xdp import attach as xdp_attach
+from xdp import tc
+from xdp.errors import Occupied
+from xdp.object import Program, program_name
+
+FOLDER, NAME = "filter", "xdp_lb_filter"
+TC_PLACES = {At.TC_IN: tc.LAST_IN, At.TC_OUT: tc.LAST_OUT}
+HookKey = tuple[str, At]
+"""Interface name and place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """In the balancer's path, for all interfaces that it is attached to."""
+
+    dataplane: KernelDataplane
+    pin: str = "prog_front"
+
+    def exchange(self, _before: Program | None, after: Program | None) -> str | None:
+        stages = self.dataplane.stages
+        if after:
+            stages.set(stages.filter, after.fd)
+        elif self.dataplane.loaded:
+            stages.clear(stages.filter)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AtXdp:
+    ifindex: int
+
+    @property
+    def pin(self) -> str:
+        return f"prog_{self.ifindex}_xdp"
+
+    def exchange(self, before: Program | None, after: Program | None) -> str | None:
+        if after is None:
+            if before:
+                xdp_attach.detach(self.ifindex, before.fd)
+            return None
+        try:
+            done = xdp_attach.attach(
+                self.ifindex,
+                after.fd,
+                after.id,
+                replace_fd=before.fd if before else None,
+                describe=lambda number: f"id {number}, name {program_name(number)}",
+            )
+        except Occupied as error:
+            raise Occupied(f"{error}, or filter with --at tc-in, beside it") from error
+        return done.warning if done.mode == xdp_attach.GENERIC and not before else None
+
+
+@dataclass(frozen=True, slots=True)
+class AtTc:
+    ifindex: int
+    at: At
+
+    @property
+    def pin(self) -> str:
+        return f"prog_{self.ifindex}_{self.at.replace('-', '_')}"
+
+    def exchange(self, _before: Program | None, after: Program | None) -> str | None:
+        if after:
+            tc.attach(self.ifindex, after.fd, NAME, TC_PLACES[self.at])
+        else:
+            tc.detach(self.ifindex, TC_PLACES[self.at])
+        return None
+
+
+Unit = Front | AtXdp | AtTc

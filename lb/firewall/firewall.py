@@ -1,0 +1,347 @@
+"""The one writer of filter rules: from the rules in force to those that are asked for.
+
+Enters: an operator's wish, in values of lb.model.rule_report. Leaves: a FilterReport of what became of it. A change
+goes validate -> compile and load -> ask the new programs about the operator's connection -> open the store's
+transaction -> exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in
+the kernel. A process that is killed in between leaves the old rules in the store; the next change of that hook brings
+the kernel back to it.
+
+The balancer tells when it comes to an interface or leaves it: make_way(), take_over().
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from filters.files.savefile import Packet
+from filters.programs.sets import Prefixes
+from lb.dataplane.dataplane import KernelDataplane
+from lb.errors import InvalidInput, NotFound, part
+from lb.firewall.attach_points import HookKey
+from lb.firewall.build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
+from lb.firewall.kernel import KernelFilters
+from lb.formats.capture_file import Keep, open_capture, writer
+from lb.host.capabilities import check_may_change
+from lb.host.interfaces import carriers, ifindex_of, own_mac
+from lb.host.ssh import Connection, ssh_connection
+from lb.model.rule_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
+from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
+from lb.paths import Paths
+from lb.store.lock import writer_lock
+from lb.store.rules import PackedSet
+from lb.store.store import Store
+
+
+def clock() -> Clock:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Clock(boot_id, time.clock_gettime_ns(time.CLOCK_BOOTTIME), time.time_ns())
+
+
+class Firewall:
+    """The filter rules of one network namespace. Changes are to be made with its lock held. Raises LbError."""
+
+    def __init__(
+        self, store: Store, kernel: KernelFilters, *, asked_on: Callable[[], Connection | None] = ssh_connection
+    ) -> None:
+        """`asked_on`: the connection that no change may end unasked."""
+        self._store, self._kernel, self._asked_on = store, kernel, asked_on
+
+    # What an operator can ask for
+
+    def add(self, wish: Wish, position: int | None = None, how: How | None = None) -> FilterReport:
+        """Behind the last rule of its interface, or at a position."""
+        how, before = how or How(), self._rules()
+        rule, prefixes = new_rule(wish, before.free_slot(), clock(), how)
+        goal = before.with_rule(rule, position)
+        sets = {} if prefixes is None else {rule.slot: prefixes}
+        return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
+
+    def replace(self, interface: str, wishes: Sequence[Wish], how: How | None = None) -> FilterReport:
+        """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
+        of a set may leave out the text of it, which no other may."""
+        how, now, before = how or How(), clock(), self._rules()
+        left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
+        sets: dict[int, Prefixes] = {}
+        for place, wish in enumerate(wishes):
+            with part("rules", place):
+                prefixes = given_prefixes(wish)
+                rule = next((rule for rule in left if self._is_as_wanted(rule, wish, prefixes)), None)
+                if rule:
+                    left.remove(rule)
+                else:
+                    check_has_list(wish)
+                    slot = Rules((*before.all, *new)).free_slot()
+                    rule, prefixes = new_rule(wish, slot, now, how, prefixes)
+                    new.append(rule)
+                    sets |= {} if prefixes is None else {slot: prefixes}
+                wanted.append(rule)
+        goal = before.ordered(interface, wanted)
+        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), how, sets)
+
+    def _is_as_wanted(self, rule: Rule, wish: Wish, prefixes: Prefixes | None) -> bool:
+        own_set = (rule.set.path, rule.set.side) if rule.set else None
+        wanted_set = (wish.set_path, wish.set_side) if wish.set_path is not None else None
+        own = (rule.at, rule.action, rule.rate, rule.expression, own_set, rule.deadline and rule.deadline.unix_s)
+        if own != (wish.at, wish.action, wish.rate, wish.expression, wanted_set, wish.until_s):
+            return False
+        return prefixes is None or prefixes == Prefixes.unpacked(*self._store.rule_set(rule.slot))
+
+    def delete(self, interface: str, number: int, how: How | None = None) -> FilterReport:
+        rules = self._rules()
+        rule = rules.numbered(interface, number)
+        return self._change(rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), how or How())
+
+    def move(self, interface: str, number: int, to: int, how: How | None = None) -> FilterReport:
+        rules = self._rules()
+        rule = rules.numbered(interface, number)
+        moved = RuleChange("moved", rule, number, f"to {to}")
+        return self._change(rules.moved(rule, to), [], lambda _: moved, how or How())
+
+    def flush(self, interface: str | None = None, how: How | None = None) -> FilterReport:
+        """All rules of an interface, or (None) all."""
+        rules = self._rules()
+        gone = rules.all if interface is None else rules.of(interface)
+        if not gone and interface is not None:
+            raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
+        changes = [RuleChange("deleted", rule, rules.number(rule)) for rule in gone]
+        return self._change(rules.without(gone), [], lambda _: changes, how or How())
+
+    def reload(
+        self, interface: str, number: int, how: How | None = None, *, set_list: str | None = None
+    ) -> FilterReport:
+        """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
+        differs."""
+        how, rules = how or How(), self._rules()
+        rule = rules.numbered(interface, number)
+        source = set_of(rule, number)
+        prefixes = read_set_file(set_file(rule, number)) if set_list is None else parse_list(set_list, source.path)
+        now = replace(rule, set=replace(source, prefixes=len(prefixes)))
+        goal = rules.replacing(now)
+        if not how.force:
+            self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
+        if how.dry_run:
+            return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
+        packed = {rule.slot: prefixes.packed()}
+        # Prefixes first: the store is the balancer's too, and should not wait for them.
+        with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
+            pass
+        return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
+
+    def restore(self, how: How | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
+        """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
+        rules = self._rules().in_time(clock())
+        changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
+        return self._change(rules, [], lambda _: changes, how or How(), hooks=rules.hooks if hooks is None else hooks)
+
+    def lost(self) -> list[HookKey]:
+        """Where rules of interfaces that are there should be in force, and are not."""
+        hooks = self._rules().in_time(clock()).hooks
+        in_force, absent = self._kernel.in_force(hooks), _absent(hooks)
+        return [hook for hook in hooks if hook not in in_force and hook[0] not in absent]
+
+    def status(self, interface: str | None = None) -> list[RuleStatus]:
+        rules, now = self._rules(), clock()
+        in_force = self._kernel.in_force(rules.hooks)
+        return [
+            RuleStatus(
+                rule,
+                rules.number(rule),
+                self._kernel.counts(rule.slot),
+                (rule.interface, rule.at) in in_force,
+                rule.deadline.left_ns(now) if rule.deadline else None,
+            )
+            for rule in (rules.all if interface is None else rules.of(interface))
+        ]
+
+    def wanted(self, interface: str) -> tuple[Rule, ...]:
+        """What is asked for of an interface, but for what is over."""
+        return self._rules().in_time(clock()).of(interface)
+
+    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> Trial:
+        """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
+        with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
+            return self.judged(interface, capture.packets(), at, keep)
+
+    def test_wishes(self, wishes: Sequence[Wish], path: str, write_to: str | None = None) -> Trial:
+        """The same for rules that are not there."""
+        with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
+            return self.judged_by(wishes, capture.packets(), keep)
+
+    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> Trial:
+        rules = self._rules().in_time(clock())
+        if not rules.of(interface):
+            raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
+        places = [at] if at else [At.XDP, At.TC_IN]
+        return self._try([rules.hook(interface, place) for place in places], packets, keep)
+
+    def judged_by(self, wishes: Sequence[Wish], packets: Iterable[Packet], keep: Keep) -> Trial:
+        now = clock()
+        made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
+        sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
+        return self._try([[rule for rule, _ in made]], packets, keep, sets)
+
+    # The balancer, coming and going
+
+    def make_way(self, name: str) -> None:
+        self._kernel.make_way(name, self._rules().in_time(clock()))
+
+    def take_over(self, name: str) -> None:
+        self._kernel.take_over(name, self._rules().in_time(clock()))
+
+    # How a change is made
+
+    def _rules(self) -> Rules:
+        now = clock()
+        return Rules(tuple(rebased(rule, now) for rule in self._store.rules().all))
+
+    def _change(
+        self,
+        goal: Rules,
+        new: Sequence[Rule],
+        change: Callable[[Rules], RuleChange | Sequence[RuleChange]],
+        how: How,
+        sets: Mapping[int, Prefixes] | None = None,
+        hooks: Iterable[HookKey] = (),
+    ) -> FilterReport:
+        """`new`: rules that were not there; `sets`: slot -> prefixes of theirs; `hooks`: also to be put in force."""
+        now, before, given = clock(), self._rules(), sets or {}
+        after = goal.in_time(now)
+        every = [*before.hooks, *after.hooks]
+        changed = [key for key in dict.fromkeys(every) if before.hook(*key) != after.hook(*key)]
+        wanted = list(dict.fromkeys((*changed, *hooks, *self._kernel.cut_short(every))))
+        done = change(after)
+        changes = (*_expired(before, after, now), *([done] if isinstance(done, RuleChange) else done))
+        for slot, prefixes in given.items():
+            self._kernel.add_set(slot, prefixes)
+        exchange = self._kernel.prepare(after, wanted, new)
+        if not how.force:
+            self._check_connection(before, after, wanted, {})
+        warnings = [f"interface {name}: does not exist: its rules wait" for name in _absent(wanted)]
+        if how.dry_run:
+            return FilterReport(changes, tuple(warnings), dry_run=True)
+        packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}
+        try:
+            with self._store.saving_rules(after, packed):
+                exchange.swap()
+        except BaseException:
+            exchange.roll_back()
+            raise
+        exchange.commit()
+        return FilterReport(changes, (*warnings, *exchange.warnings))
+
+    def _check_connection(
+        self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]
+    ) -> None:
+        """Raises InvalidInput where the rules would drop the connection that the change is asked for on, and did not
+        before."""
+        connection = self._asked_on()
+        if connection is None:
+            return
+        ends = connection.server, connection.client
+        names = carriers(*ends)
+        covering = {slot: prefixes.covering(ends) for slot, prefixes in sets.items()}
+        for name, at in hooks:
+            if names and name not in names:
+                continue
+            culprit = self._dropped(connection, after.hook(name, at), name, at, covering)
+            in_force = (name, at) in self._kernel.in_force([(name, at)])
+            if culprit and not (in_force and self._dropped(connection, before.hook(name, at), name, at, {})):
+                raise InvalidInput(f"{name}: rule {after.number(culprit)} ({_short(culprit)}) {connection.refusal}")
+
+    def _dropped(
+        self, connection: Connection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
+    ) -> Rule | None:
+        frames = connection.frames(to_server=at is not At.TC_OUT, own_mac=own_mac(name))
+        with self._kernel.judge(rules, at, sets) as judge:
+            return next(filter(None, map(judge.dropped_by, frames)), None)
+
+    def _try(
+        self,
+        hooks: Sequence[Sequence[Rule]],
+        packets: Iterable[Packet],
+        keep: Keep,
+        sets: Mapping[int, Prefixes] | None = None,
+    ) -> Trial:
+        rules = tuple(rule for hook in hooks for rule in hook)
+        with ExitStack() as resources:
+            judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
+            count = dropped = untested = 0
+            for position, packet in enumerate(packets):
+                count += 1
+                if not all(judge.can_run(packet.data) for judge in judges):
+                    untested += 1
+                elif any(judge.dropped_by(packet.data) for judge in judges):
+                    dropped += 1
+                    keep(position, packet)
+            matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
+        return Trial(rules, matched, count, dropped, untested)
+
+
+def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:
+    """Deleted, moved among those that stay, and added ones."""
+    was, now = before.of(interface), after.of(interface)
+    numbers, places = ({rule.slot: number for number, rule in enumerate(rules, 1)} for rules in (was, now))
+    stay = [[rule for rule in rules if rule.slot in numbers and rule.slot in places] for rules in (was, now)]
+    return [
+        *(RuleChange("deleted", rule, numbers[rule.slot]) for rule in was if rule.slot not in places),
+        *(
+            RuleChange("moved", rule, numbers[rule.slot], f"to {places[rule.slot]}")
+            for other, rule in zip(*stay, strict=True)
+            if other.slot != rule.slot
+        ),
+        *(RuleChange("added", rule, places[rule.slot]) for rule in now if rule.slot not in numbers),
+    ]
+
+
+def _expired(before: Rules, after: Rules, now: Clock) -> Iterator[RuleChange]:
+    for rule in before.all:
+        if rule.is_expired(now) and rule not in after.all:
+            yield RuleChange("expired", rule, before.number(rule))
+
+
+def _absent(hooks: Iterable[HookKey]) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in hooks if ifindex_of(name) is None))
+
+
+def _short(rule: Rule) -> str:
+    words = f"{rule.action} {rule.expression}".strip()
+    return f"{words} --set {rule.set.path}" if rule.set else words
+
+
+@contextmanager
+def open_firewall(
+    paths: Paths, *, write: bool, asked_on: Callable[[], Connection | None] = ssh_connection
+) -> Iterator[Firewall]:
+    """The filter rules of one network namespace; to `write` is to hold its lock until the end.
+
+    Raises Busy, StoreError, DataplaneError.
+    """
+    with ExitStack() as stack:
+        if write:
+            check_may_change()
+            stack.enter_context(writer_lock(paths.filter_lock, paths.netns))
+        store = stack.enter_context(Store.open(paths.store, write))
+        dataplane = KernelDataplane.open(paths)
+        stack.callback(dataplane.close)
+        yield stack.enter_context(firewall_of(paths, store, dataplane, asked_on))
+
+
+@contextmanager
+def firewall_of(
+    paths: Paths,
+    store: Store,
+    dataplane: KernelDataplane,
+    asked_on: Callable[[], Connection | None] = ssh_connection,
+) -> Iterator[Firewall]:
+    """For who has the store and the balancer's programs open."""
+    with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
+        yield Firewall(store, kernel, asked_on=asked_on)
+
+
+def _stored_set(store: Store, slot: int) -> Prefixes:
+    return Prefixes.unpacked(*store.rule_set(slot))

@@ -1,0 +1,441 @@
+"""The kernel side of filter rules: each hook's rules compiled into one program, which is exchanged in one step.
+
+Enters: rules. Leaves: programs in their places, counters, sets. Where the balancer runs, the rules of all its
+interfaces are one program in the balancer's own path; elsewhere each interface has a program of its own at XDP. At tc
+each interface has one a direction. Counters, buckets and sets are maps that outlive the programs: a rule keeps its own
+through every change of others.
+
+    RUN_DIR/filter/bpf/NETNS/1/    map_counters, map_buckets, set4_SLOT, set6_SLOT,
+                                   prog_front, prog_IFINDEX_xdp, ..., and of a change under way prog_..._next
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from filters.compiler import cbpf, ebpf
+from filters.compiler.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
+from filters.compiler.translate import Translation, translate
+from filters.programs.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
+from filters.programs.program import (
+    Condition,
+    Count,
+    Counter,
+    Drop,
+    LoadedProgram,
+    Pass,
+    Tail,
+    assemble,
+    counters,
+    load,
+)
+from filters.programs.program import Rule as CompiledRule
+from filters.programs.sets import Prefixes, Tries
+from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.errors import translated
+from lb.dataplane.programs import PROGRAM as BALANCER
+from lb.errors import DataplaneError
+from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
+from lb.firewall.trial import Judge, test_actions
+from lb.host.interfaces import ifindex_of
+from lb.model.rule_report import Counts
+from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
+from lb.paths import Paths
+from xdp import attach as xdp_attach
+from xdp import libbpf, tc
+from xdp.errors import XdpError
+from xdp.maps import Map
+from xdp.object import Program, pinned_program, program_by_id
+from xdp.pins import Pins
+
+NEXT = "_next"
+# What a rule is tested with: rules there are those of plain interfaces, where packets may be in fragments.
+HOOKS: Mapping[At, Hook] = {At.XDP: replace(XDP_FRAGS, name=str(At.XDP)), At.TC_IN: TC_IN, At.TC_OUT: TC_OUT}
+
+
+# Where programs are
+
+
+class Exchange:
+    """Loaded programs on their way to where they belong: nothing is changed before swap(), and nothing after
+    roll_back()."""
+
+    def __init__(self, kernel: KernelFilters, goals: Mapping[Unit, LoadedProgram | None], rules: Rules) -> None:
+        self._kernel, self._goals, self._rules = kernel, goals, rules
+        self._swapped: list[tuple[Unit, Program | None, LoadedProgram | None]] = []
+        self.warnings: list[str] = []
+
+    def swap(self) -> None:
+        """Raises DataplaneError, with everything as it was."""
+        try:
+            with translated():
+                self._kernel.keep_sets(self._rules)
+                for unit, after in self._goals.items():
+                    self._swap(unit, after)
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def _swap(self, unit: Unit, after: LoadedProgram | None) -> None:
+        before = self._kernel.in_place(unit)
+        if after:
+            self._kernel.pin(after.fd, f"{unit.pin}{NEXT}")
+        self._swapped.append((unit, before, after))
+        if warning := unit.exchange(before, after):
+            self.warnings.append(warning)
+
+    def commit(self) -> None:
+        for unit, _, after in self._swapped:
+            self._kernel.settle(unit.pin, is_there=after is not None)
+        self._kernel.forget_sets(self._rules)
+
+    def roll_back(self) -> None:
+        for unit, before, after in reversed(self._swapped):
+            with suppress(XdpError):
+                unit.exchange(after, before)
+            self._kernel.unpin(f"{unit.pin}{NEXT}")
+        self._swapped.clear()
+
+
+class KernelFilters:
+    """Every method raises DataplaneError, and InvalidInput for rules that do not fit into a program.
+
+    `stored_set` gives the prefixes of a stored rule, by its slot: they are asked for where the kernel has none.
+    """
+
+    def __init__(self, paths: Paths, dataplane: KernelDataplane, stored_set: Callable[[int], Prefixes]) -> None:
+        self._pins, self._balancer_pins = Pins(paths.run_dir / FOLDER, paths.netns), Pins(paths.run_dir, paths.netns)
+        self._dataplane, self._stored_set = dataplane, stored_set
+        self._resources = ExitStack()
+        self._tries: dict[int, Tries] = {}
+        self._unpinned_sets: set[int] = set()
+        self._maps: tuple[Map, Map] | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, paths: Paths, dataplane: KernelDataplane, stored_set: Callable[[int], Prefixes]) -> Iterator[Self]:
+        kernel = cls(paths, dataplane, stored_set)
+        with kernel._resources:
+            yield kernel
+
+    # What is in force
+
+    def in_force(self, hooks: Iterable[HookKey]) -> set[HookKey]:
+        """Those of the hooks where a program of ours runs, whole."""
+        with translated():
+            return {key for key in hooks if self._is_in_force(*key)}
+
+    def _is_in_force(self, interface: str, at: At) -> bool:
+        ifindex = ifindex_of(interface)
+        if ifindex is None or (folder := self._pins.current()) is None:
+            return False
+        unit = self._unit(interface, ifindex, at)
+        if (folder / f"{unit.pin}{NEXT}").exists():
+            return False
+        if isinstance(unit, Front):
+            return unit.dataplane.stages.filter in unit.dataplane.stages.occupied()
+        if isinstance(unit, AtTc):
+            return tc.is_attached(unit.ifindex, TC_PLACES[at])
+        return self.in_place(unit) is not None
+
+    def counts(self, slot: int) -> Counts:
+        """Zero for a rule that has never been in force since the host booted."""
+        with translated():
+            if self._maps is None and self._pins.current() is None:
+                return Counts()
+            counted, _ = self._held_maps()
+            matched, dropped = counted.total(2 * slot), counted.total(2 * slot + 1)
+            return Counts(matched.packets, matched.bytes, dropped.packets, dropped.bytes)
+
+    def cut_short(self, hooks: Iterable[HookKey]) -> set[HookKey]:
+        """Hooks whose last change was not brought to its end, by whatever ended the process."""
+        folder = self._pins.current()
+        units = ((key, self._unit(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0])))
+        return {key for key, unit in units if folder and (folder / f"{unit.pin}{NEXT}").exists()}
+
+    # Changes
+
+    def prepare(self, rules: Rules, hooks: Iterable[HookKey], new: Iterable[Rule] = ()) -> Exchange:
+        """Load what is to be in force on these hooks. `new`: rules whose slots may have been those of others."""
+        with translated():
+            for rule in new:
+                self._reset(rule.slot)
+            return self._exchange(rules, dict.fromkeys(self._unit(*key) for key in self._existing(hooks)))
+
+    def _existing(self, hooks: Iterable[HookKey]) -> Iterator[tuple[str, int, At]]:
+        for name, at in hooks:
+            if ifindex := ifindex_of(name):
+                yield name, ifindex, at
+
+    def _unit(self, interface: str, ifindex: int, at: At) -> Unit:
+        if at is not At.XDP:
+            return AtTc(ifindex, at)
+        return Front(self._dataplane) if interface in self._dataplane.attachments() else AtXdp(ifindex)
+
+    def _exchange(self, rules: Rules, units: Iterable[Unit], balanced: Iterable[str] | None = None) -> Exchange:
+        names = list(self._dataplane.attachments() if balanced is None else balanced)
+        goals = {unit: self._program(rules, unit, names) for unit in units}
+        return Exchange(self, goals, rules)
+
+    def _program(self, rules: Rules, unit: Unit, balanced: Sequence[str]) -> LoadedProgram | None:
+        """None where there are no rules."""
+        if isinstance(unit, Front):
+            return self._front_program(rules, balanced)
+        at = At.XDP if isinstance(unit, AtXdp) else unit.at
+        own = [rule for name in rules.interfaces if ifindex_of(name) == unit.ifindex for rule in rules.hook(name, at)]
+        if not own:
+            return None
+        hook = HOOKS[at]
+        return self._load(hook, assemble(hook, [self._compiled(rule, hook, Pass()) for rule in own]))
+
+    def _front_program(self, rules: Rules, balanced: Sequence[str]) -> LoadedProgram | None:
+        stages = self._dataplane.stages
+        go_on = GoOn(stages.map, (*stages.users, stages.balance))
+        sections = {
+            ifindex: [self._compiled(rule, XDP, go_on) for rule in rules.hook(name, At.XDP)]
+            for name in balanced
+            if rules.hook(name, At.XDP) and (ifindex := ifindex_of(name))
+        }
+        return self._load(XDP, assemble_by_interface(XDP, sections, go_on)) if sections else None
+
+    def _load(self, hook: Hook, instructions: Sequence[ebpf.Instruction]) -> LoadedProgram:
+        return self._resources.enter_context(load(NAME, hook, instructions))
+
+    def _compiled(self, rule: Rule, hook: Hook, go_on: Tail) -> CompiledRule:
+        counted, bucket = self._held_maps()
+        tails: list[Tail] = [Count(counted, 2 * rule.slot)]
+        dropped = Count(counted, 2 * rule.slot + 1)
+        if rule.action is Action.DROP:
+            tails += [dropped, Drop()]
+        elif rule.action is Action.PASS:
+            tails.append(go_on)
+        elif rule.rate:
+            tails.append(Limit(bucket, rule.slot, rule.rate.interval_ns, rule.rate.burst_ns, dropped))
+        conditions: list[Condition] = [In(self._tries_of(rule), rule.set.side)] if rule.set else []
+        if rule.deadline:
+            conditions.append(Until(rule.deadline.boot_ns))
+        return CompiledRule(_translation(rule, hook), tails, conditions)
+
+    # Sets
+
+    def add_set(self, slot: int, prefixes: Prefixes) -> None:
+        """For a new rule, before prepare()."""
+        with translated():
+            self._tries[slot] = self._new_tries(slot, prefixes)
+
+    @contextmanager
+    def reloading_set(self, slot: int, prefixes: Prefixes) -> Iterator[tuple[int, int]]:
+        """Make the set in force this one, prefix by prefix; what stays is not touched. Gives how many were added and
+        removed. If the body fails it is as it was."""
+        with translated():
+            tries = self._pinned_tries(slot)
+            if tries is None:
+                yield len(prefixes), 0
+                return
+            held = tries.held()
+            added, gone = prefixes.without(held), held.without(prefixes)
+            try:
+                tries.add(added)
+                tries.remove(gone)
+                yield len(added), len(gone)
+            except BaseException:
+                with suppress(XdpError):
+                    tries.add(gone)
+                    tries.remove(added)
+                raise
+
+    def _tries_of(self, rule: Rule) -> Tries:
+        if rule.slot not in self._tries:
+            tries = self._pinned_tries(rule.slot) or self._new_tries(rule.slot, self._stored_set(rule.slot))
+            self._tries[rule.slot] = tries
+        return self._tries[rule.slot]
+
+    def _new_tries(self, slot: int, prefixes: Prefixes) -> Tries:
+        tries = Tries.create()
+        self._resources.callback(tries.close)
+        self._unpinned_sets.add(slot)
+        tries.add(prefixes)
+        return tries
+
+    def _pinned_tries(self, slot: int) -> Tries | None:
+        folder = self._pins.current()
+        if folder is None or not (folder / f"set4_{slot}").exists():
+            return None
+        tries = Tries.of(_get(folder / f"set4_{slot}"), _get(folder / f"set6_{slot}"))
+        self._resources.callback(tries.close)
+        return tries
+
+    def keep_sets(self, rules: Rules) -> None:
+        """Have the sets that these rules refer to outlive this process."""
+        for slot in self._unpinned_sets & {rule.slot for rule in rules.all}:
+            self.pin(self._tries[slot].ipv4.fd, f"set4_{slot}")
+            self.pin(self._tries[slot].ipv6.fd, f"set6_{slot}")
+        self._unpinned_sets.clear()
+
+    def forget_sets(self, rules: Rules) -> None:
+        """Those of rules that are gone; with the last rule, everything."""
+        if not rules.all:
+            self._pins.remove()
+            self._maps = None
+            return
+        slots = {str(rule.slot) for rule in rules.all if rule.set}
+        for path in self._folder().glob("set[46]_*"):
+            if path.name.partition("_")[2] not in slots:
+                path.unlink()
+
+    # Beside the balancer
+
+    def make_way(self, name: str, rules: Rules) -> None:
+        """Before the balancer is attached to an interface: the rules there move into its path, without a gap.
+
+        First they are there, then the balancer's program replaces ours on the interface, in one step.
+        """
+        if not rules.hook(name, At.XDP) or (ifindex := ifindex_of(name)) is None:
+            return
+        with translated():
+            names = dict.fromkeys((*self._dataplane.attachments(), name))
+            self._at_once(self._exchange(rules, [Front(self._dataplane)], names))
+            plain = AtXdp(ifindex)
+            if ours := self.in_place(plain):
+                balancer = self._balancer()
+                xdp_attach.attach(ifindex, balancer.fd, balancer.id, replace_fd=ours.fd)
+            self.unpin(plain.pin)
+
+    def take_over(self, name: str, rules: Rules) -> None:
+        """Before the balancer is detached from an interface: a program with the rules there replaces it."""
+        ifindex, attachments = ifindex_of(name), self._dataplane.attachments()
+        if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
+            return
+        with translated():
+            plain = AtXdp(ifindex)
+            program = self._program(rules, plain, ())
+            assert program
+            self.pin(program.fd, plain.pin)
+            replaced = self._running(attachments[name].program_id)
+            xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
+            self._at_once(self._exchange(rules, [Front(self._dataplane)], [n for n in attachments if n != name]))
+
+    def _at_once(self, exchange: Exchange) -> None:
+        exchange.swap()
+        exchange.commit()
+
+    def _running(self, program_id: int) -> Program:
+        """The balancer's own, as a rule: any other takes CAP_SYS_ADMIN to open."""
+        pinned = self._balancer()
+        return pinned if pinned.id == program_id else program_by_id(program_id)
+
+    def _balancer(self) -> Program:
+        return pinned_program(str(self._balancer_pins.current()), BALANCER)
+
+    # Tests
+
+    @contextmanager
+    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[Judge]:
+        """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
+        with translated(), ExitStack() as resources:
+            tries = {}
+            for slot, prefixes in (sets or {}).items():
+                tries[slot] = Tries.create()
+                resources.callback(tries[slot].close)
+                tries[slot].add(prefixes)
+            counted = counters(max(1, len(rules)))
+            resources.callback(os.close, counted.fd)
+            hook = HOOKS[at]
+            compiled = [
+                CompiledRule(
+                    _translation(rule, hook),
+                    [Count(counted, number), *test_actions(rule, number)],
+                    [In(tries.get(rule.slot) or self._tries_of(rule), rule.set.side)] if rule.set else [],
+                )
+                for number, rule in enumerate(rules)
+            ]
+            program = resources.enter_context(load("filter_judge", hook, assemble(hook, compiled, Answer(0))))
+            yield Judge(program, rules, counted)
+
+    # Pins and maps
+
+    def _folder(self) -> Path:
+        """With the maps that all programs share. A new one is there whole, or not at all."""
+        if folder := self._pins.current():
+            return folder
+        folder = self._pins.prepare()
+        try:
+            for name, made in (("map_counters", counters(2 * MOST_RULES)), ("map_buckets", buckets(MOST_RULES))):
+                self._resources.callback(os.close, made.fd)
+                libbpf.pin(made.fd, os.fsencode(folder / name))
+        except BaseException:
+            self._pins.discard(folder)
+            raise
+        self._pins.put_in_force(folder)
+        return folder
+
+    def _held_maps(self) -> tuple[Map, Map]:
+        """Counters, two for each slot: matched and dropped. Buckets."""
+        if self._maps is None:
+            folder = self._folder()
+            counted = Map("filter_counters", _get(folder / "map_counters"), ctypes.c_uint32, Counter)
+            self._resources.callback(os.close, counted.fd)
+            held = Map("filter_buckets", _get(folder / "map_buckets"), ctypes.c_uint32, Bucket)
+            self._resources.callback(os.close, held.fd)
+            self._maps = counted, held
+        return self._maps
+
+    def _reset(self, slot: int) -> None:
+        counted, held = self._held_maps()
+        for index in (2 * slot, 2 * slot + 1):
+            counted.set_total(index, Counter())
+        held[slot] = Bucket()
+
+    def in_place(self, unit: Unit) -> Program | None:
+        """Our program there. Of a change that was cut short both are pinned; at XDP the interface tells which runs."""
+        programs = list(self._pinned(unit.pin))
+        if isinstance(unit, AtXdp):
+            running = xdp_attach.attached(unit.ifindex)
+            programs = [program for program in programs if running and program.id == running.program_id]
+        return programs[0] if programs else None
+
+    def _pinned(self, name: str) -> Iterator[Program]:
+        folder = self._pins.current()
+        for pin in (f"{name}{NEXT}", name):
+            if folder and (folder / pin).exists():
+                program = Program(pin, _get(folder / pin))
+                self._resources.callback(os.close, program.fd)
+                yield program
+
+    def pin(self, fd: int, name: str) -> None:
+        self.unpin(name)
+        libbpf.pin(fd, os.fsencode(self._folder() / name))
+
+    def unpin(self, name: str) -> None:
+        if folder := self._pins.current():
+            (folder / name).unlink(missing_ok=True)
+
+    def settle(self, name: str, *, is_there: bool) -> None:
+        """The change is done: its program is the one in force."""
+        if is_there:
+            self.unpin(name)
+            (self._folder() / f"{name}{NEXT}").rename(self._folder() / name)
+        else:
+            self.unpin(f"{name}{NEXT}")
+            self.unpin(name)
+
+
+def _get(path: Path) -> int:
+    try:
+        fd: int = libbpf.get_pinned(os.fsencode(path))
+    except OSError as error:
+        raise DataplaneError(f"pin {path}: {error.strerror}") from error
+    return fd
+
+
+def _translation(rule: Rule, hook: Hook) -> Translation:
+    return translate(cbpf.decode(rule.instructions), hook)
+
+
+# Which interfaces a connection takes

@@ -1,0 +1,38 @@
+"""A rule tested on a frame, by the program that the kernel would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from filters.programs.actions import Answer
+from filters.programs.program import LoadedProgram, Tail
+from filters.selftest.selftest import is_runnable
+from lb.model.rules import Action, Rule
+from xdp.maps import Map
+
+_LONGEST_FRAME = 3520 + 16 * 4096
+
+
+def test_actions(rule: Rule, number: int) -> list[Tail]:
+    """A limit never drops what one sends now and then."""
+    if rule.action is Action.DROP:
+        return [Answer(number + 1)]
+    return [Answer(0)] if rule.action is Action.PASS else []
+
+
+class Judge:
+    """Says of a frame what rules do to it, by running them; nothing of it is counted in force."""
+
+    def __init__(self, program: LoadedProgram, rules: Sequence[Rule], counted: Map) -> None:
+        self._program, self._rules, self._counted = program, rules, counted
+
+    def can_run(self, frame: bytes) -> bool:
+        return is_runnable(frame, self._program.hook) and len(frame) <= _LONGEST_FRAME
+
+    def dropped_by(self, frame: bytes) -> Rule | None:
+        verdict = self._program.test_run(frame).verdict
+        return self._rules[verdict - 1] if verdict else None
+
+    def matched(self) -> dict[int, int]:
+        """Slot -> packets, since the beginning."""
+        return {rule.slot: self._counted.total(number).packets for number, rule in enumerate(self._rules)}

@@ -1,0 +1,1 @@
+"""Values <-> text: JSON documents, lb.toml, tables, Prometheus, RFC 9457 problems, captures."""

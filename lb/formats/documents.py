@@ -1,0 +1,310 @@
+"""Reports, services and status -> JSON documents for programs, and the way back.
+
+In come the frozen values of lb.model.report and lb.model.state; out go dicts and lists that `json` can write.
+The keys are stable, in snake_case, and each docstring names those of its document. What `read_...` returns prints as
+the value that the document was made of; it raises KeyError, TypeError, ValueError or LbError for what is no such
+document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import astuple, fields
+from typing import Any
+
+from lb.hashing.ring import Plan
+from lb.model.conditions import UP, Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.options import from_values, values
+from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
+from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.vip import Vip, parse_address
+
+Document = dict[str, Any]
+
+
+def to_json(document: object) -> str:
+    return json.dumps(document, indent=2)
+
+
+def backend_document(backend: Backend) -> Document:
+    """`backend` (ADDR:PORT), `address`, `port` (0: the client's), `weight`, `draining`, `server_ids` (CONFIG:HEX)."""
+    return {
+        "backend": str(backend),
+        "address": str(backend.address),
+        "port": backend.port,
+        "weight": backend.weight,
+        "draining": backend.draining,
+        "server_ids": list(backend.server_ids),
+    }
+
+
+def service_document(service: Service) -> Document:
+    """`vip`, `address`, `prefix_length`, `port` (0: any), `last_port`, `protocol`, `set` (empty: none), `mode`,
+    `ring_size`, `flow_timeout_s`, `options` (the fields of lb.model.options.Options), `backends`."""
+    return {
+        **_service_head(service),
+        "backends": [backend_document(b) for b in service.backends],
+    }
+
+
+def _service_head(service: Service) -> Document:
+    return {
+        "vip": str(service.vip),
+        "address": str(service.vip.address),
+        "prefix_length": service.vip.prefix_length,
+        "port": service.vip.port,
+        "last_port": service.vip.last_port,
+        "protocol": service.vip.protocol.label,
+        "set": service.vip.set,
+        "mode": str(service.mode),
+        "ring_size": service.ring_size,
+        "flow_timeout_s": service.flow_timeout_s,
+        "options": values(service.options),
+    }
+
+
+def services_document(services: Iterable[Service]) -> list[Document]:
+    """An array of services, see `service_document`."""
+    return [service_document(s) for s in services]
+
+
+def backends_document(services: Iterable[Service]) -> list[Document]:
+    """An array of backends, see `backend_document`, each with the `vip` it serves."""
+    return [{"vip": str(s.vip), **backend_document(b)} for s in services for b in s.backends]
+
+
+def report_document(report: Report) -> Document:
+    """`dry_run`; `changes`: `{vip, change, before, after, plan}`; `attached`: `{name, xdp_mode,
+    program_id}`; `detached`: interface names; `notes` and `warnings`: sentences.
+
+    `change` is add, change or remove; `before` and `after` are services (`service_document`) or
+    null; `plan` is `{slots, moved, minimum, in_transition, flows}`, or null while nothing is attached; `flows`,
+    the open connections on the slots that move, is counted in a dry run in mode nat, else null.
+    """
+    return {
+        "dry_run": report.dry_run,
+        "changes": [_change_document(c) for c in report.changes],
+        "attached": [_attachment_document(a) for a in report.attached],
+        "detached": list(report.detached),
+        "notes": list(report.notes),
+        "warnings": warnings(report),
+    }
+
+
+def _change_document(change: Change) -> Document:
+    head = change_head(change)
+    plan = head.pop("plan")
+    return {
+        **head,
+        "before": service_document(change.before) if change.before else None,
+        "after": service_document(change.after) if change.after else None,
+        "plan": plan,
+    }
+
+
+def change_head(change: Change) -> Document:
+    """All of it but the services."""
+    plan = plan_document(change.plan) if change.plan else None
+    return {"vip": str(change.vip), "change": str(change.kind), "plan": plan}
+
+
+def plan_document(plan: Plan) -> Document:
+    return {
+        "slots": plan.slots,
+        "moved": plan.moved,
+        "minimum": plan.minimum,
+        "in_transition": plan.in_transition,
+        "flows": plan.flows,
+    }
+
+
+def _attachment_document(attachment: Attachment) -> Document:
+    return {
+        "name": attachment.interface,
+        "xdp_mode": attachment.mode,
+        "program_id": attachment.program_id,
+    }
+
+
+def status_document(status: Status) -> Document:
+    """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
+    keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
+    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters;
+    `answered`, `drops`, `passes` and `noted`: reason -> packets; `maps`: map -> bytes of kernel memory; `outdated`: the
+    version that the program in force is of, null if it is the installed one.
+
+    `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
+    else 100; `why` what was wrong with it, `since` the Unix time since when it is as it is, null if nobody checks it.
+
+    Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
+    nat), `connections`, `repeated_syns`. An interface that is not attached has the `xdp_mode` asked for and
+    `program_id` null.
+    """
+    return {
+        "netns": status.netns,
+        "loaded": status.loaded,
+        "interfaces": [interface_document(i) for i in status.interfaces],
+        "services": [_service_status_document(s) for s in status.services],
+        "answered": dict(status.answered),
+        "drops": dict(status.drops),
+        "passes": dict(status.passes),
+        "noted": dict(status.noted),
+        "maps": dict(status.maps),
+        "outdated": status.outdated or None,
+    }
+
+
+def interface_document(status: InterfaceStatus) -> Document:
+    attached = status.attached
+    return {
+        "name": status.interface.name,
+        "xdp_mode": attached.mode if attached else str(status.interface.xdp_mode),
+        "attached": attached is not None,
+        "program_id": attached.program_id if attached else None,
+    }
+
+
+def _service_status_document(status: ServiceStatus) -> Document:
+    return {
+        **_service_head(status.service),
+        "slots_in_transition": status.slots_in_transition,
+        **counters_document(total(status)),
+        "backends": [_backend_status_document(b) for b in status.backends],
+    }
+
+
+def _backend_status_document(status: BackendStatus) -> Document:
+    return {
+        **backend_document(status.backend),
+        "resolved": status.resolved,
+        **_condition_document(status),
+        **counters_document(status.counters),
+    }
+
+
+def _condition_document(status: BackendStatus) -> Document:
+    condition = status.condition or UP
+    return {
+        "state": status.state,
+        "share": condition.share,
+        "why": condition.why,
+        "since": condition.since if status.condition else None,
+    }
+
+
+def counters_document(counters: Counters) -> Document:
+    return {
+        "packets": counters.packets,
+        "bytes": counters.bytes,
+        "reply_packets": counters.reply_packets,
+        "reply_bytes": counters.reply_bytes,
+        "connections": counters.connections,
+        "repeated_syns": counters.repeated_syns,
+    }
+
+
+def warnings(report: Report) -> list[str]:
+    """Each warning once, those of the interfaces included."""
+    of_interfaces = (a.warning for a in report.attached if a.warning)
+    return list(dict.fromkeys([*report.warnings, *of_interfaces]))
+
+
+def total(status: ServiceStatus) -> Counters:
+    """The counters of all backends of a service together."""
+    each = [astuple(b.counters) for b in status.backends]
+    return Counters(*(sum(column) for column in zip(*each, strict=True)))
+
+
+# The way back
+
+
+def read_backend(document: Document) -> Backend:
+    """From a `backend_document`."""
+    return Backend(
+        parse_address(document["address"]),
+        document["port"],
+        document["weight"],
+        document["draining"],
+        tuple(document["server_ids"]),
+    )
+
+
+def read_service(document: Document) -> Service:
+    """From a `service_document`."""
+    return Service(
+        Vip.parse(document["vip"]),
+        Mode(document["mode"]),
+        tuple(map(read_backend, document["backends"])),
+        document["ring_size"],
+        document["flow_timeout_s"],
+        from_values(document["options"]),
+    )
+
+
+def read_report(document: Document) -> Report:
+    """From a `report_document`; the warnings of interfaces have become the report's own."""
+    return Report(
+        changes=tuple(map(_read_change, document["changes"])),
+        attached=tuple(map(_read_attachment, document["attached"])),
+        detached=tuple(document["detached"]),
+        notes=tuple(document["notes"]),
+        warnings=tuple(document["warnings"]),
+        dry_run=document["dry_run"],
+    )
+
+
+def _read_change(document: Document) -> Change:
+    before, after, plan = document["before"], document["after"], document["plan"]
+    return Change(
+        Vip.parse(document["vip"]),
+        read_service(before) if before else None,
+        read_service(after) if after else None,
+        Plan(**plan) if plan else None,
+    )
+
+
+def _read_attachment(document: Document) -> Attachment:
+    return Attachment(document["name"], document["xdp_mode"], document["program_id"])
+
+
+def read_status(document: Document) -> Status:
+    """From a `status_document`; of an attached interface, the mode asked for is not known."""
+    return Status(
+        document["netns"],
+        document["loaded"],
+        tuple(map(_read_interface_status, document["interfaces"])),
+        tuple(map(_read_service_status, document["services"])),
+        drops=document["drops"],
+        passes=document["passes"],
+        answered=document["answered"],
+        noted=document["noted"],
+        maps=document["maps"],
+        outdated=document["outdated"] or "",
+    )
+
+
+def _read_interface_status(document: Document) -> InterfaceStatus:
+    if document["attached"]:
+        return InterfaceStatus(Interface(document["name"]), _read_attachment(document))
+    return InterfaceStatus(Interface(document["name"], XdpMode(document["xdp_mode"])), None)
+
+
+def _read_service_status(document: Document) -> ServiceStatus:
+    return ServiceStatus(
+        read_service(document),
+        document["slots_in_transition"],
+        tuple(map(_read_backend_status, document["backends"])),
+    )
+
+
+def _read_backend_status(document: Document) -> BackendStatus:
+    counters = Counters(**{counter.name: document[counter.name] for counter in fields(Counters)})
+    return BackendStatus(read_backend(document), document["resolved"], counters, _read_condition(document))
+
+
+def _read_condition(document: Document) -> Condition | None:
+    if document["since"] is None:
+        return None
+    return Condition(document["state"] == "down", document["share"], document["why"], document["since"])

@@ -1,0 +1,258 @@
+"""The engine that checks all backends of all services, as a task of the daemon's event loop.
+
+Enters: the desired services, each time they change. Leaves: conditions for Writer.set_conditions(), each time one
+changes. A task for each backend of each service checks it, at intervals that jitter keeps from falling into step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from lb.errors import LbError
+from lb.health.probes import CannotCheck, Target, probe
+from lb.health.state import BackendHealth, Remembered, steps_of, words_of
+from lb.host.events import Changes
+from lb.model.conditions import Condition, Conditions
+from lb.model.health_check import Kind
+from lb.model.state import Backend, Service
+from lb.model.vip import Address, Vip
+
+GATHER_S = 0.02  # what changes together goes into one change of the rings
+RETRY_S = 1.0
+STARTS_PER_S = 2000  # of checks that are new
+Key = tuple[Vip, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a check reaches a backend: by which address, from which own one; or why there is no way."""
+
+    address: Address
+    source: Address | None = None
+    fault: str = ""
+
+
+class Ways(Protocol):
+    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+        """For each backend of these services, in the place of all that were found before. Runs in a thread; it may
+        take its time. Raises LbError."""
+
+    def concerned(self, changes: Changes) -> bool:
+        """Whether find() might find other ways after these changes in the host's network. Takes no time."""
+
+    def close(self) -> None:
+        """Leave nothing behind. Runs in a thread, too."""
+
+
+class Direct:
+    """By the backend's own address: right for mode nat, whose packets go there too. lb.health.path has the others."""
+
+    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+        return {(s.vip, str(b)): Way(b.address) for s in services for b in s.backends}
+
+    def concerned(self, changes: Changes) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Watched:
+    service: Service
+    backend: Backend
+    way: Way
+    health: BackendHealth
+    target: Target
+    task: asyncio.Task[None] | None = field(default=None)
+
+    @classmethod
+    def of(cls, service: Service, backend: Backend, way: Way, health: BackendHealth) -> _Watched:
+        port = health.check.port or backend.port
+        names = (("XDP_LB_BACKEND", str(backend)), ("XDP_LB_VIP", str(service.vip)))
+        source = str(way.source) if way.source else ""
+        return cls(service, backend, way, health, Target(health.check, str(way.address), port, source, names))
+
+    @property
+    def not_checked(self) -> str:
+        return f"not checked: {self.way.fault}"
+
+
+def conditions_of(remembered: Mapping[Key, Remembered]) -> Conditions:
+    found: dict[Vip, dict[str, Condition]] = {}
+    for (vip, name), each in remembered.items():
+        found.setdefault(vip, {})[name] = each.condition
+    return found
+
+
+class Checker:
+    """`on_change` gets the conditions of all backends that are checked. If it raises LbError, it is called again.
+
+    `previous`: what an earlier process found; what was in force stays so until checks say otherwise."""
+
+    def __init__(
+        self,
+        on_change: Callable[[Conditions], Awaitable[object]],
+        ways: Ways | None = None,
+        previous: Mapping[Key, Remembered] | None = None,
+    ) -> None:
+        self.checks_done = 0
+        self._on_change = on_change
+        self._ways = ways or Direct()
+        self._previous = dict(previous or {})
+        self._watched: dict[Key, _Watched] = {}
+        self._services: tuple[Service, ...] = ()
+        self._told = conditions_of(self._previous)
+        self._news = asyncio.Event()
+        self._are_others = False
+
+    def watch(self, services: Sequence[Service]) -> None:
+        """What to check from now on: to be called in the event loop, at first and after each change."""
+        self._services = tuple(s for s in services if s.options.health)
+        self._are_others = True
+        self._news.set()
+
+    def look_for_ways(self) -> None:
+        """Once more, since the network is another one. To be called in the event loop, too."""
+        self._are_others = True
+        self._news.set()
+
+    @property
+    def conditions(self) -> Conditions:
+        """Of those that are known, and of those that there is no way to: they stay as they were."""
+        found: dict[Vip, dict[str, Condition]] = {}
+        now_s = asyncio.get_running_loop().time()
+        for (vip, name), watched in self._watched.items():
+            if watched.way.fault:
+                found.setdefault(vip, {})[name] = replace(watched.health.condition(now_s), why=watched.not_checked)
+            elif watched.health.is_told:
+                found.setdefault(vip, {})[name] = watched.health.condition(now_s)
+        return found
+
+    @property
+    def remembered(self) -> Mapping[Key, Remembered]:
+        """What another process needs to go on from here."""
+        now_s = asyncio.get_running_loop().time()
+        words = {service.vip: words_of(service) for service in self._services}
+        return {
+            (vip, name): Remembered(words[vip], watched.health.condition(now_s), watched.health.ramp)
+            for (vip, name), watched in self._watched.items()
+            if watched.health.is_told and vip in words
+        }
+
+    async def run(self) -> None:
+        """Until it is cancelled; then nothing of it is left."""
+        try:
+            while True:
+                await self._wait_for_news()
+                if self._are_others:
+                    await self._watch_others()
+                await self._tell()
+        finally:
+            await self._end([watched for watched in self._watched.values() if watched.task])
+            await asyncio.to_thread(self._ways.close)
+
+    async def _wait_for_news(self) -> None:
+        """Of a check, of the desired state, or that a slow start is to go a step further."""
+        loop = asyncio.get_running_loop()
+        ramps = [watched.health.ramp for watched in self._watched.values() if watched.health.ramp]
+        step_s = min((ramp.next_step_s(loop.time()) for ramp in ramps), default=None)
+        try:
+            async with asyncio.timeout_at(step_s):
+                await self._news.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(GATHER_S)
+        self._news.clear()
+
+    async def _tell(self) -> None:
+        conditions = self.conditions
+        if conditions == self._told:
+            return
+        try:
+            await self._on_change(conditions)
+        except LbError:
+            asyncio.get_running_loop().call_later(RETRY_S, self._news.set)
+        else:
+            self._told = conditions
+
+    # What is watched
+
+    async def _watch_others(self) -> None:
+        self._are_others, services = False, self._services
+        try:
+            ways = await asyncio.to_thread(self._ways.find, services)
+        except LbError as error:
+            ways, fault = {}, str(error)
+            asyncio.get_running_loop().call_later(RETRY_S, self.look_for_ways)
+        else:
+            fault = ""
+        wanted = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
+        await self._end([watched for key, watched in self._watched.items() if key not in wanted])
+        self._watched = {
+            key: self._continued(key, service, backend, ways.get(key) or Way(backend.address, fault=fault or "no way"))
+            for key, (service, backend) in wanted.items()
+        }
+        self._previous = {}
+        await self._start_new()
+
+    def _continued(self, key: Key, service: Service, backend: Backend, way: Way) -> _Watched:
+        """What is known of a backend stays known, however the check has changed."""
+        check = service.options.health
+        assert check
+        old = self._watched.get(key)
+        if old is None:
+            left = self._previous.get(key)
+            health = BackendHealth.resumed(check, left, known=left.still_holds(service)) if left else None
+            return _Watched.of(service, backend, way, health or BackendHealth(check))
+        old.health.check = check
+        new = _Watched.of(service, backend, way, old.health)
+        old.service, old.backend, old.way, old.target = service, backend, way, new.target
+        return old
+
+    async def _start_new(self) -> None:
+        new = [watched for watched in self._watched.values() if not watched.task]
+        spread_s = len(new) / STARTS_PER_S
+        for watched in new:
+            watched.task = asyncio.create_task(self._check(watched, random.uniform(0, spread_s)))
+
+    @staticmethod
+    async def _end(ending: Sequence[_Watched]) -> None:
+        tasks = [watched.task for watched in ending if watched.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _check(self, watched: _Watched, delay_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(delay_s)
+        while True:
+            start_s = loop.time()
+            if not watched.way.fault or watched.health.check.kind is Kind.SCRIPT:
+                await self._check_once(watched)
+            check = watched.health.check
+            varied = 1 + random.uniform(-check.jitter, check.jitter) / 100
+            await asyncio.sleep(max(0, start_s + check.interval_s * varied - loop.time()))
+
+    async def _check_once(self, watched: _Watched) -> None:
+        try:
+            outcome = await probe(watched.target)
+        except CannotCheck:
+            return
+        self.checks_done += 1
+        health, service = watched.health, watched.service
+        was_known = health.known
+        turned = health.note(
+            outcome,
+            asyncio.get_running_loop().time(),
+            time.time(),
+            slow_start_s=service.options.slow_start_s,
+            steps=steps_of(service, watched.backend.weight) if health.down else 1,
+        )
+        if turned or not was_known:
+            self._news.set()

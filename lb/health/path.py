@@ -1,0 +1,255 @@
+"""Ways for health checks of modes dr, ipip and gue: to the VIP, through the mode's tunnel, to one certain backend.
+
+Enters: services and the network. Leaves: for each backend an address that stands for it on this host alone, out of
+NETWORK4 or NETWORK6: what is sent there reaches the backend as a client's packet to the VIP does, and it answers to
+this host directly (xdp/bpf/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress of
+each interface towards backends; all of it goes with close(), and what a killed process has left, with the next start.
+A pair that somebody else takes away is made again.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from errno import ENODEV
+from ipaddress import IPv4Network, IPv6Network
+from typing import Protocol
+
+from pyroute2.ethtool.ioctl import IoctlEthtool
+
+from lb.dataplane.members import address_words, numbered
+from lb.errors import DataplaneError, NoRoute
+from lb.hashing.ring import MEMBERS
+from lb.health.checker import Direct, Key, Way
+from lb.host.events import Changes
+from lb.model.forwarding import NextHop, WayInForce
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Address
+from xdp import link, tc
+from xdp.errors import NotSupported, XdpError
+from xdp.netlink import NetlinkError, route_socket, translate
+from xdp.object import LB_OBJECT, BpfObject, Program
+
+OBJECT = LB_OBJECT.with_name("check.bpf.o")
+NEAR, FAR = "xlb-check0", "xlb-check1"  # this host sends to the near end
+NETWORK4 = IPv4Network("240.76.0.0/16")  # of 240.0.0.0/4, reserved since RFC 1112
+NETWORK6 = IPv6Network("100:0:0:1:4c::/112")  # of the dummy prefix, RFC 9780
+MTU = 1280  # so small that it fits through every tunnel
+IFF_NOARP = 0x80
+NOWHERE = 0  # no interface's index
+
+
+class Network(Protocol):
+    """What is asked of lb.host.neighbours.Network."""
+
+    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]: ...
+
+    def addresses(self, name: str) -> list[Address]: ...
+
+
+class RealPath:
+    """Direct ways for mode nat, real ones for all others. find() raises DataplaneError."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._numbers: dict[Key, int] = {}
+        self._taken: tuple[WayInForce, ...] = ()  # also those that lead nowhere
+        self._bed: _Bed | None = None
+
+    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+        translated = [s for s in services if s.mode is Mode.NAT]
+        direct = [s for s in services if s.mode is not Mode.NAT]
+        return {**Direct().find(translated), **self._real(direct)}
+
+    def concerned(self, changes: Changes) -> bool:
+        """MAC addresses do not matter: the kernel itself looks for the neighbours of these packets."""
+        return bool(replace(changes, neighbours={}).concerned(self._taken))
+
+    def close(self) -> None:
+        self._taken = ()
+        if self._bed:
+            self._bed.close()
+            self._bed = None
+
+    def _real(self, services: Sequence[Service]) -> dict[Key, Way]:
+        if not services:
+            self.close()
+            return {}
+        if self._bed and not self._bed.is_whole:
+            self.close()
+        self._bed = self._bed or _Bed()
+        hops, faults = self._hops({b.address for s in services for b in s.backends})
+        self._taken = (
+            *(WayInForce(address, hop.ifindex, None) for address, hop in hops.items()),
+            *(WayInForce(address, NOWHERE, None) for address in faults),
+            *(WayInForce(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
+        )
+        self._bed.listen_on({hop.ifindex for hop in hops.values()})
+        backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
+        if len(backends) > len(MEMBERS):
+            raise DataplaneError(f"health checks: {len(backends)} backends outside of mode nat: at most {len(MEMBERS)}")
+        self._numbers = numbered(self._numbers, list(backends))
+        vips = {service.vip.address for service in services}
+        return {
+            key: self._way(self._numbers[key], service, backend, hops[backend.address], vips)
+            if backend.address in hops
+            else Way(backend.address, fault=faults[backend.address])
+            for key, (service, backend) in backends.items()
+        }
+
+    def _hops(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], dict[Address, str]]:
+        """Of those with a route, and why the others have none."""
+        try:
+            return self._network.next_hops(addresses), {}
+        except NoRoute:
+            pass
+        hops: dict[Address, NextHop] = {}
+        faults: dict[Address, str] = {}
+        for address in addresses:
+            try:
+                hops |= self._network.next_hops([address])
+            except NoRoute as error:
+                faults[address] = str(error)
+        return hops, faults
+
+    def _way(self, number: int, service: Service, backend: Backend, hop: NextHop, vips: Collection[Address]) -> Way:
+        assert self._bed
+        own = self._own_address(service.vip.address.version, hop, vips)
+        if own is None:
+            return Way(
+                backend.address,
+                fault=f"{hop.interface}: has no IPv{service.vip.address.version} address for answers to come to",
+            )
+        self._bed.lead(number, service, backend, hop)
+        network = NETWORK4 if service.vip.address.version == 4 else NETWORK6
+        return Way(network[number], own)
+
+    def _own_address(self, version: int, hop: NextHop, vips: Collection[Address]) -> Address | None:
+        """Of the VIP's family: where the backend answers to."""
+        if hop.source.version == version:
+            return hop.source
+        usable = (a for a in self._network.addresses(hop.interface) if a.version == version and not a.is_link_local)
+        return next((address for address in usable if address not in vips), None)
+
+
+class _Bed:
+    """The programs, the veth pair, and the interfaces that answers come in on."""
+
+    def __init__(self) -> None:
+        self._resources = ExitStack()
+        self._listening: dict[int, link.Link | tc.Held] = {}
+        with ExitStack() as undo, _translated():
+            self._resources = undo
+            self.near, far = self._make_pair()
+            self._load()
+            tc.release_left(self._object.program("check_in").name)
+            undo.enter_context(_hold(far, self._object.program("check_out")))
+            self._resources = undo.pop_all()
+
+    def _make_pair(self) -> tuple[int, int]:
+        """Also in the place of one that was left behind."""
+        with route_socket() as ipr:
+            _remove_pair()
+            ipr.link("add", ifname=NEAR, kind="veth", peer={"ifname": FAR})
+            self._resources.callback(_remove_pair)
+            near, far = map(socket.if_nametoindex, (NEAR, FAR))
+            for index in (near, far):
+                ipr.link("set", index=index, mtu=MTU, flags=IFF_NOARP, change=IFF_NOARP)
+                ipr.link("set", index=index, state="up")
+            _compute_checksums(NEAR)
+            for network in (NETWORK4, NETWORK6):
+                ipr.route("add", dst=str(network), oif=near)
+        return near, far
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the host still sends there what is for it."""
+        with route_socket() as ipr:
+            try:
+                ways = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
+            except NetlinkError:  # no route
+                return False
+        return all(way.get_attr("RTA_OIF") == self.near for way in ways)
+
+    def _load(self) -> None:
+        self._object = self._resources.enter_context(BpfObject.open(OBJECT))
+        words = address_words(NETWORK6.network_address)
+        self._object.configure(
+            "check_config",
+            network4=int(NETWORK4.network_address),
+            network6=tuple(words[:3]),  # type: ignore[arg-type]  # an array of the struct takes one
+            ifindex=self.near,
+            mac=tuple(_mac(self.near)),  # type: ignore[arg-type]
+        )
+        self._object.load()
+        self._targets = self._object.map("check_targets")
+        self._modes = self._object.types.enum("check_mode")
+
+    def listen_on(self, interfaces: Collection[int]) -> None:
+        with _translated():
+            for index in self._listening.keys() - set(interfaces):
+                self._listening.pop(index).close()
+            for index in set(interfaces) - self._listening.keys():
+                self._listening[index] = _hold(index, self._object.program("check_in"))
+
+    def lead(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
+        """From now on the target of this number stands for the backend."""
+        target = self._targets.value_type()
+        varied = service.options.tunnel_source(backend.address.version)
+        target.vip[:] = address_words(service.vip.address)
+        target.backend[:] = address_words(backend.address)
+        target.source[:] = address_words(varied.network_address if varied else hop.source)
+        target.ifindex = hop.ifindex
+        target.gue_port = service.options.gue_port
+        target.outer_checksum = service.options.outer_checksum
+        target.mode = self._modes[f"CHECK_{service.mode.name}"]
+        target.family = socket.AF_INET if backend.address.version == 4 else socket.AF_INET6
+        with _translated():
+            self._targets[number] = target
+
+    def close(self) -> None:
+        for held in self._listening.values():
+            held.close()
+        self._listening.clear()
+        self._resources.close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except NetlinkError as error:
+        raise DataplaneError(str(translate(error, f"health checks: {NEAR}"))) from error
+    except (XdpError, OSError) as error:
+        raise DataplaneError(f"health checks: {error}") from error
+
+
+def _hold(index: int, program: Program) -> link.Link | tc.Held:
+    """As long as this process lives; before Linux 6.6, until it takes it off."""
+    try:
+        return link.hold_at_tc(index, program.fd, egress=False)
+    except NotSupported:
+        return tc.hold(index, program.fd, program.id, program.name, egress=False)
+
+
+def _mac(index: int) -> bytes:
+    with route_socket() as ipr:
+        return bytes.fromhex(ipr.link("get", index=index)[0].get_attr("IFLA_ADDRESS").replace(":", ""))
+
+
+def _remove_pair() -> None:
+    with route_socket() as ipr:
+        for index in ipr.link_lookup(ifname=NEAR):
+            try:
+                ipr.link("del", index=index)
+            except NetlinkError as error:
+                if error.code != ENODEV:
+                    raise
+
+
+def _compute_checksums(name: str) -> None:
+    """A card would compute those of the tunnel's inside only if it knew of the tunnel."""
+    with closing(IoctlEthtool(name)) as ethtool:
+        ethtool.set_offload_flag("tx-checksumming", False)

@@ -1,0 +1,1 @@
+"""What Linux says of routes, neighbours, interfaces, capabilities and the SSH session."""

@@ -1,0 +1,92 @@
+"""What the balancer answers: the outcome of a change, and the state of things as the kernel holds it.
+
+All values are frozen and plain, so that the command line, the JSON output and (later) the API print the same facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lb.hashing.ring import Plan
+from lb.model.conditions import Condition
+from lb.model.forwarding import Attachment, Counters
+from lb.model.state import Backend, Interface, Service
+from lb.model.vip import Vip
+
+
+class ChangeKind(StrEnum):
+    ADD = "add"
+    CHANGE = "change"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One service before and after (None: not there), and what it does to the ring (None while nothing is attached)."""
+
+    vip: Vip
+    before: Service | None
+    after: Service | None
+    plan: Plan | None = None
+
+    @property
+    def kind(self) -> ChangeKind:
+        if self.before is None:
+            return ChangeKind.ADD
+        return ChangeKind.REMOVE if self.after is None else ChangeKind.CHANGE
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of one command: the changes made (or, in a dry run, to be made), and sentences for the operator."""
+
+    changes: tuple[Change, ...] = ()
+    attached: tuple[Attachment, ...] = ()
+    detached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    backend: Backend
+    resolved: bool
+    counters: Counters
+    condition: Condition | None = None  # None: nobody checks it, or not yet
+
+    @property
+    def state(self) -> str:
+        """active, draining or down."""
+        if self.condition and self.condition.down:
+            return "down"
+        return "draining" if self.backend.draining else "active"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    service: Service
+    slots_in_transition: int
+    backends: tuple[BackendStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceStatus:
+    interface: Interface
+    attached: Attachment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    netns: str
+    loaded: bool
+    interfaces: tuple[InterfaceStatus, ...]
+    services: tuple[ServiceStatus, ...]
+    drops: Mapping[str, int]
+    passes: Mapping[str, int]
+    answered: Mapping[str, int] = field(default_factory=dict)  # by the balancer itself
+    noted: Mapping[str, int] = field(default_factory=dict)  # counted beside what became of the packet
+    maps: Mapping[str, int] = field(default_factory=dict)  # bytes of kernel memory
+    outdated: str = ""  # the version of xdp-lb that the program in force is of, where it is not the installed one

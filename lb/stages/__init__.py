@@ -1,0 +1,1 @@
+"""Users' C, compiled by BCC, in front of and behind the balancer."""

@@ -1,0 +1,1 @@
+"""Status after status -> rates -> the screen."""
