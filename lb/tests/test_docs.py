@@ -46,7 +46,7 @@ from lb.ring import Plan
 from lb.rules import Action, At, Rule, SetSource
 from lb.vip import Vip
 
-ROOT = Path(__file__).parents[2]
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAN_PAGES = sorted((ROOT / "docs/man").glob("*.md"))
 CODE = ("fence", "code_block")

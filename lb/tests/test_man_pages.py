@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from filters import dump_cli, dump_options
 from lb.cli import cli
 
-ROOT = Path(__file__).parents[2]
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 NAMES = [path.stem for path in sorted((ROOT / "docs/man").glob("*.md"))]
 
 
