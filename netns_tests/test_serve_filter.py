@@ -42,7 +42,8 @@ from netns_tests.test_stage import running
 from netns_tests.topology import XDP_LB, Bed, wait_until
 
 PORT = 8443
-API_PAGE = Path(__file__).parents[1] / "docs/api.md"
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
+API_PAGE = ROOT / "docs/api.md"
 
 
 @pytest.fixture(scope="module")

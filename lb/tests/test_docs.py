@@ -41,7 +41,7 @@ from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
 from lb.runtime.metrics import DaemonMetrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAN_PAGES = sorted((ROOT / "docs/man").glob("*.md"))
 CODE = ("fence", "code_block")

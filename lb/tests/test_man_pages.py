@@ -16,7 +16,7 @@ from filters.cli import main as dump_cli
 from filters.cli import options as dump_options
 from lb.cli.main import cli
 
-ROOT = Path(__file__).parents[2]
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 NAMES = [path.stem for path in sorted((ROOT / "docs/man").glob("*.md"))]
 
 
