@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lb.control.open import open_balancer
     from lb.errors import LbError
     from lb.model.options import Options
-    from lb.model.rule_report import Wish as RuleSpec
+    from lb.model.rule_report import RuleSpec
     from lb.model.rules import Action
     from lb.model.state import Backend, Mode, Service
     from lb.model.vip import Vip
@@ -30,7 +30,7 @@ _PUBLIC = {
     "Mode": ("lb.model.state", "Mode"),
     "Options": ("lb.model.options", "Options"),
     "Paths": ("lb.paths", "Paths"),
-    "RuleSpec": ("lb.model.rule_report", "Wish"),
+    "RuleSpec": ("lb.model.rule_report", "RuleSpec"),
     "Service": ("lb.model.state", "Service"),
     "Vip": ("lb.model.vip", "Vip"),
     "open_balancer": ("lb.control.open", "open_balancer"),

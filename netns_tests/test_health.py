@@ -18,7 +18,7 @@ import pytest
 
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
-from lb.health.checker import Checker, Way
+from lb.health.checker import Checker, CheckPath
 from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
 from lb.health.probes import Target, probe
 from lb.host.events import Changes, HostEvents
@@ -72,7 +72,7 @@ def paths_to(lane: Lane, *, outer_checksum: bool = False) -> Iterator[Callable[[
             ways.close()
 
 
-def answer(check: HealthCheck, way: Way, port: int) -> str:
+def answer(check: HealthCheck, way: CheckPath, port: int) -> str:
     """What is wrong, as this check finds it."""
     target = Target(check, str(way.address), check.port or port, str(way.source or ""))
     return asyncio.run(probe(target)).why

@@ -20,7 +20,7 @@ from lb.control.open import open_balancer
 from lb.dataplane.dataplane import KernelDataplane
 from lb.hashing.ring import current_member
 from lb.host.events import Changes, HostEvents
-from lb.model.forwarding import WayInForce
+from lb.model.forwarding import InstalledNextHop
 from lb.model.vip import Vip
 from lb.paths import Paths
 from netns_tests.servers import start_http
@@ -464,5 +464,5 @@ def test_a_neighbour_that_says_nothing_new_is_no_change(bed: Bed) -> None:
 def test_a_rule_concerns_everything(bed: Bed) -> None:
     found = told(bed, lambda: bed.lb.run(["ip", "rule", "add", "pref", "99", "lookup", "main"]), bool)
     assert found.everything
-    way = WayInForce(VIP.address, 1, None)
+    way = InstalledNextHop(VIP.address, 1, None)
     assert found.concerned([way]) == {VIP.address}

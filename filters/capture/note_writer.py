@@ -8,17 +8,17 @@ from filters.compiler import cbpf, ebpf
 from filters.compiler.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import Field, Hook
-from filters.records.notes import NO_ACTION, Note, Place
+from filters.records.notes import NO_ACTION, CapturePoint, PacketMetadata
 from xdp.maps import Map
 
 _KEY = -20  # on the stack
 
 
 @dataclass(frozen=True, slots=True)
-class Notes:
+class MetadataWriter:
     """Writes notes. `verdicts`: the balancer's map of that name, with action, reason, egress of each CPU's packet."""
 
-    place: Place
+    place: CapturePoint
     verdicts: Map | None = None
 
     def emit(self, asm: Assembler, hook: Hook, record: Reg, at: int) -> None:
@@ -26,14 +26,14 @@ class Notes:
         ifindex = hook.ancillary[cbpf.IFINDEX]
         assert isinstance(ifindex, Field)
         asm.load(R1, CONTEXT, ifindex.offset, 4)
-        asm.store(record, at + Note.ifindex.offset, R1, 4)
-        asm.store_immediate(record, at + Note.place.offset, self.place, 4)
-        asm.store_immediate(record, at + Note.action.offset, NO_ACTION, 4)
-        asm.store_immediate(record, at + Note.reason.offset, 0, 4)
-        asm.store_immediate(record, at + Note.egress.offset, 0, 4)
+        asm.store(record, at + PacketMetadata.ifindex.offset, R1, 4)
+        asm.store_immediate(record, at + PacketMetadata.place.offset, self.place, 4)
+        asm.store_immediate(record, at + PacketMetadata.action.offset, NO_ACTION, 4)
+        asm.store_immediate(record, at + PacketMetadata.reason.offset, 0, 4)
+        asm.store_immediate(record, at + PacketMetadata.egress.offset, 0, 4)
         if hook.returned is not None:
             asm.load(R1, CONTEXT, hook.returned, 4)
-            asm.store(record, at + Note.action.offset, R1, 4)
+            asm.store(record, at + PacketMetadata.action.offset, R1, 4)
         if self.verdicts:
             self._copy_verdict(asm, hook, record, at, self.verdicts)
 
@@ -51,8 +51,8 @@ class Notes:
             asm.load(R2, CONTEXT, hook.returned, 4)
             asm.jump_if(ebpf.JNE, R1, R2, unknown)
             asm.store_immediate(R0, verdict.action.offset, NO_ACTION, 4)
-        asm.store(record, at + Note.action.offset, R1, 4)
-        for ours, theirs in ((Note.reason, verdict.reason), (Note.egress, verdict.egress)):
+        asm.store(record, at + PacketMetadata.action.offset, R1, 4)
+        for ours, theirs in ((PacketMetadata.reason, verdict.reason), (PacketMetadata.egress, verdict.egress)):
             asm.load(R1, R0, theirs.offset, 4)
             asm.store(record, at + ours.offset, R1, 4)
         asm.place(unknown)

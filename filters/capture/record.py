@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from filters.capture.fragments import FragmentFlag
-from filters.capture.note_writer import Notes
-from filters.capture.ring import RECORDS, Account, Line, Rings, account_at
+from filters.capture.note_writer import MetadataWriter
+from filters.capture.ring import RECORDS, CaptureCounters, Line, Rings, account_at
 from filters.compiler import cbpf, ebpf
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R5, R7, R8, R10, Assembler, Label, Reg
 from filters.compiler.emit import ACCEPTED, CONTEXT
@@ -47,7 +47,7 @@ class Capture:
     nano: bool = False
     limit: int | None = None
     account: int = 0
-    notes: Notes | None = None
+    notes: MetadataWriter | None = None
     flag: FragmentFlag | None = None
 
     @property
@@ -58,7 +58,7 @@ class Capture:
         lost, over, done = Label(), Label(), Label()
         self._load_frame_length(asm, hook)
         self._find_ring(asm, done)
-        self._count(asm, Account.matched.offset)
+        self._count(asm, CaptureCounters.matched.offset)
         self._reserve(asm, hook, lost)
         if self.limit is not None:
             self._take_ticket(asm, self.limit, over, done)
@@ -68,7 +68,7 @@ class Capture:
         _copy_packet(asm, hook, RECORDS + RECORD_HEADER + self._note_size, lost)
         self._commit(asm)
         asm.jump(done)
-        for label, field in ((lost, Account.lost), (over, Account.over)):
+        for label, field in ((lost, CaptureCounters.lost), (over, CaptureCounters.over)):
             asm.place(label)
             self._count(asm, field.offset)
             asm.jump(done)
@@ -131,7 +131,7 @@ class Capture:
         asm.alu(ebpf.ADD, R1, R2)
         asm.alu(ebpf.ADD, R1, RECORD_HEADER + self._note_size)
         asm.store(_RING, Line.head.offset, R1, 8)
-        self._count(asm, Account.captured.offset)
+        self._count(asm, CaptureCounters.captured.offset)
 
     def _count(self, asm: Assembler, field: int) -> None:
         offset = account_at(self.account) + field

@@ -42,7 +42,7 @@ _READINGS, _UNNOTICED_NS = 8, 10_000
 _CACHE_LINE = 64
 
 
-class Account(ctypes.Structure):
+class CaptureCounters(ctypes.Structure):
     """Of one program: `matched` packets were accepted by its filter; of them `captured` are records, `lost` found no
     room, and `over` came after as many as were asked for."""
 
@@ -61,13 +61,13 @@ class Line(ctypes.Structure):
         ("wrap", ctypes.c_uint64),
         ("second", ctypes.c_uint64),
         ("second_ns", ctypes.c_uint64),
-        ("first_account", Account),
+        ("first_account", CaptureCounters),
         ("tail", ctypes.c_uint64),
         ("clock_offset_ns", ctypes.c_int64),
         ("_reader", ctypes.c_uint8 * (_CACHE_LINE - 16)),
         ("taken", ctypes.c_uint64),
         ("_shared", ctypes.c_uint8 * (_CACHE_LINE - 8)),
-        ("more_accounts", Account * (MOST_ACCOUNTS - 1)),
+        ("more_accounts", CaptureCounters * (MOST_ACCOUNTS - 1)),
     )
 
 
@@ -75,7 +75,7 @@ def account_at(number: int) -> int:
     """Where the account of that number lies in a Line: the first one is on the line that every packet touches."""
     if number == 0:
         return Line.first_account.offset
-    return Line.more_accounts.offset + (number - 1) * ctypes.sizeof(Account)
+    return Line.more_accounts.offset + (number - 1) * ctypes.sizeof(CaptureCounters)
 
 
 RECORDS = ctypes.sizeof(Line)
@@ -159,7 +159,7 @@ class Rings:
 
     def account(self, number: int) -> Counts:
         at = account_at(number)
-        return sum((_counts(Account.from_buffer(line, at)) for line in self._lines), Counts())
+        return sum((_counts(CaptureCounters.from_buffer(line, at)) for line in self._lines), Counts())
 
     def settled(self) -> Counts:
         """The counts once no writer is at work any more; to be asked for when the programs have been detached."""
@@ -173,12 +173,12 @@ class Rings:
         return now
 
 
-def _accounts(line: Line) -> Iterator[Account]:
+def _accounts(line: Line) -> Iterator[CaptureCounters]:
     yield line.first_account
     yield from line.more_accounts
 
 
-def _counts(account: Account) -> Counts:
+def _counts(account: CaptureCounters) -> Counts:
     return Counts(account.matched, account.captured, account.lost, account.over)
 
 

@@ -16,15 +16,15 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from filters.capture.fragments import FragmentFlag, fragment_flag
-from filters.capture.note_writer import Notes
+from filters.capture.note_writer import MetadataWriter
 from filters.capture.record import Capture
 from filters.capture.ring import MOST_ACCOUNTS, Rings
 from filters.compiler.cbpf import Instruction
 from filters.compiler.hook import TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import Translation, translate
 from filters.interfaces import Interface
-from filters.programs.program import Entry, LoadedProgram, Rule, Tail, assemble, load
-from filters.records.notes import Place
+from filters.programs.program import Entry, FilterAction, LoadedProgram, Rule, assemble, load
+from filters.records.notes import CapturePoint
 from filters.selftest.selftest import check
 from xdp.errors import AttachError, LoadError, NotPermitted, NotSupported, Occupied, XdpError
 from xdp.link import hold_at_program, hold_at_tc, hold_at_xdp
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # only beside another XDP program
     from filters.capture.traced import Offsets
 
 _PROGRAM_NAME = "xdp_dump"
-_PLACES = {place.words: place for place in Place}
+_PLACES = {place.words: place for place in CapturePoint}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Request:
 class Tap:
     """A program and where it is at work."""
 
-    place: Place
+    place: CapturePoint
     program: LoadedProgram
     account: int
     interfaces: list[Interface] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Taps:
     def __init__(self, request: Request, rings: Rings) -> None:
         self._request, self._rings = request, rings
         self._resources, self._links = ExitStack(), ExitStack()
-        self._loaded: dict[tuple[Place, int], Tap] = {}
+        self._loaded: dict[tuple[CapturePoint, int], Tap] = {}
         self._balancers: dict[int, staged.Balancer | None] = {}
-        self._staged: dict[tuple[int, Place], list[Interface]] = {}
+        self._staged: dict[tuple[int, CapturePoint], list[Interface]] = {}
         self._judged: list[staged.Balancer] = []
         self._checked: set[str] = set()
         self._accounts = count()
@@ -124,17 +124,17 @@ class Taps:
         if request.ingress:
             self._at_ingress(interface)
         if request.egress and not (request.ingress and interface.is_loopback):  # where all that leaves comes in
-            self._at(Place.TC_OUT, interface)
+            self._at(CapturePoint.TC_OUT, interface)
 
-    def _at(self, place: Place, interface: Interface) -> None:
+    def _at(self, place: CapturePoint, interface: Interface) -> None:
         match place:
-            case Place.XDP:
+            case CapturePoint.XDP:
                 self._at_xdp(interface)
-            case Place.XDP_EXIT:
-                self._beside(interface, Place.XDP_EXIT)
-            case Place.TC_IN:
+            case CapturePoint.XDP_EXIT:
+                self._beside(interface, CapturePoint.XDP_EXIT)
+            case CapturePoint.TC_IN:
                 self._at_tc(self._tap(TC_IN, place, interface), interface)
-            case Place.TC_OUT:
+            case CapturePoint.TC_OUT:
                 self._at_tc(self._tap(TC_OUT, place, interface), interface)
 
     def _at_ingress(self, interface: Interface) -> None:
@@ -143,24 +143,24 @@ class Taps:
         try:
             self._at_native_xdp(interface)
         except (NotSupported, AttachError):
-            self._at(Place.TC_IN, interface)
+            self._at(CapturePoint.TC_IN, interface)
 
     def _at_xdp(self, interface: Interface) -> None:
         try:
             self._at_native_xdp(interface)
         except NotSupported:
-            tap = self._tap(XDP_FRAGS, Place.XDP, interface)
+            tap = self._tap(XDP_FRAGS, CapturePoint.XDP, interface)
             self._hold(hold_at_xdp(interface.index, tap.program.fd, generic=True), tap, interface)
 
     def _at_native_xdp(self, interface: Interface) -> None:
-        tap = self._tap(XDP_FRAGS, Place.XDP, interface)
+        tap = self._tap(XDP_FRAGS, CapturePoint.XDP, interface)
         try:
             self._hold(hold_at_xdp(interface.index, tap.program.fd), tap, interface)
         except Occupied:
-            self._beside(interface, Place.XDP)
+            self._beside(interface, CapturePoint.XDP)
 
     def _at_tc(self, tap: Tap, interface: Interface) -> None:
-        egress = tap.place is Place.TC_OUT
+        egress = tap.place is CapturePoint.TC_OUT
         try:
             link: Held = hold_at_tc(interface.index, tap.program.fd, egress=egress)
         except NotSupported:
@@ -175,7 +175,7 @@ class Taps:
 
     # Beside another XDP program
 
-    def _beside(self, interface: Interface, place: Place) -> None:
+    def _beside(self, interface: Interface, place: CapturePoint) -> None:
         """On the program itself, where the kernel lets it be traced; else, if it is the balancer's, among its stages.
         Raises Occupied."""
         from xdp.attach import attached
@@ -190,15 +190,15 @@ class Taps:
                 raise Occupied(f"{interface.name}: another XDP program is attached: {_why(refusal)}") from refusal
             self._staged.setdefault((running.program_id, place), []).append(interface)
 
-    def _trace(self, interface: Interface, place: Place, program_id: int) -> None:
+    def _trace(self, interface: Interface, place: CapturePoint, program_id: int) -> None:
         from filters.capture.traced import BEFORE, BEHIND, TracedEntry, reach
         from xdp.tracing import target
 
-        hook = BEHIND if place is Place.XDP_EXIT else BEFORE
+        hook = BEHIND if place is CapturePoint.XDP_EXIT else BEFORE
         translation = translate(self._request.instructions, hook)
         contexts, offsets = self._traced
         entry = TracedEntry(contexts, offsets, interface.index, reach(translation))
-        balancer = self._balancer(program_id) if place is Place.XDP_EXIT else None
+        balancer = self._balancer(program_id) if place is CapturePoint.XDP_EXIT else None
         with target(program_id) as traced:
             verdicts = balancer.verdicts if balancer else None
             tap = self._load(place, translation, entry=entry, target=traced, verdicts=verdicts)
@@ -234,11 +234,11 @@ class Taps:
                 self._balancers[program_id] = None
         return self._balancers[program_id]
 
-    def _enter_stage(self, program_id: int, place: Place, interfaces: list[Interface]) -> None:
+    def _enter_stage(self, program_id: int, place: CapturePoint, interfaces: list[Interface]) -> None:
         """One for all interfaces of the balancer's: there are few places."""
         balancer = self._balancer(program_id)
         assert balancer
-        behind = place is Place.XDP_EXIT
+        behind = place is CapturePoint.XDP_EXIT
 
         def capture(entry: staged.StagedEntry, onward: staged.Onward) -> LoadedProgram:
             translation = translate(self._request.instructions, XDP)
@@ -252,7 +252,7 @@ class Taps:
 
     # Programs
 
-    def _tap(self, hook: Hook, place: Place, interface: Interface) -> Tap:
+    def _tap(self, hook: Hook, place: CapturePoint, interface: Interface) -> Tap:
         """The program for a place, loaded when it is first asked for."""
         key = place, interface.index if self.by_interface else 0
         if key not in self._loaded:
@@ -261,11 +261,11 @@ class Taps:
 
     def _load(
         self,
-        place: Place,
+        place: CapturePoint,
         translation: Translation,
         *,
         entry: Entry | None = None,
-        otherwise: Tail | None = None,
+        otherwise: FilterAction | None = None,
         target: Target | None = None,
         verdicts: Map | None = None,
     ) -> Tap:
@@ -273,7 +273,7 @@ class Taps:
         if request.selftest:
             self._check(hook)
         account = min(next(self._accounts), MOST_ACCOUNTS - 1)
-        notes = Notes(place, verdicts) if request.notes else None
+        notes = MetadataWriter(place, verdicts) if request.notes else None
         flag = self._fragment_flag if hook is XDP_FRAGS and not request.prompt else None
         capture = Capture(self._rings, request.nano, request.limit, account, notes, flag)
         instructions = assemble(hook, [Rule(translation, [capture])], otherwise, entry)

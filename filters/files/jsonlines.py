@@ -14,7 +14,7 @@ from typing import Any
 
 from filters.compiler.expr import ETHERNET
 from filters.files.fields import fields
-from filters.records.notes import Noted, Place, action_words, noted
+from filters.records.notes import CapturePoint, Noted, action_words, noted
 from filters.records.pcap import Span
 
 
@@ -44,8 +44,8 @@ class JsonLines:
         return told | self._verdict(packet)
 
     def _seen(self, packet: Noted) -> dict[str, Any]:
-        place = Place(packet.note.place)
-        if place is Place.FILE:
+        place = CapturePoint(packet.note.place)
+        if place is CapturePoint.FILE:
             return {}
         return {"interface": self._name(packet.note.ifindex), "at": place.words, "direction": place.direction}
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from filters import native
 from filters.records.counts import Counts
-from filters.records.notes import ACTIONS, Note, Noted, Place, noted
+from filters.records.notes import ACTIONS, CapturePoint, Noted, PacketMetadata, noted
 from filters.records.pcap import File, Sink, Span, record
 
 _SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
@@ -91,7 +91,7 @@ class Layout:
 
     @cached_property
     def directions(self) -> list[int]:
-        return [_DIRECTIONS[place.direction] for place in Place]
+        return [_DIRECTIONS[place.direction] for place in CapturePoint]
 
     @cached_property
     def comments(self) -> list[bytes]:
@@ -107,7 +107,7 @@ class Layout:
             ifindexes, self.directions, b"".join(self.comments), ends, len(ACTIONS) + 1, len(self.reasons) + 1
         )
 
-    def comment(self, note: Note) -> bytes:
+    def comment(self, note: PacketMetadata) -> bytes:
         columns = len(self.reasons) + 1
         found: bytes = self.comments[min(note.action, len(ACTIONS)) * columns + min(note.reason, columns - 1)]
         return found

@@ -1,7 +1,7 @@
 """What a firewall asks of packets and does with them, beside what filters.programs.program has: sets, deadlines, rate
 limits.
 
-Enters: maps and numbers. Leaves: Conditions and Tails for Rules, and the assembly of rules that are for several
+Enters: maps and numbers. Leaves: Conditions and FilterActions for Rules, and the assembly of rules that are for several
 interfaces into one program.
 """
 
@@ -17,7 +17,7 @@ from filters.compiler.cbpf import IFINDEX
 from filters.compiler.ebpf import R0, R1, R2, R3, R4, R6, R7, R8, R10, Assembler, Instruction, Label
 from filters.compiler.emit import CONTEXT, Exits
 from filters.compiler.hook import Field, Hook
-from filters.programs.program import Count, Drop, Rule, Tail, emit_rule, refused
+from filters.programs.program import Count, Drop, FilterAction, Rule, emit_rule, refused
 from filters.programs.sets import Tries
 from xdp import libbpf
 from xdp.maps import Map
@@ -241,7 +241,7 @@ class _ByHelper:
 
 
 def assemble_by_interface(
-    hook: Hook, sections: Mapping[int, Sequence[Rule]], otherwise: Tail
+    hook: Hook, sections: Mapping[int, Sequence[Rule]], otherwise: FilterAction
 ) -> tuple[Instruction, ...]:
     """One program: interface index -> its rules. `otherwise` ends what no rule ended. Raises TooLong."""
     asm, end = Assembler(), Label()

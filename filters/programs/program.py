@@ -41,7 +41,7 @@ class Condition(Protocol):
     def emit(self, asm: Assembler, hook: Hook, otherwise: Label) -> None: ...
 
 
-class Tail(Protocol):
+class FilterAction(Protocol):
     """What is done with a packet that a filter accepts, in eBPF.
 
     At its start r6 is the program's context and r9 the accepted length (32 bits, not zero; it may be larger than the
@@ -148,7 +148,7 @@ class Rule:
     """A filter, what else a packet must be, and what is done with it then, in this order."""
 
     translation: Translation
-    tails: Sequence[Tail]
+    tails: Sequence[FilterAction]
     conditions: Sequence[Condition] = ()
 
 
@@ -166,7 +166,7 @@ class KernelContext:
 
 
 def assemble(
-    hook: Hook, rules: Sequence[Rule], otherwise: Tail | None = None, entry: Entry | None = None
+    hook: Hook, rules: Sequence[Rule], otherwise: FilterAction | None = None, entry: Entry | None = None
 ) -> tuple[Instruction, ...]:
     """One program. `otherwise`: for packets that no rule ended; they pass if it does not end them. Raises TooLong."""
     asm = Assembler()

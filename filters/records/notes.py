@@ -1,7 +1,8 @@
 """What is known of a captured packet beside its bytes: where it was seen, and what became of it.
 
-Enters: a packet at a hook. Leaves: a Note of 20 bytes, in the host's byte order, between the header of the packet's
-record and its bytes. Both lengths in the header count it, so that whoever only moves records need not know of it.
+Enters: a packet at a hook. Leaves: a PacketMetadata of 20 bytes, in the host's byte order, between the header of the
+packet's record and its bytes. Both lengths in the header count it, so that whoever only moves records need not know of
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NO_ACTION = 0xFFFFFFFF
 ACTIONS = ("XDP_ABORTED", "XDP_DROP", "XDP_PASS", "XDP_TX", "XDP_REDIRECT")
 
 
-class Place(IntEnum):
+class CapturePoint(IntEnum):
     """Where a packet was seen; FILE: in a file that somebody else has written."""
 
     XDP, XDP_EXIT, TC_IN, TC_OUT, FILE = range(5)
@@ -32,18 +33,18 @@ class Place(IntEnum):
     @property
     def direction(self) -> str | None:
         """Of the packet, seen from the interface; what it becomes behind XDP the action says."""
-        return {Place.FILE: None, Place.TC_OUT: "out"}.get(self, "in")
+        return {CapturePoint.FILE: None, CapturePoint.TC_OUT: "out"}.get(self, "in")
 
 
-class Note(ctypes.Structure):
+class PacketMetadata(ctypes.Structure):
     """`action` is an enum xdp_action, NO_ACTION where none has been taken; `reason` is the balancer's, 0 where it has
     not said any; `egress` is where it sends the packet."""
 
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("ifindex", "place", "action", "reason", "egress"))
 
 
-NOTE_SIZE = ctypes.sizeof(Note)
-OF_A_FILE = bytes(Note(place=Place.FILE, action=NO_ACTION))
+NOTE_SIZE = ctypes.sizeof(PacketMetadata)
+OF_A_FILE = bytes(PacketMetadata(place=CapturePoint.FILE, action=NO_ACTION))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Noted:
     seconds: int
     fraction: int
     length: int
-    note: Note
+    note: PacketMetadata
     data: memoryview
 
 
@@ -62,7 +63,7 @@ def noted(span: Span) -> Iterator[Noted]:
     view = memoryview(span)
     for at, seconds, fraction in offsets(span):
         packet, length = unpacked(view, at)
-        note = Note.from_buffer_copy(packet)
+        note = PacketMetadata.from_buffer_copy(packet)
         yield Noted(seconds, fraction, length - NOTE_SIZE & cbpf.WORD, note, packet[NOTE_SIZE:])
 
 

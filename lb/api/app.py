@@ -15,8 +15,8 @@ from lb.api.models import balancer as models
 from lb.api.models.common import ProblemAnswer
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
-from lb.runtime.features import Beside
-from lb.runtime.owner import Owner, to_bytes
+from lb.runtime.features import FeatureThreads
+from lb.runtime.owner import BalancerThread, to_bytes
 
 DESCRIPTION = """\
 Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
@@ -24,7 +24,7 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(owner: Owner, unready: Callable[[], str], beside: Beside | None = None) -> FastAPI:
+def create_app(owner: BalancerThread, unready: Callable[[], str], beside: FeatureThreads | None = None) -> FastAPI:
     """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
     stages are of; None: there is none."""
     app = FastAPI(
@@ -64,7 +64,7 @@ async def _healthz() -> Response:
     return Response(b'{"status":"ok"}', media_type=JSON)
 
 
-def _readyz(unready: Callable[[], str]) -> Callable[[Owner], Awaitable[Response]]:
+def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[Response]]:
     async def readyz(owner: TheOwner) -> Response:
         """The kernel has what is stored. `problem`: why it is not by the installed program."""
         if reason := unready():

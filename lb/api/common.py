@@ -13,8 +13,8 @@ from fastapi import Depends, Header, Query, Request, Response
 from lb.errors import Conflict
 from lb.formats.problems import MEDIA_TYPE
 from lb.model.report import Status
-from lb.runtime.features import Beside
-from lb.runtime.owner import Owner, to_bytes
+from lb.runtime.features import FeatureThreads
+from lb.runtime.owner import BalancerThread, to_bytes
 
 JSON = "application/json"
 
@@ -33,18 +33,18 @@ CHANGES = ALWAYS | problems(409, 412)
 READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
 
 
-async def _owner(request: Request) -> Owner:
-    owner: Owner = request.app.state.owner
+async def _owner(request: Request) -> BalancerThread:
+    owner: BalancerThread = request.app.state.owner
     return owner
 
 
-async def _beside(request: Request) -> Beside:
-    beside: Beside = request.app.state.beside
+async def _beside(request: Request) -> FeatureThreads:
+    beside: FeatureThreads = request.app.state.beside
     return beside
 
 
-TheOwner = Annotated[Owner, Depends(_owner)]
-TheBeside = Annotated[Beside, Depends(_beside)]
+TheOwner = Annotated[BalancerThread, Depends(_owner)]
+TheBeside = Annotated[FeatureThreads, Depends(_beside)]
 
 
 def is_here(request: Request) -> bool:
@@ -78,6 +78,6 @@ def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> 
     return Response(body(), media_type=JSON, headers={"ETag": etag})
 
 
-async def status_response(owner: Owner, describe: Callable[[Status], object]) -> Response:
+async def status_response(owner: BalancerThread, describe: Callable[[Status], object]) -> Response:
     """A document of the status, which may be large: it is made in the balancer's thread."""
     return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)

@@ -13,7 +13,7 @@ from lb.api.common import ALWAYS, JSON, TheBeside
 from lb.api.models.explain import ExplainBody, ExplanationAnswer, pcap_bytes
 from lb.errors import InvalidInput, part
 from lb.explain.explainer import Explainer
-from lb.explain.request import Asked, Here, explain_capture
+from lb.explain.request import ExplainService, Here, explain_capture
 from lb.formats.capture_file import capture_of
 from lb.formats.documents import Document
 from lb.runtime.owner import to_bytes
@@ -34,7 +34,7 @@ async def explain(body: ExplainBody, beside: TheBeside) -> Response:
     return Response(await beside.explainer(work), media_type=JSON)
 
 
-def _explained(body: ExplainBody, asked: Asked) -> Iterator[Document]:
+def _explained(body: ExplainBody, asked: ExplainService) -> Iterator[Document]:
     if body.hex is not None:
         yield asked.frame(body.frame(), body.interface, length=body.length)
     elif body.pcap is None:
@@ -43,7 +43,7 @@ def _explained(body: ExplainBody, asked: Asked) -> Iterator[Document]:
         yield from _captured(pcap_bytes(body.pcap), body, asked)
 
 
-def _captured(pcap: bytes, body: ExplainBody, asked: Asked) -> Iterator[Document]:
+def _captured(pcap: bytes, body: ExplainBody, asked: ExplainService) -> Iterator[Document]:
     with part("pcap"), capture_of(pcap, "pcap") as capture:
         found = explain_capture(asked, capture, body.number, body.interface)
         for count, document in enumerate(found):

@@ -38,9 +38,9 @@ from lb.firewall.text import report_lines
 from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
 from lb.host.ssh import SSH_HEADER, Connection, SshConnection
-from lb.model.rule_report import FilterReport, How, Trial
+from lb.model.rule_report import ApplyOptions, FilterReport, TestResult
 from lb.runtime.events import KEPT
-from lb.runtime.owner import Owner, etag_of, to_bytes
+from lb.runtime.owner import BalancerThread, etag_of, to_bytes
 
 SENTENCES = 4  # of a summary
 
@@ -55,8 +55,8 @@ async def _how(
     dry_run: DryRun = False,
     force: Annotated[bool, Query(description="Also if it ends the connection that this comes on")] = False,
     selftest: Annotated[bool, Query(description="Run new expressions against the kernel's own first")] = True,
-) -> How:
-    return How(force=force, selftest=selftest, dry_run=dry_run)
+) -> ApplyOptions:
+    return ApplyOptions(force=force, selftest=selftest, dry_run=dry_run)
 
 
 async def _asked_on(
@@ -77,7 +77,7 @@ async def _asked_on(
 
 
 InterfaceInPath = Annotated[str, Depends(_interface)]
-TheHow = Annotated[How, Depends(_how)]
+TheHow = Annotated[ApplyOptions, Depends(_how)]
 AskedOn = Annotated[Connection | None, Depends(_asked_on)]
 
 
@@ -113,7 +113,7 @@ def _summary(report: FilterReport) -> str:
     return "; ".join([*lines[:SENTENCES], *more])
 
 
-def _tell(owner: Owner, report: FilterReport) -> None:
+def _tell(owner: BalancerThread, report: FilterReport) -> None:
     if report.dry_run or not report.changes:
         return
     for change, summary in islice(zip(report.changes, report_lines(report), strict=True), KEPT):
@@ -260,7 +260,7 @@ async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> R
 
         with capture_of(pcap, "pcap") as capture:
             packets = capture.packets()
-            trial: Trial = (
+            trial: TestResult = (
                 firewall.judged_by(wishes, packets, keep)
                 if body.interface is None
                 else firewall.judged(body.interface, packets, body.at, keep)

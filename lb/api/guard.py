@@ -79,7 +79,7 @@ class AccessThread:
         self._thread.shutdown()
 
 
-class Guard:
+class AccessMiddleware:
     """An ASGI application around another. `scope["state"]["peer"]` is the Peer; the API may leave sentences for the
     audit log: what has changed in `scope["state"]["change"]`, or why not in `["detail"]`."""
 

@@ -36,7 +36,7 @@ from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
 from lb.model.vip import Vip
-from lb.runtime.owner import Owner, Rendered, to_bytes
+from lb.runtime.owner import BalancerThread, RenderedService, to_bytes
 
 
 class _Path:
@@ -65,7 +65,7 @@ async def _change(
     if_match: str | None = None,
 ) -> Response:
     """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
-    owner: Owner = request.app.state.owner
+    owner: BalancerThread = request.app.state.owner
 
     def checked(balancer: Balancer) -> Report:
         if if_match is not None:
@@ -109,7 +109,7 @@ async def get_service(vip: VipInPath, owner: TheOwner, if_none_match: IfNoneMatc
     return content(lambda: found.body, found.etag, if_none_match)
 
 
-def _rendered(owner: Owner, vip: Vip) -> Rendered:
+def _rendered(owner: BalancerThread, vip: Vip) -> RenderedService:
     owner.snapshot.state.service(vip)  # raises NotFound
     return owner.snapshot.services[vip]
 

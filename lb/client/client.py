@@ -23,7 +23,7 @@ import httpx
 
 from lb.client.explain import ExplainClient
 from lb.client.filters import FilterClient
-from lb.client.http import DaemonHttp, Tagged
+from lb.client.http import DaemonHttp, WithEtag
 from lb.client.stages import StageClient
 from lb.formats.documents import Document, read_report, read_service, read_status
 from lb.host.ssh import SshConnection, ssh_connection
@@ -83,10 +83,10 @@ class Client:
 
     # What is desired, and what is
 
-    def services(self) -> Tagged[tuple[Service, ...]]:
+    def services(self) -> WithEtag[tuple[Service, ...]]:
         return self._read("/v1/services", lambda document: tuple(map(read_service, document)))
 
-    def service(self, vip: Vip) -> Tagged[Service]:
+    def service(self, vip: Vip) -> WithEtag[Service]:
         return self._read(_path(vip), read_service)
 
     def status(self) -> Status:
@@ -188,7 +188,7 @@ class Client:
 
     # How the daemon is spoken to
 
-    def _read(self, path: str, read: Callable[[Any], T]) -> Tagged[T]:
+    def _read(self, path: str, read: Callable[[Any], T]) -> WithEtag[T]:
         return self._http.ask("GET", path, read)
 
     def _change(

@@ -1,4 +1,4 @@
-"""Explanations by the API: the methods of lb.explain.request.Asked, over a daemon.
+"""Explanations by the API: the methods of lb.explain.request.ExplainService, over a daemon.
 
 Enters: flows, frames, capture files. Leaves: the documents of `xdp-lb explain --json`.
 """

@@ -24,7 +24,7 @@ TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 
 
 @dataclass(frozen=True, slots=True)
-class Tagged(Generic[T]):
+class WithEtag(Generic[T]):
     """What was read, and the entity tag by which a change can be bound to it."""
 
     value: T
@@ -57,7 +57,7 @@ class DaemonHttp:
         text: str | None = None,
         query: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Tagged[T]:
+    ) -> WithEtag[T]:
         """`body` is sent as JSON, or else `text` as it is."""
         more = TEXT if text is not None else {}
         with _translated():
@@ -70,7 +70,7 @@ class DaemonHttp:
                 headers={**(headers or {}), **more},
             )
             _check(response)
-            return Tagged(read(response.json()), response.headers.get("etag", ""))
+            return WithEtag(read(response.json()), response.headers.get("etag", ""))
 
     @contextmanager
     def stream(self, path: str, headers: Mapping[str, str]) -> Iterator[Iterator[str]]:

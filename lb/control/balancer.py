@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lb.control.change import reply_interfaces, some
-from lb.control.contracts import Dataplane, Guard, Network, NoGuard
+from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
 from lb.control.repair import Repairs
 from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
@@ -36,9 +36,9 @@ class Balancer:
         dataplane: Dataplane,
         network: Network,
         netns: str = DEFAULT_NETNS,
-        guard: Guard | None = None,
+        guard: FilterHandover | None = None,
     ) -> None:
-        self.writer = Writer(store, dataplane, network, guard or NoGuard())
+        self.writer = Writer(store, dataplane, network, guard or NoFilters())
         self.repairs = Repairs(self.writer)
         self.network = network
         self._netns = netns

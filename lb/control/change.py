@@ -1,7 +1,7 @@
 """A change that is thought through: what differs between two states, and what there is to say of it (pure).
 
-Enters: the state in force and the one that is asked for. Leaves: a Step that lb.control.writer carries out, and its
-Report.
+Enters: the state in force and the one that is asked for. Leaves: a ChangeSet that lb.control.writer carries out, and
+its Report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ChangeSet:
     """A change that is thought through and can be carried out."""
 
     before: State
@@ -139,7 +139,7 @@ def backends_that_left(before: State, goal: State) -> set[Address]:
     return left
 
 
-class Served:
+class BackendUse:
     """How many services of a state have each backend address, brought up to date from one state to the next."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ def notes_of_storing(before: State, goal: State) -> Iterator[str]:
         yield "stored only: nothing is attached: xdp-lb attach IFACE puts it in force"
 
 
-def report(step: Step, outcome: Outcome, *, dry_run: bool = False) -> Report:
+def report(step: ChangeSet, outcome: Outcome, *, dry_run: bool = False) -> Report:
     return Report(
         changes=tuple(_changes(step, outcome.plans)),
         attached=outcome.attached,
@@ -185,7 +185,7 @@ def report(step: Step, outcome: Outcome, *, dry_run: bool = False) -> Report:
     )
 
 
-def _changes(step: Step, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
+def _changes(step: ChangeSet, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
     before, goal = step.before.services, step.goal.services
     old = {service.vip: service for service in changed(goal, before)}
     new = {service.vip: service for service in changed(before, goal)}

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from lb.hashing.ring import Plan
-from lb.model.forwarding import Attachment, NextHop, Statistics, WayInForce
+from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
 from lb.model.state import Interface, Service
 from lb.model.vip import Address, Vip
 
@@ -84,7 +84,7 @@ class Dataplane(Protocol):
     def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> Set[Address]:
         """Have packets take these next hops: the backends whose next hop was another."""
 
-    def ways(self) -> Iterable[WayInForce]:
+    def ways(self) -> Iterable[InstalledNextHop]:
         """Those of all members."""
 
     def due(self) -> Sequence[Vip]:
@@ -103,7 +103,7 @@ class Dataplane(Protocol):
     def statistics(self) -> Statistics: ...
 
 
-class Guard(Protocol):
+class FilterHandover(Protocol):
     """Filter rules in front, which stay in force wherever the balancer comes or goes. All may be repeated."""
 
     def alone(self) -> AbstractContextManager[None]:
@@ -119,7 +119,7 @@ class Guard(Protocol):
         """Put rules in force where others have taken them out: sentences of that, and why it cannot be."""
 
 
-class NoGuard:
+class NoFilters:
     """Where there are no filter rules."""
 
     def alone(self) -> AbstractContextManager[None]:

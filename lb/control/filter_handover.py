@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lb.firewall.firewall import Firewall
 
 
-class FilterGuard:
+class KernelFilterHandover:
     """See lb.control.contracts.Guard, which this implements, for the stored rules. Raises LbError."""
 
     def __init__(self, paths: Paths, store: Store, dataplane: KernelDataplane) -> None:
@@ -54,13 +54,13 @@ class FilterGuard:
 
     def _repaired(self, firewall: Firewall) -> tuple[list[str], list[str]]:
         """Each hook by itself: what is wrong with one is no matter of the others."""
-        from lb.model.rule_report import How
+        from lb.model.rule_report import ApplyOptions
 
         done, failed = [], []
         for hook in firewall.lost():
             name, at = hook
             try:
-                firewall.restore(How(force=True), [hook])
+                firewall.restore(ApplyOptions(force=True), [hook])
             except LbError as error:
                 failed.append(str(error))
             else:

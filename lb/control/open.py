@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from lb.control.balancer import Balancer
-from lb.control.filter_handover import FilterGuard
+from lb.control.filter_handover import KernelFilterHandover
 from lb.health.file import HealthFile
 from lb.host.capabilities import check_may_change
 from lb.paths import Paths
@@ -31,7 +31,7 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        guard = FilterGuard(paths, store, dataplane)
+        guard = KernelFilterHandover(paths, store, dataplane)
         network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
         balancer = Balancer(store, dataplane, network, paths.netns, guard)
         balancer.writer.in_daemon = in_daemon

@@ -13,7 +13,7 @@ from dataclasses import replace
 from lb.control.change import addresses_in_force, off_link, with_reply_interfaces
 from lb.control.writer import ABSENT, Writer
 from lb.errors import LbError
-from lb.model.forwarding import Attachment, NextHop, WayInForce
+from lb.model.forwarding import Attachment, InstalledNextHop, NextHop
 from lb.model.report import Report
 from lb.model.state import Interface, State
 from lb.model.vip import Address, Vip
@@ -115,7 +115,7 @@ class Repairs:
         notes = (f"vip {vip}: {each}: repaired" for each in found)
         return Report(notes=tuple(notes), warnings=tuple(warnings))
 
-    def ways(self) -> Iterable[WayInForce]:
+    def ways(self) -> Iterable[InstalledNextHop]:
         """Where packets for each backend go, as the programs know it."""
         return self._dataplane.ways() if self._serving else ()
 

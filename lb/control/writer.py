@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from lb.control.change import (
+    BackendUse,
+    ChangeSet,
     Outcome,
-    Served,
-    Step,
     addresses_in_force,
     backends_that_left,
     changed,
@@ -32,7 +32,7 @@ from lb.control.change import (
     silent,
     with_reply_interfaces,
 )
-from lb.control.contracts import Dataplane, Guard, Network
+from lb.control.contracts import Dataplane, FilterHandover, Network
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
@@ -48,7 +48,7 @@ ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach 
 
 
 @dataclass(frozen=True, slots=True)
-class _Met:
+class _Effective:
     """A service, what has been found of its backends, and what it is in force by that."""
 
     service: Service
@@ -61,13 +61,13 @@ class Writer:
     this process check backends and follow their neighbours. A method that changes something raises LbError, and then
     nothing has changed."""
 
-    def __init__(self, store: Store, dataplane: Dataplane, network: Network, guard: Guard) -> None:
+    def __init__(self, store: Store, dataplane: Dataplane, network: Network, guard: FilterHandover) -> None:
         self.store, self.dataplane, self.network, self.guard = store, dataplane, network, guard
         self.on_progress: Callable[[int, int], None] | None = None
         self.in_daemon = False
         self.conditions: Conditions = {}
-        self._served = Served()
-        self._met: dict[Vip, _Met] = {}
+        self._served = BackendUse()
+        self._met: dict[Vip, _Effective] = {}
 
     @property
     def state(self) -> State:
@@ -127,7 +127,7 @@ class Writer:
         if known and known.service is service and known.found is found:
             return known.met
         met = in_force(service, found)
-        self._met[service.vip] = _Met(service, found, met)
+        self._met[service.vip] = _Effective(service, found, met)
         return met
 
     def all_in_force(self, services: Sequence[Service]) -> tuple[Service, ...]:
@@ -152,9 +152,9 @@ class Writer:
                 f"{names}: attached, but not in the store: xdp-lb attach {names} goes on, xdp-lb detach ends it"
             )
 
-    def _prepare(self, before: State, goal: State, everything: bool) -> Step:
+    def _prepare(self, before: State, goal: State, everything: bool) -> ChangeSet:
         if not goal.interfaces:
-            return Step(
+            return ChangeSet(
                 before,
                 goal,
                 notes=(
@@ -173,7 +173,7 @@ class Writer:
         goal, taken_along = with_reply_interfaces(goal, services, hops)
         interfaces = differing(known.interfaces, goal.interfaces)
         absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
-        return Step(
+        return ChangeSet(
             before,
             goal,
             services,
@@ -224,7 +224,7 @@ class Writer:
         if unused:
             self.network.release(unused if any(used.values()) else None)
 
-    def _foresee(self, step: Step) -> Outcome:
+    def _foresee(self, step: ChangeSet) -> Outcome:
         """What a dry run can say. Before the first attach there is no ring to move slots of."""
         asked = {i.name: i.xdp_mode.value for i in step.interfaces}
         return Outcome(
@@ -242,7 +242,7 @@ class Writer:
 
     # How it is carried out
 
-    def _execute(self, step: Step) -> Outcome:
+    def _execute(self, step: ChangeSet) -> Outcome:
         self.dataplane.recover(step.before.interfaces)
         try:
             with self._guarded(step):
@@ -251,11 +251,11 @@ class Writer:
             self._go_back(step, error)
             raise
 
-    def _guarded(self, step: Step) -> AbstractContextManager[None]:
+    def _guarded(self, step: ChangeSet) -> AbstractContextManager[None]:
         """Changes of backends wait for nobody: filter rules, of which a large set takes seconds, are beside them."""
         return self.guard.alone() if step.moves_programs else nullcontext()
 
-    def _carry_out(self, step: Step) -> Outcome:
+    def _carry_out(self, step: ChangeSet) -> Outcome:
         with self.store.saving(step.goal):
             outcome = self._serve(step) if step.goal.interfaces else self._stop()
             for own in step.addresses_off:
@@ -267,7 +267,7 @@ class Writer:
         self._release_unused(backends_that_left(step.before, step.goal))
         return outcome
 
-    def _go_back(self, step: Step, error: BaseException) -> None:
+    def _go_back(self, step: ChangeSet, error: BaseException) -> None:
         if self.in_step(step.before):
             self._release_unused(step.hops.keys())
             return
@@ -280,7 +280,7 @@ class Writer:
                 f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"
             ) from error
 
-    def _serve(self, step: Step) -> Outcome:
+    def _serve(self, step: ChangeSet) -> Outcome:
         if self.dataplane.loaded:
             self.dataplane.generation = 0
         self.dataplane.load(step.services)
@@ -306,7 +306,7 @@ class Writer:
         self.guard.take_over(name)
         self.dataplane.detach(name)
 
-    def _put(self, step: Step) -> dict[Vip, Plan]:
+    def _put(self, step: ChangeSet) -> dict[Vip, Plan]:
         plans = {}
         for done, service in enumerate(step.services, start=1):
             plans[service.vip] = self.dataplane.put(self.in_force(service), step.hops)

@@ -15,11 +15,11 @@ import structlog
 
 from lb.daemon.reconcile import HostChanges
 from lb.formats.documents import Document
-from lb.health.checker import Checker, Ways, conditions_of
+from lb.health.checker import Checker, CheckPaths, conditions_of
 from lb.health.file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 
@@ -34,7 +34,7 @@ class HealthTask:
 
     def __init__(
         self,
-        ways: Callable[[], Ways],
+        ways: Callable[[], CheckPaths],
         file: HealthFile,
         listen: Callable[[], AbstractContextManager[HostChanges]],
     ) -> None:
@@ -42,7 +42,7 @@ class HealthTask:
         self._found: Found | None = None  # by an earlier run
         self._fault = ""
 
-    async def run(self, owner: Owner) -> None:
+    async def run(self, owner: BalancerThread) -> None:
         found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
         told = conditions_of(found)
 
@@ -81,7 +81,7 @@ class HealthTask:
             await asyncio.sleep(ALIVE_S)
 
 
-async def _follow(owner: Owner, checker: Checker) -> None:
+async def _follow(owner: BalancerThread, checker: Checker) -> None:
     watched = None
     while True:
         if owner.snapshot.state is not watched:
@@ -90,7 +90,7 @@ async def _follow(owner: Owner, checker: Checker) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def _follow_host(host: HostChanges, ways: Ways, checker: Checker) -> None:
+async def _follow_host(host: HostChanges, ways: CheckPaths, checker: Checker) -> None:
     while True:
         if ways.concerned(await host.next(QUIET_S)):
             checker.look_for_ways()

@@ -22,7 +22,7 @@ from lb.errors import LbError
 from lb.host.events import Changes
 from lb.model.report import Report
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 
@@ -47,7 +47,7 @@ class ReconcileTask:
         self._told: frozenset[str] = frozenset()
         self._ways_begin = 0
 
-    async def run(self, owner: Owner) -> None:
+    async def run(self, owner: BalancerThread) -> None:
         with self._listen() as host:
             check_at = time.monotonic()
             while True:
@@ -60,7 +60,7 @@ class ReconcileTask:
                     await self._follow(owner, changes)
                 await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
 
-    async def _check(self, owner: Owner, *, every_way: bool) -> None:
+    async def _check(self, owner: BalancerThread, *, every_way: bool) -> None:
         """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
         by then is told again if it comes back."""
         found = Found(owner)
@@ -78,7 +78,7 @@ class ReconcileTask:
         self._ways_begin = begin + WAYS_A_CHECK
         return addresses[begin : begin + WAYS_A_CHECK]
 
-    async def _follow(self, owner: Owner, changes: Changes) -> None:
+    async def _follow(self, owner: BalancerThread, changes: Changes) -> None:
         found = Found(owner)
         if changes.links:
             await found.add(_host)
@@ -100,7 +100,7 @@ class ReconcileTask:
 class Found:
     """In one look at everything or at a part: sentences of what has been mended, and of what cannot be."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: BalancerThread) -> None:
         self.owner = owner
         self.mended: list[str] = []
         self.unmended: dict[str, None] = {}

@@ -7,7 +7,7 @@ import os
 import socket
 from contextlib import suppress
 
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 
 
 def notify(message: str) -> None:
@@ -20,7 +20,7 @@ def notify(message: str) -> None:
         manager.sendto(message.encode(), address)
 
 
-async def feed_watchdog(owner: Owner) -> None:
+async def feed_watchdog(owner: BalancerThread) -> None:
     """The daemon is alive while both the event loop and the balancer's thread get on."""
     period_us = os.environ.get("WATCHDOG_USEC", "")
     if not period_us.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):

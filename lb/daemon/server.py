@@ -4,7 +4,7 @@ Enters: where things lie, what to listen on, and tasks. Leaves: a kernel that ho
 writer's lock of its network namespace from start to end; packets do not notice either.
 
 Whatever else needs a process that stays is a Task: it is started when the kernel has been reconciled, reaches the
-balancer through the Owner, and is cancelled at the end. One that fails is reported, and started again.
+balancer through the BalancerThread, and is cancelled at the end. One that fails is reported, and started again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import structlog
 
 from lb.api.access import Access
 from lb.api.app import create_app
-from lb.api.guard import AccessThread, Guard
+from lb.api.guard import AccessMiddleware, AccessThread
 from lb.api.measured import Measured
 from lb.control.balancer import Balancer
 from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
@@ -35,8 +35,8 @@ from lb.formats import config
 from lb.model.report import Report
 from lb.model.state import Service
 from lb.paths import Paths
-from lb.runtime.features import Beside
-from lb.runtime.owner import Owner
+from lb.runtime.features import FeatureThreads
+from lb.runtime.owner import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 
@@ -47,7 +47,7 @@ STARTING = "starting: what is stored is being written to the kernel"
 class Task(Protocol):
     """What runs beside the API."""
 
-    async def run(self, owner: Owner) -> None: ...
+    async def run(self, owner: BalancerThread) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Daemon:
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.unready = STARTING
-        self.owner: Owner | None = None
+        self.owner: BalancerThread | None = None
         self._opener = opener
         self._settings = settings
         self._tasks = tasks
@@ -97,7 +97,7 @@ class Daemon:
         """Until `stop`. Raises LbError where it cannot begin."""
         wanted = config.read(self._settings.config) if self._settings.config else None
         async with AsyncExitStack() as stack:
-            self.owner = owner = await stack.enter_async_context(Owner.open(self._opener))
+            self.owner = owner = await stack.enter_async_context(BalancerThread.open(self._opener))
             access = AccessThread(lambda: Access.open(self._settings.access))
             stack.callback(access.close)
             self._listen(owner, access, stack)
@@ -111,12 +111,12 @@ class Daemon:
                 listener.should_exit = True
             await asyncio.gather(beside, *running, return_exceptions=True)
 
-    def _listen(self, owner: Owner, access: AccessThread, stack: AsyncExitStack) -> None:
+    def _listen(self, owner: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
         """Connections are taken from here on; they wait until the balancer is free."""
-        beside = Beside(self._settings.paths) if self._settings.paths else None
+        beside = FeatureThreads(self._settings.paths) if self._settings.paths else None
         if beside:
             stack.callback(beside.close)
-        app = Measured(Guard(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
+        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))
@@ -127,7 +127,7 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _beside(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+    async def _beside(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
         await self._upgrade(owner)
         await self._reconcile(owner, wanted)
         self._on_ready()
@@ -139,13 +139,13 @@ class Daemon:
             for task in self._tasks:
                 group.create_task(_kept_running(task, owner))
 
-    async def _upgrade(self, owner: Owner) -> None:
+    async def _upgrade(self, owner: BalancerThread) -> None:
         """Once: what the verifier refuses now, it will refuse again."""
         notes = await owner.upgrade()
         for note in notes:
             (log.error if owner.refused else log.info)(note)
 
-    async def _reconcile(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
         """Have the kernel hold what is stored, and the store what the file says."""
         try:
             _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
@@ -157,13 +157,13 @@ class Daemon:
                 log.error("the kernel does not hold what is wanted", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
-    async def _reconcile_again(self, owner: Owner, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile_again(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
         """Until it succeeds."""
         while self.unready:
             await asyncio.sleep(AGAIN_S)
             await self._reconcile(owner, wanted)
 
-    async def _reload_when_told(self, owner: Owner) -> None:
+    async def _reload_when_told(self, owner: BalancerThread) -> None:
         while True:
             await self._reloading.wait()
             self._reloading.clear()
@@ -171,7 +171,7 @@ class Daemon:
             await self._reload(owner)
             notify("READY=1")
 
-    async def _reload(self, owner: Owner) -> None:
+    async def _reload(self, owner: BalancerThread) -> None:
         try:
             self._reload_certificate()
             if self._settings.config:
@@ -204,7 +204,7 @@ def _name(listening: socket.socket) -> str:
     return name if isinstance(name, str) else f"{name[0]} port {name[1]}"
 
 
-async def _kept_running(task: Task, owner: Owner) -> None:
+async def _kept_running(task: Task, owner: BalancerThread) -> None:
     while True:
         try:
             await task.run(owner)

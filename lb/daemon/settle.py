@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from lb.model.vip import Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 
 PERIOD_S = 2.0
 
@@ -19,7 +19,7 @@ class SettleTask:
     def __init__(self, period_s: float = PERIOD_S) -> None:
         self._period_s = period_s
 
-    async def run(self, owner: Owner) -> None:
+    async def run(self, owner: BalancerThread) -> None:
         while True:
             for vip in await owner.call(lambda balancer: balancer.writer.dataplane.due()):
                 began = time.monotonic()
@@ -28,5 +28,5 @@ class SettleTask:
             await asyncio.sleep(self._period_s)
 
 
-async def _settle(owner: Owner, vip: Vip) -> None:
+async def _settle(owner: BalancerThread, vip: Vip) -> None:
     await owner.call(lambda balancer: balancer.writer.settle(vip))

@@ -116,7 +116,7 @@ def _room(least: int, asked: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class Allocation:
     """A service as the kernel holds it: struct service and its key."""
 
     vip: Vip
@@ -158,7 +158,7 @@ class Layout:
         self._numbers, self._rings, self._members = numbers, rings, members
 
     @classmethod
-    def of(cls, placed: Iterable[Placed], services: int, slots: int, members: int) -> Layout:
+    def of(cls, placed: Iterable[Allocation], services: int, slots: int, members: int) -> Layout:
         """Of maps that hold so many services, slots and members."""
         found = list(placed)
         return cls(
@@ -170,7 +170,7 @@ class Layout:
     def copy(self) -> Layout:
         return Layout(self._numbers.copy(), self._rings.copy(), self._members.copy())
 
-    def place(self, service: Service, old: Placed | None, held: int) -> Placed | None:
+    def place(self, service: Service, old: Allocation | None, held: int) -> Allocation | None:
         """Where it lies: where it was, with a larger block of members if need be, or in new blocks; None: no room.
 
         old: the service in force, which is like this one. held: how many members its block has now; there must be room
@@ -185,7 +185,7 @@ class Layout:
         number = old.number if old else self._numbers.take(1)
         if member_base is None or ring_base is None or number is None:
             return None
-        return Placed(
+        return Allocation(
             service.vip,
             service.mode,
             number,
@@ -198,12 +198,12 @@ class Layout:
             old.changed_ns if old else 0,
         )
 
-    def release(self, placed: Placed) -> None:
+    def release(self, placed: Allocation) -> None:
         self._numbers.release(placed.number, 1)
         self._rings.release(*placed.ring_block)
         self.release_members(placed)
 
-    def release_members(self, placed: Placed) -> None:
+    def release_members(self, placed: Allocation) -> None:
         self._members.release(*placed.member_block)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from lb.dataplane.allocation import Layout, Placed, Sizes, server_ids
+from lb.dataplane.allocation import Allocation, Layout, Sizes, server_ids
 from lb.dataplane.errors import translated
 from lb.dataplane.lookup_maps import Directory
 from lb.dataplane.members import MemberKey, MemberTable, member_key, numbered
@@ -22,9 +22,9 @@ from lb.dataplane.programs import BEHIND_STAGES, Programs, now_ns
 from lb.dataplane.services import ServiceTable
 from lb.errors import DataplaneError
 from lb.hashing import maglev, ring
-from lb.hashing.flow_query import Sought
+from lb.hashing.flow_query import FlowQuery
 from lb.hashing.recorded import recorded_slots
-from lb.model.forwarding import NextHop, Statistics, WayInForce
+from lb.model.forwarding import InstalledNextHop, NextHop, Statistics
 from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Address, Vip
 from lb.paths import Paths
@@ -60,7 +60,7 @@ class RingChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class AssignedMembers:
     """What the members of a service were given when they were written last; the order is that of the backends."""
 
     backends: tuple[Backend, ...]
@@ -75,8 +75,8 @@ class KernelDataplane(Programs):
     """See lb.control.contracts.Dataplane, which this implements. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
-        self._placed: dict[Vip, Placed] = {}
-        self._remembered: dict[Vip, Remembered] = {}
+        self._placed: dict[Vip, Allocation] = {}
+        self._remembered: dict[Vip, AssignedMembers] = {}
         self._announced_writes = 0
         self._settle_again_ns: dict[Vip, int] = {}
         super().__init__(pins)
@@ -129,7 +129,7 @@ class KernelDataplane(Programs):
         self._members.erase(placed)
         self._layout.release(placed)
 
-    def _is_sourced(self, placed: Placed, service: Service) -> bool:
+    def _is_sourced(self, placed: Allocation, service: Service) -> bool:
         return not service.mode.is_tunnel or self._members.is_sourced(placed, service.options)
 
     @translated()
@@ -154,15 +154,15 @@ class KernelDataplane(Programs):
         self._control.wide_services = self._directory.wide_services
         self._control.echo_addresses = self._directory.echo_addresses
 
-    def _alike(self, service: Service) -> Placed | None:
+    def _alike(self, service: Service) -> Allocation | None:
         """The service as it is in force; None also where it has another mode or ring size there."""
         placed = self._placed.get(service.vip)
         return placed if placed and placed.is_like(service) else None
 
-    def _held(self, placed: Placed | None) -> dict[MemberKey, int]:
+    def _held(self, placed: Allocation | None) -> dict[MemberKey, int]:
         return self._members.held(placed) if placed else {}
 
-    def _place(self, service: Service) -> Placed:
+    def _place(self, service: Service) -> Allocation:
         """Where the service lies from now on, with those of its members that it has already."""
         old, placed = self._alike(service), self._find_place(self._layout, service)
         if placed is None:
@@ -173,11 +173,11 @@ class KernelDataplane(Programs):
                 self._members.move(old, placed)
         return placed
 
-    def _find_place(self, layout: Layout, service: Service) -> Placed | None:
+    def _find_place(self, layout: Layout, service: Service) -> Allocation | None:
         old = self._alike(service)
         return layout.place(service, old, held=len(self._held(old)))
 
-    def _put_in_force(self, placed: Placed, service: Service, change: RingChange) -> None:
+    def _put_in_force(self, placed: Allocation, service: Service, change: RingChange) -> None:
         """Of a service that is there already, the time of the change before the ring: UDP is told old from new by it.
         A new one no packet finds before it is published."""
         if placed.vip in self._placed and change.old != change.new:
@@ -195,15 +195,15 @@ class KernelDataplane(Programs):
         start = self._expired(placed, old) if placed else old
         return RingChange(numbers, old, ring.transition(start, _table(service, numbers), _alive(service, numbers)))
 
-    def _words_of(self, placed: Placed) -> array[int]:
+    def _words_of(self, placed: Allocation) -> array[int]:
         return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size].tobytes())
 
-    def _write_words(self, placed: Placed, change: RingChange) -> None:
+    def _write_words(self, placed: Allocation, change: RingChange) -> None:
         new, base = memoryview(change.new), placed.ring_base
         for start, stop in ring.changed_runs(self._words_of(placed), change.new):
             self._words[base + start : base + stop] = new[start:stop]
 
-    def _expired(self, placed: Placed, words: array[int]) -> array[int]:
+    def _expired(self, placed: Allocation, words: array[int]) -> array[int]:
         """The words without the transitions that have had their time."""
         if not placed.is_due(now_ns()) or max(words) <= ring.MEMBER_MASK:
             return words
@@ -228,12 +228,12 @@ class KernelDataplane(Programs):
         else:
             self._settle_again_ns[vip] = now_ns() + SETTLE_AGAIN_NS
 
-    def _tracked_slots(self, placed: Placed) -> set[int]:
+    def _tracked_slots(self, placed: Allocation) -> set[int]:
         """The slots with flows in the flow table that have not timed out."""
         table, sought = self._obj.map(f"flows{placed.vip.address.version}"), self._sought(placed)
         return set().union(*(recorded_slots(keys, flows, sought) for keys, flows in table.batches()))
 
-    def _flows_on(self, placed: Placed, slots: Set[int]) -> int:
+    def _flows_on(self, placed: Allocation, slots: Set[int]) -> int:
         """How many translated connections that are open have their slot among these."""
         table, sought, now = self._obj.map(f"nat_flows{placed.vip.address.version}"), self._sought(placed), now_ns()
         closing = ~self._obj.types.enum("nat_state")["NAT_ESTABLISHED"]
@@ -243,8 +243,8 @@ class KernelDataplane(Programs):
             if sought.includes(key, flow) and now <= flow.seen_ns + flow.timeout_s * _NS and not flow.state & closing
         )
 
-    def _sought(self, placed: Placed) -> Sought:
-        return Sought(
+    def _sought(self, placed: Allocation) -> FlowQuery:
+        return FlowQuery(
             address=placed.vip.address.packed,
             prefix_length=placed.vip.prefix_length,
             ports=placed.vip.ports,
@@ -257,7 +257,7 @@ class KernelDataplane(Programs):
     def _seed(self) -> int:
         return int(self._obj.map(".rodata")[0].config.hash_seed)
 
-    def _write_service(self, placed: Placed, service: Service) -> None:
+    def _write_service(self, placed: Allocation, service: Service) -> None:
         self._services.write(placed, service)
         before = self._placed.get(placed.vip)
         self._placed[placed.vip] = placed
@@ -294,18 +294,18 @@ class KernelDataplane(Programs):
             found.append(f"{slots} of its {placed.ring_size} slots {'was' if slots == 1 else 'were'} changed")
         return found
 
-    def _remember(self, placed: Placed, service: Service, numbers: Mapping[MemberKey, int]) -> None:
+    def _remember(self, placed: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> None:
         given = array("H", map(numbers.__getitem__, _keys(service)))
-        self._remembered[placed.vip] = Remembered(
+        self._remembered[placed.vip] = AssignedMembers(
             service.backends, given, array("I", self._members.uids(placed, given))
         )
 
-    def _known_numbers(self, placed: Placed, service: Service) -> dict[MemberKey, int]:
+    def _known_numbers(self, placed: Allocation, service: Service) -> dict[MemberKey, int]:
         """Those that were given last, whatever the kernel's entries say now."""
         remembered = self._remembered.get(service.vip)
         return numbered(remembered.by_key(remembered.numbers) if remembered else self._held(placed), _keys(service))
 
-    def _slots_changed(self, placed: Placed, service: Service, numbers: Mapping[MemberKey, int]) -> int:
+    def _slots_changed(self, placed: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> int:
         """What was put would stay as it is if it were put again."""
         words, alive = self._words_of(placed), _alive(service, numbers)
         wanted = ring.transition(words, _table(service, numbers), alive)
@@ -331,7 +331,7 @@ class KernelDataplane(Programs):
         numbers = ((b, n) for b, n in zip(remembered.backends, remembered.numbers, strict=True) if b.address in hops)
         return self._members.follow(placed, numbers, service.options, hops)
 
-    def ways(self) -> Iterator[WayInForce]:
+    def ways(self) -> Iterator[InstalledNextHop]:
         for placed in self._placed.values():
             yield from self._members.ways(placed)
 

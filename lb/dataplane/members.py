@@ -14,9 +14,9 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 
-from lb.dataplane.allocation import Placed
+from lb.dataplane.allocation import Allocation
 from lb.hashing import ring
-from lb.model.forwarding import Counters, NextHop, WayInForce
+from lb.model.forwarding import Counters, InstalledNextHop, NextHop
 from lb.model.options import Network, Options
 from lb.model.state import Backend, Service
 from lb.model.vip import Address
@@ -82,7 +82,7 @@ class MemberTable:
     def __len__(self) -> int:
         return len(self._members)
 
-    def held(self, placed: Placed) -> dict[MemberKey, int]:
+    def held(self, placed: Allocation) -> dict[MemberKey, int]:
         """Those alive in the service's block, with their numbers."""
         found = {}
         for number in range(1, placed.member_count):
@@ -92,13 +92,13 @@ class MemberTable:
                 found[bytes(member.address)[:size], member.port] = number
         return found
 
-    def places(self, placed: Placed) -> dict[MemberKey, int]:
+    def places(self, placed: Allocation) -> dict[MemberKey, int]:
         """Those alive in the service's block, with their indices in both maps."""
         return {key: placed.member_base + number for key, number in self.held(placed).items()}
 
     def write(
         self,
-        placed: Placed,
+        placed: Allocation,
         service: Service,
         numbers: Mapping[MemberKey, int],
         hops: Mapping[Address, NextHop],
@@ -143,7 +143,7 @@ class MemberTable:
         if bytes(member) != bytes(old):
             self._members[index] = member
 
-    def is_whole(self, placed: Placed, numbers: Mapping[MemberKey, int]) -> bool:
+    def is_whole(self, placed: Allocation, numbers: Mapping[MemberKey, int]) -> bool:
         """Those alive are these, under their numbers; next hops are not looked at."""
         return self.held(placed) == numbers and all(
             self._members[placed.member_base + number].index == placed.member_base + number
@@ -152,7 +152,7 @@ class MemberTable:
 
     def restore(
         self,
-        placed: Placed,
+        placed: Allocation,
         service: Service,
         numbers: Mapping[MemberKey, int],
         uids: Mapping[MemberKey, int],
@@ -171,12 +171,12 @@ class MemberTable:
                 member.uid = uids.get(member_key(backend), self._members[member.index].uid) or _new_uid()
                 self._members[member.index] = member
 
-    def uids(self, placed: Placed, numbers: Iterable[int]) -> Iterator[int]:
+    def uids(self, placed: Allocation, numbers: Iterable[int]) -> Iterator[int]:
         return (self._members[placed.member_base + number].uid for number in numbers)
 
     def follow(
         self,
-        placed: Placed,
+        placed: Allocation,
         numbers: Iterable[tuple[Backend, int]],
         options: Options,
         hops: Mapping[Address, NextHop],
@@ -195,19 +195,19 @@ class MemberTable:
                 changed.add(backend.address)
         return changed
 
-    def ways(self, placed: Placed) -> Iterator[WayInForce]:
+    def ways(self, placed: Allocation) -> Iterator[InstalledNextHop]:
         for (address, _), index in self.places(placed).items():
             member = self._members[index]
             mac = bytes(member.hop.destination) if member.flags & self._resolved else None
-            yield WayInForce(ip_address(address), member.hop.ifindex, mac)
+            yield InstalledNextHop(ip_address(address), member.hop.ifindex, mac)
 
-    def disown_flows(self, placed: Placed, keys: Container[MemberKey]) -> None:
+    def disown_flows(self, placed: Allocation, keys: Container[MemberKey]) -> None:
         """What is recorded as theirs, in whatever table, is a miss from now on; they keep what they have counted."""
         for key, index in self.places(placed).items():
             if key in keys:
                 self._members[index].uid = _new_uid()
 
-    def move(self, old: Placed, new: Placed) -> None:
+    def move(self, old: Allocation, new: Allocation) -> None:
         """Copies members to another block, each under its number and with what it has counted."""
         for number in self.held(old).values():
             member = self._struct.from_buffer_copy(self._members[old.member_base + number])
@@ -222,12 +222,12 @@ class MemberTable:
             if self._members[index].flags:
                 self._members[index] = self._struct()
 
-    def erase(self, placed: Placed, keep: Container[MemberKey] = ()) -> None:
+    def erase(self, placed: Allocation, keep: Container[MemberKey] = ()) -> None:
         for key, index in self.places(placed).items():
             if key not in keep:
                 self._members[index] = self._struct()
 
-    def counters(self, placed: Placed) -> dict[Backend, Counters]:
+    def counters(self, placed: Allocation) -> dict[Backend, Counters]:
         return {
             Backend(ip_address(address), port): self._totals(index)
             for (address, port), index in self.places(placed).items()
@@ -244,7 +244,7 @@ class MemberTable:
             total.repeated_syns,
         )
 
-    def is_sourced(self, placed: Placed, options: Options) -> bool:
+    def is_sourced(self, placed: Allocation, options: Options) -> bool:
         """Whether the outer sources that it has are those that are asked for."""
         for index in self.places(placed).values():
             member = self._members[index]
@@ -255,6 +255,6 @@ class MemberTable:
                 return False
         return True
 
-    def resolved(self, placed: Placed) -> dict[MemberKey, bool]:
+    def resolved(self, placed: Allocation) -> dict[MemberKey, bool]:
         """Member -> whether its next hop is known; else the programs have to look it up."""
         return {key: bool(self._members[index].flags & self._resolved) for key, index in self.places(placed).items()}

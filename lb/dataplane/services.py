@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Set
 from ipaddress import ip_address
 from typing import Any
 
-from lb.dataplane.allocation import Placed
+from lb.dataplane.allocation import Allocation
 from lb.dataplane.members import address_words
 from lb.model.options import Options
 from lb.model.state import Mode, Service
@@ -42,13 +42,13 @@ class ServiceTable:
         bits = {number: e.options & self._source_bits for number, e in enumerate(services)}
         self._of_sources = {number: asked for number, asked in bits.items() if asked}
 
-    def __iter__(self) -> Iterator[Placed]:
+    def __iter__(self) -> Iterator[Allocation]:
         """Those in use."""
         for entry in self._services:
             if entry.in_use:
                 yield self._placed(entry)
 
-    def _placed(self, entry: Any) -> Placed:
+    def _placed(self, entry: Any) -> Allocation:
         size = 4 if entry.family == socket.AF_INET else 16
         vip = Vip(
             ip_address(bytes(entry.address)[:size]),
@@ -59,17 +59,17 @@ class ServiceTable:
             bytes(entry.set).rstrip(b"\0").decode(),
         )
         mode = self._mode_names[entry.mode]
-        return Placed(vip=vip, mode=mode, **{name: getattr(entry, name) for name in _PLACED_FIELDS})
+        return Allocation(vip=vip, mode=mode, **{name: getattr(entry, name) for name in _PLACED_FIELDS})
 
-    def write(self, placed: Placed, service: Service) -> None:
+    def write(self, placed: Allocation, service: Service) -> None:
         """Whether it asks for sources, `set_sources` says, and stays as it is."""
         self._services[placed.number] = self._entry(placed, service)
 
-    def holds(self, placed: Placed, service: Service) -> bool:
+    def holds(self, placed: Allocation, service: Service) -> bool:
         """Whether its entry is as it was written."""
         return bytes(self._services[placed.number]) == bytes(self._entry(placed, service))
 
-    def _entry(self, placed: Placed, service: Service) -> Any:
+    def _entry(self, placed: Allocation, service: Service) -> Any:
         vip, options = placed.vip, service.options
         entry = self._struct(
             mode=self._modes[placed.mode],
@@ -100,7 +100,7 @@ class ServiceTable:
         asked = _options_asked(service.options) | {"OPTION_QUIC": bool(service.quic_lengths)}
         return sum(self._options[name] for name, is_asked in asked.items() if is_asked)
 
-    def set_changed(self, placed: Placed) -> None:
+    def set_changed(self, placed: Allocation) -> None:
         """The time of its last change alone."""
         self._services[placed.number].changed_ns = placed.changed_ns
 
@@ -115,7 +115,7 @@ class ServiceTable:
             entry.options = entry.options & ~self._source_bits | asked.get(number, 0)
         self._of_sources = asked
 
-    def erase(self, placed: Placed) -> None:
+    def erase(self, placed: Allocation) -> None:
         self._services[placed.number] = self._struct()
         self._of_sources.pop(placed.number, None)
 

@@ -36,14 +36,14 @@ RP_FILTER_STRICT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class AppliedHostChanges:
     """What was changed: addresses put on the loopback, and settings (`all/arp_ignore`) with their values before."""
 
     addresses: tuple[str, ...] = ()
     sysctls: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> Made:
+    def read(cls, path: Path) -> AppliedHostChanges:
         try:
             document = json.loads(path.read_text())
         except FileNotFoundError:
@@ -52,7 +52,7 @@ class Made:
 
     def write(self, path: Path) -> None:
         """Whole or not at all; what is nothing needs no file."""
-        if self == Made():
+        if self == AppliedHostChanges():
             path.unlink(missing_ok=True)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class DecapHost:
     def __init__(self, open_socket: Callable[[], IPRoute], path: Path) -> None:
         self._open_socket, self._path = open_socket, path
         self._network = Network(open_socket)
-        self._made = self._before = Made.read(path)
+        self._made = self._before = AppliedHostChanges.read(path)
 
     def own_addresses(self, names: Sequence[str]) -> dict[int, Address]:
         """IP version -> the first address that these interfaces have, and send from. Raises NotFound."""
@@ -102,7 +102,7 @@ class DecapHost:
 
     def take_back(self) -> list[str]:
         """Take back all that was done; sentences."""
-        return self._return_to(Made())
+        return self._return_to(AppliedHostChanges())
 
     def warnings(self, destinations: Iterable[Prefix], interfaces: Sequence[str]) -> list[str]:
         """What will keep decapsulated packets from being served, each with its remedy."""
@@ -119,11 +119,11 @@ class DecapHost:
         _write(name, wanted)
         return f"{_dotted(name)}: {before} -> {wanted}"
 
-    def _remember(self, made: Made) -> None:
+    def _remember(self, made: AppliedHostChanges) -> None:
         made.write(self._path)
         self._made = made
 
-    def _return_to(self, target: Made) -> list[str]:
+    def _return_to(self, target: AppliedHostChanges) -> list[str]:
         notes = []
         for address in self._made.addresses:
             if address not in target.addresses:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from lb.dataplane.allocation import Placed
+from lb.dataplane.allocation import Allocation
 from lb.explain.packet import INNER, RST, Flow, Kind, Packet, read_ip, untagged
 from lb.hashing import ring
 from lb.hashing.flow_hash import flow_hash, slot_of
@@ -42,10 +42,10 @@ class Source(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class FoundService:
     """A service in force. options: names of enum service_option, in lower case and without their first word."""
 
-    placed: Placed
+    placed: Allocation
     options: frozenset[str] = frozenset()
     quic_lengths: Sequence[int] = ()
     gue_port: int = 0
@@ -113,15 +113,15 @@ class Tables(Protocol):
 
     def service_of_source(self, number: int, client: Address) -> int | None: ...
 
-    def service(self, number: int) -> Served | None: ...
+    def service(self, number: int) -> FoundService | None: ...
 
-    def word(self, served: Served, slot: int) -> int: ...
+    def word(self, served: FoundService, slot: int) -> int: ...
 
-    def member(self, served: Served, number: int) -> Member | None: ...
+    def member(self, served: FoundService, number: int) -> Member | None: ...
 
-    def members(self, served: Served) -> list[Member]: ...
+    def members(self, served: FoundService) -> list[Member]: ...
 
-    def named_member(self, served: Served, config: int, server_id: bytes) -> int | None: ...
+    def named_member(self, served: FoundService, config: int, server_id: bytes) -> int | None: ...
 
     def flow(self, flow: Flow) -> Recorded | None: ...
 
@@ -131,7 +131,7 @@ class Tables(Protocol):
 
     def fragment(self, packet: Packet) -> Recorded | None: ...
 
-    def member_at(self, place: int) -> tuple[Served, Member] | None: ...
+    def member_at(self, place: int) -> tuple[FoundService, Member] | None: ...
 
 
 # The choice
@@ -165,7 +165,7 @@ class Choice:
     affinity: slot and flow are those that all of the client's flows share. request: what a reply answers to.
     """
 
-    served: Served | None = None
+    served: FoundService | None = None
     source: Source | None = None
     member: Member | None = None
     slot: Slot | None = None
@@ -191,12 +191,12 @@ def choose(packet: Packet, tables: Tables) -> Choice:
     return replace(chosen, served=found)
 
 
-def _service_of(flow: Flow, tables: Tables) -> Served | None:
+def _service_of(flow: Flow, tables: Tables) -> FoundService | None:
     number = tables.service_number(flow.destination, flow.destination_port, flow.protocol)
     return None if number is None else tables.service(number)
 
 
-def _service_for_client(served: Served, packet: Packet, tables: Tables) -> Served | None:
+def _service_for_client(served: FoundService, packet: Packet, tables: Tables) -> FoundService | None:
     if not (served.has("sources") or served.has("only_sources")):
         return served
     number = tables.service_of_source(served.placed.number, packet.flow.source)
@@ -221,7 +221,7 @@ def _follow_fragment(packet: Packet, tables: Tables) -> Choice:
     return Choice(served, Source.FRAGMENT_TABLE, _recorded_member(first, served, tables))
 
 
-def _recorded_member(entry: Recorded, served: Served, tables: Tables) -> Member | None:
+def _recorded_member(entry: Recorded, served: FoundService, tables: Tables) -> Member | None:
     member = tables.member(served, entry.member)
     return member if member and member.uid == entry.uid else None
 
@@ -233,7 +233,7 @@ def _is_older(seen_ns: int, timeout_s: int, tables: Tables) -> bool:
 # Mode nat
 
 
-def _translated(packet: Packet, served: Served, tables: Tables) -> Choice:
+def _translated(packet: Packet, served: FoundService, tables: Tables) -> Choice:
     known = _known_translation(packet, served, tables)
     if known and not _names_another(packet, served, known, tables):
         return Choice(source=Source.NAT_TABLE, member=known, slot=_slot(packet.flow, served, tables))
@@ -242,7 +242,7 @@ def _translated(packet: Packet, served: Served, tables: Tables) -> Choice:
     return _select_untracked(packet, served, tables)
 
 
-def _known_translation(packet: Packet, served: Served, tables: Tables) -> Member | None:
+def _known_translation(packet: Packet, served: FoundService, tables: Tables) -> Member | None:
     entry = tables.nat_flow(packet.flow)
     if entry is None or _is_older(entry.seen_ns, entry.timeout_s, tables):
         return None
@@ -251,12 +251,12 @@ def _known_translation(packet: Packet, served: Served, tables: Tables) -> Member
     return _recorded_member(entry, served, tables)
 
 
-def _names_another(packet: Packet, served: Served, member: Member, tables: Tables) -> bool:
+def _names_another(packet: Packet, served: FoundService, member: Member, tables: Tables) -> bool:
     named = _named(packet, served, tables)
     return named is not None and named.number != member.number
 
 
-def _select_untracked(packet: Packet, served: Served, tables: Tables) -> Choice:
+def _select_untracked(packet: Packet, served: FoundService, tables: Tables) -> Choice:
     if chosen := _select_by_option(packet, served, tables):
         return chosen
     slot = _slot(packet.flow, served, tables)
@@ -269,11 +269,11 @@ def _select_untracked(packet: Packet, served: Served, tables: Tables) -> Choice:
 # The other modes
 
 
-def _select(packet: Packet, served: Served, tables: Tables) -> Choice:
+def _select(packet: Packet, served: FoundService, tables: Tables) -> Choice:
     return _select_by_option(packet, served, tables) or _select_by_hash(packet.flow, packet, served, tables)
 
 
-def _select_by_option(packet: Packet, served: Served, tables: Tables) -> Choice | None:
+def _select_by_option(packet: Packet, served: FoundService, tables: Tables) -> Choice | None:
     if named := _named(packet, served, tables):
         return Choice(source=Source.CONNECTION_ID, member=named)
     if not served.has("affinity"):
@@ -282,13 +282,13 @@ def _select_by_option(packet: Packet, served: Served, tables: Tables) -> Choice 
     return replace(chosen, affinity=True) if chosen.member else None
 
 
-def client_of(flow: Flow, served: Served) -> Flow:
+def client_of(flow: Flow, served: FoundService) -> Flow:
     """What stands for all flows of a client to a service with affinity."""
     vip = served.placed.vip
     return Flow(flow.protocol, flow.source, 0, vip.address, vip.port)
 
 
-def _select_by_hash(flow: Flow, packet: Packet, served: Served, tables: Tables) -> Choice:
+def _select_by_hash(flow: Flow, packet: Packet, served: FoundService, tables: Tables) -> Choice:
     slot = _slot(flow, served, tables)
     if slot.is_tracked and (member := _tracked_member(flow, packet, served, tables)):
         return Choice(source=Source.FLOW_TABLE, member=member, slot=slot)
@@ -298,7 +298,7 @@ def _select_by_hash(flow: Flow, packet: Packet, served: Served, tables: Tables) 
     return Choice(source=Source.RING_CURRENT, member=tables.member(served, slot.current), slot=slot)
 
 
-def _slot(flow: Flow, served: Served, tables: Tables) -> Slot:
+def _slot(flow: Flow, served: FoundService, tables: Tables) -> Slot:
     value = flow_hash(tables.seed, flow.protocol, socket.htons(flow.source_port), source_words(flow))
     number = slot_of(value, served.placed.ring_size)
     return Slot(value, number, tables.word(served, number))
@@ -310,14 +310,14 @@ def source_words(flow: Flow) -> tuple[int, ...]:
     return struct.unpack(f"={len(packed) // 4}I", packed)
 
 
-def _tracked_member(flow: Flow, packet: Packet, served: Served, tables: Tables) -> Member | None:
+def _tracked_member(flow: Flow, packet: Packet, served: FoundService, tables: Tables) -> Member | None:
     entry = tables.flow(flow)
     if entry is None or _has_ended(entry, packet, served, tables):
         return None
     return _recorded_member(entry, served, tables)
 
 
-def _has_ended(entry: Recorded, packet: Packet, served: Served, tables: Tables) -> bool:
+def _has_ended(entry: Recorded, packet: Packet, served: FoundService, tables: Tables) -> bool:
     if packet.opens and entry.closing:
         return True
     if packet.opens and served.has("affinity") and _is_older(entry.seen_ns, served.placed.affinity_s, tables):
@@ -325,7 +325,7 @@ def _has_ended(entry: Recorded, packet: Packet, served: Served, tables: Tables) 
     return _is_older(entry.seen_ns, served.placed.flow_timeout_s, tables)
 
 
-def _belongs_to_previous(packet: Packet, served: Served, tables: Tables) -> bool:
+def _belongs_to_previous(packet: Packet, served: FoundService, tables: Tables) -> bool:
     placed = served.placed
     if served.has("affinity"):
         return not _is_older(placed.changed_ns, placed.affinity_s, tables)
@@ -334,7 +334,7 @@ def _belongs_to_previous(packet: Packet, served: Served, tables: Tables) -> bool
     return not _is_older(placed.changed_ns, tables.udp_timeout_s, tables)
 
 
-def _named(packet: Packet, served: Served, tables: Tables) -> Member | None:
+def _named(packet: Packet, served: FoundService, tables: Tables) -> Member | None:
     """By the plaintext form of QUIC-LB, as xdp/bpf/quic.h."""
     if not served.has("quic") or packet.kind is not Kind.UDP or len(packet.payload) < 7:
         return None
@@ -392,7 +392,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
 
-def found_by(served: Served) -> str:
+def found_by(served: FoundService) -> str:
     vip = served.placed.vip
     how = ["exact address" if vip.is_one_address else f"prefix {vip.network}"]
     if vip.port == 0:
@@ -404,7 +404,7 @@ def found_by(served: Served) -> str:
     return ", ".join(how)
 
 
-def members_reached(outcome: Outcome, packet: Packet, served: Served, tables: Tables) -> list[Member]:
+def members_reached(outcome: Outcome, packet: Packet, served: FoundService, tables: Tables) -> list[Member]:
     """Those to whom the bytes out can have gone: more than one where they are told apart by nothing in the frame."""
     return [m for m in tables.members(served) if _reaches(outcome, packet, served.placed.mode, m)]
 

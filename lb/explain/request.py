@@ -1,7 +1,7 @@
 """What is asked to be explained -> documents, by the program of this host or by a daemon.
 
-Enters: a flow, a frame, or the packets of a capture file. Leaves: a document for each, made by an Asked: the one that
-has the program at hand is Here, the other is lb.client.explain.
+Enters: a flow, a frame, or the packets of a capture file. Leaves: a document for each, made by an ExplainService: the
+one that has the program at hand is Here, the other is lb.client.explain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lb.formats.capture_file import Capture
 
 
-class Asked(Protocol):
+class ExplainService(Protocol):
     """Raises LbError."""
 
     def flow(self, flow: Flow, tcp_flags: int = 0, interface: str | None = None) -> Document:
@@ -34,7 +34,7 @@ class Asked(Protocol):
 
 
 class Here:
-    """See Asked, for the program that this process can reach."""
+    """See ExplainService, for the program that this process can reach."""
 
     def __init__(self, explainer: Explainer) -> None:
         self._explainer = explainer
@@ -57,7 +57,7 @@ def _cut(captured: int, length: int | None) -> tuple[str, ...]:
 
 
 def explain_capture(
-    asked: Asked, capture: Capture, number: int | None = None, interface: str | None = None
+    asked: ExplainService, capture: Capture, number: int | None = None, interface: str | None = None
 ) -> Iterator[Document]:
     """Of all its packets, or the one of that number, counted from 1. Raises InvalidInput where there is none."""
     found = 0
@@ -71,7 +71,7 @@ def explain_capture(
 
 
 @contextmanager
-def open_explaining(paths: Paths) -> Iterator[Asked]:
+def open_explaining(paths: Paths) -> Iterator[ExplainService]:
     """The daemon, where it runs."""
     if daemon_listens(paths.socket):
         from lb.client.client import Client

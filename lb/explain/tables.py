@@ -17,7 +17,7 @@ from lb.dataplane.lookup_maps import Table
 from lb.dataplane.members import address_words
 from lb.dataplane.services import ServiceTable
 from lb.explain.packet import Flow, Packet
-from lb.explain.reasons import Choice, Member, Recorded, Reply, Served, client_of, source_words
+from lb.explain.reasons import Choice, FoundService, Member, Recorded, Reply, client_of, source_words
 from lb.hashing.flow_hash import flow_hash, mix
 from lb.model.state import Mode
 from lb.model.vip import Address
@@ -81,13 +81,13 @@ class KernelTables:
         key = SourceKey(32 + client.max_prefixlen, number, client)
         return self._value(f"sources{client.version}", key)
 
-    def service(self, number: int) -> Served | None:
+    def service(self, number: int) -> FoundService | None:
         placed = self._served.get(number)
         if placed is None:
             return None
         entry = self._services[number]
         options = frozenset(name for bit, name in self._options.items() if entry.options & bit)
-        return Served(placed, options, tuple(entry.quic_lengths), entry.gue_port)
+        return FoundService(placed, options, tuple(entry.quic_lengths), entry.gue_port)
 
     def _value(self, table: str, key: Key) -> int | None:
         found = self._object.map(table)
@@ -96,22 +96,22 @@ class KernelTables:
 
     # Rings and members
 
-    def word(self, served: Served, slot: int) -> int:
+    def word(self, served: FoundService, slot: int) -> int:
         at = served.placed.ring_base + slot
         words = len(self._lines[0].words)
         return int(self._lines[at // words].words[at % words])
 
-    def member(self, served: Served, number: int) -> Member | None:
+    def member(self, served: FoundService, number: int) -> Member | None:
         if not number:
             return None
         entry = self._members[served.placed.member_base + number]
         return self._member(entry, number) if entry.flags & self._flags["MEMBER_ALIVE"] else None
 
-    def members(self, served: Served) -> list[Member]:
+    def members(self, served: FoundService) -> list[Member]:
         found = (self.member(served, number) for number in range(1, served.placed.member_count))
         return [member for member in found if member]
 
-    def member_at(self, place: int) -> tuple[Served, Member] | None:
+    def member_at(self, place: int) -> tuple[FoundService, Member] | None:
         for number, placed in self._served.items():
             if placed.member_base <= place < placed.member_base + placed.member_count:
                 served = self.service(number)
@@ -119,7 +119,7 @@ class KernelTables:
                 return (served, member) if served and member else None
         return None
 
-    def named_member(self, served: Served, config: int, server_id: bytes) -> int | None:
+    def named_member(self, served: FoundService, config: int, server_id: bytes) -> int | None:
         return self._value("quic_members", QuicKey(served.placed.number, config, server_id))
 
     def _member(self, entry: Any, number: int) -> Member:
@@ -222,7 +222,7 @@ class KernelTables:
             if choice.member:
                 yield from self._first_replies(flow, choice.member)
 
-    def _source_entry(self, served: Served, client: Address) -> Entry:
+    def _source_entry(self, served: FoundService, client: Address) -> Entry:
         table = self._object.map("source_syn_times")
         network = ip_network((client, SOURCE_PREFIX[client.version]), strict=False).network_address
         key = table.key_type(service=served.placed.number)

@@ -18,7 +18,7 @@ HookKey = tuple[str, At]
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
+class StageAttach:
     """In the balancer's path, for all interfaces that it is attached to."""
 
     dataplane: KernelDataplane
@@ -34,7 +34,7 @@ class Front:
 
 
 @dataclass(frozen=True, slots=True)
-class AtXdp:
+class XdpAttach:
     ifindex: int
 
     @property
@@ -60,7 +60,7 @@ class AtXdp:
 
 
 @dataclass(frozen=True, slots=True)
-class AtTc:
+class TcAttach:
     ifindex: int
     at: At
 
@@ -76,4 +76,4 @@ class AtTc:
         return None
 
 
-Unit = Front | AtXdp | AtTc
+AttachPoint = StageAttach | XdpAttach | TcAttach

@@ -14,14 +14,14 @@ from lb.dataplane.errors import translated
 from lb.errors import InvalidInput, part
 from lb.firewall.kernel import HOOKS
 from lb.host.interfaces import check_interface, ifindex_of
-from lb.model.rule_report import How, Wish
+from lb.model.rule_report import ApplyOptions, RuleSpec
 from lb.model.rules import Clock, Deadline, Rule, SetSource
 
 LONGEST_EXPRESSION = 1 << 14
 
 
 def new_rule(
-    wish: Wish, slot: int, now: Clock, how: How, prefixes: Prefixes | None = None
+    wish: RuleSpec, slot: int, now: Clock, how: ApplyOptions, prefixes: Prefixes | None = None
 ) -> tuple[Rule, Prefixes | None]:
     """`prefixes`: those of its text, where they are known already."""
     check_interface(wish.interface)
@@ -32,7 +32,7 @@ def new_rule(
     return rule, found
 
 
-def build_rule(wish: Wish, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
+def build_rule(wish: RuleSpec, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
     with part("expression"):
         instructions = cbpf.encode(_compile(wish))
     source = None
@@ -53,14 +53,14 @@ def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, P
         return path, parse_list(text, path) if prefixes is None else prefixes
 
 
-def _deadline_of(wish: Wish, now: Clock) -> Deadline | None:
+def _deadline_of(wish: RuleSpec, now: Clock) -> Deadline | None:
     if wish.until_s is not None:
         with part("until"):
             return Deadline.at(wish.until_s, now)
     return None if wish.seconds is None else Deadline.after(wish.seconds, now)
 
 
-def given_prefixes(wish: Wish) -> Prefixes | None:
+def given_prefixes(wish: RuleSpec) -> Prefixes | None:
     """Those of the text that it has; None: it has none."""
     if wish.set_path is None or wish.set_list is None:
         return None
@@ -73,14 +73,14 @@ def parse_list(text: str, name: str) -> Prefixes:
         return parse_prefixes(text, name)
 
 
-def check_has_list(wish: Wish) -> None:
+def check_has_list(wish: RuleSpec) -> None:
     """Raises InvalidInput."""
     if wish.set_path is not None and wish.set_list is None:
         with part("set", "list"):
             raise InvalidInput(f"set {wish.set_path}: list: missing: no rule that is there has this set")
 
 
-def _compile(wish: Wish) -> tuple[cbpf.Instruction, ...]:
+def _compile(wish: RuleSpec) -> tuple[cbpf.Instruction, ...]:
     """libpcap's optimiser takes minutes for what is several times longer than the longest that is taken here."""
     mask = netmask(Interface(wish.interface)) if ifindex_of(wish.interface) else 0
     try:

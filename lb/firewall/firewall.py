@@ -29,7 +29,7 @@ from lb.formats.capture_file import Keep, open_capture, writer
 from lb.host.capabilities import check_may_change
 from lb.host.interfaces import carriers, ifindex_of, own_mac
 from lb.host.ssh import Connection, ssh_connection
-from lb.model.rule_report import FilterReport, How, RuleChange, RuleStatus, Trial, Wish
+from lb.model.rule_report import ApplyOptions, FilterReport, RuleChange, RuleSpec, RuleStatus, TestResult
 from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.paths import Paths
 from lb.store.lock import writer_lock
@@ -53,18 +53,18 @@ class Firewall:
 
     # What an operator can ask for
 
-    def add(self, wish: Wish, position: int | None = None, how: How | None = None) -> FilterReport:
+    def add(self, wish: RuleSpec, position: int | None = None, how: ApplyOptions | None = None) -> FilterReport:
         """Behind the last rule of its interface, or at a position."""
-        how, before = how or How(), self._rules()
+        how, before = how or ApplyOptions(), self._rules()
         rule, prefixes = new_rule(wish, before.free_slot(), clock(), how)
         goal = before.with_rule(rule, position)
         sets = {} if prefixes is None else {rule.slot: prefixes}
         return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
 
-    def replace(self, interface: str, wishes: Sequence[Wish], how: How | None = None) -> FilterReport:
+    def replace(self, interface: str, wishes: Sequence[RuleSpec], how: ApplyOptions | None = None) -> FilterReport:
         """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
         of a set may leave out the text of it, which no other may."""
-        how, now, before = how or How(), clock(), self._rules()
+        how, now, before = how or ApplyOptions(), clock(), self._rules()
         left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
         sets: dict[int, Prefixes] = {}
         for place, wish in enumerate(wishes):
@@ -83,7 +83,7 @@ class Firewall:
         goal = before.ordered(interface, wanted)
         return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), how, sets)
 
-    def _is_as_wanted(self, rule: Rule, wish: Wish, prefixes: Prefixes | None) -> bool:
+    def _is_as_wanted(self, rule: Rule, wish: RuleSpec, prefixes: Prefixes | None) -> bool:
         own_set = (rule.set.path, rule.set.side) if rule.set else None
         wanted_set = (wish.set_path, wish.set_side) if wish.set_path is not None else None
         own = (rule.at, rule.action, rule.rate, rule.expression, own_set, rule.deadline and rule.deadline.unix_s)
@@ -91,32 +91,34 @@ class Firewall:
             return False
         return prefixes is None or prefixes == Prefixes.unpacked(*self._store.rule_set(rule.slot))
 
-    def delete(self, interface: str, number: int, how: How | None = None) -> FilterReport:
+    def delete(self, interface: str, number: int, how: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
-        return self._change(rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), how or How())
+        return self._change(
+            rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), how or ApplyOptions()
+        )
 
-    def move(self, interface: str, number: int, to: int, how: How | None = None) -> FilterReport:
+    def move(self, interface: str, number: int, to: int, how: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
         moved = RuleChange("moved", rule, number, f"to {to}")
-        return self._change(rules.moved(rule, to), [], lambda _: moved, how or How())
+        return self._change(rules.moved(rule, to), [], lambda _: moved, how or ApplyOptions())
 
-    def flush(self, interface: str | None = None, how: How | None = None) -> FilterReport:
+    def flush(self, interface: str | None = None, how: ApplyOptions | None = None) -> FilterReport:
         """All rules of an interface, or (None) all."""
         rules = self._rules()
         gone = rules.all if interface is None else rules.of(interface)
         if not gone and interface is not None:
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         changes = [RuleChange("deleted", rule, rules.number(rule)) for rule in gone]
-        return self._change(rules.without(gone), [], lambda _: changes, how or How())
+        return self._change(rules.without(gone), [], lambda _: changes, how or ApplyOptions())
 
     def reload(
-        self, interface: str, number: int, how: How | None = None, *, set_list: str | None = None
+        self, interface: str, number: int, how: ApplyOptions | None = None, *, set_list: str | None = None
     ) -> FilterReport:
         """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
         differs."""
-        how, rules = how or How(), self._rules()
+        how, rules = how or ApplyOptions(), self._rules()
         rule = rules.numbered(interface, number)
         source = set_of(rule, number)
         prefixes = read_set_file(set_file(rule, number)) if set_list is None else parse_list(set_list, source.path)
@@ -132,11 +134,13 @@ class Firewall:
             pass
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
-    def restore(self, how: How | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
+    def restore(self, how: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
         """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
         rules = self._rules().in_time(clock())
         changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
-        return self._change(rules, [], lambda _: changes, how or How(), hooks=rules.hooks if hooks is None else hooks)
+        return self._change(
+            rules, [], lambda _: changes, how or ApplyOptions(), hooks=rules.hooks if hooks is None else hooks
+        )
 
     def lost(self) -> list[HookKey]:
         """Where rules of interfaces that are there should be in force, and are not."""
@@ -162,24 +166,24 @@ class Firewall:
         """What is asked for of an interface, but for what is over."""
         return self._rules().in_time(clock()).of(interface)
 
-    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> Trial:
+    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult:
         """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.judged(interface, capture.packets(), at, keep)
 
-    def test_wishes(self, wishes: Sequence[Wish], path: str, write_to: str | None = None) -> Trial:
+    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
         """The same for rules that are not there."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.judged_by(wishes, capture.packets(), keep)
 
-    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> Trial:
+    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> TestResult:
         rules = self._rules().in_time(clock())
         if not rules.of(interface):
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         places = [at] if at else [At.XDP, At.TC_IN]
         return self._try([rules.hook(interface, place) for place in places], packets, keep)
 
-    def judged_by(self, wishes: Sequence[Wish], packets: Iterable[Packet], keep: Keep) -> Trial:
+    def judged_by(self, wishes: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> TestResult:
         now = clock()
         made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
         sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
@@ -204,7 +208,7 @@ class Firewall:
         goal: Rules,
         new: Sequence[Rule],
         change: Callable[[Rules], RuleChange | Sequence[RuleChange]],
-        how: How,
+        how: ApplyOptions,
         sets: Mapping[int, Prefixes] | None = None,
         hooks: Iterable[HookKey] = (),
     ) -> FilterReport:
@@ -266,7 +270,7 @@ class Firewall:
         packets: Iterable[Packet],
         keep: Keep,
         sets: Mapping[int, Prefixes] | None = None,
-    ) -> Trial:
+    ) -> TestResult:
         rules = tuple(rule for hook in hooks for rule in hook)
         with ExitStack() as resources:
             judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
@@ -279,7 +283,7 @@ class Firewall:
                     dropped += 1
                     keep(position, packet)
             matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
-        return Trial(rules, matched, count, dropped, untested)
+        return TestResult(rules, matched, count, dropped, untested)
 
 
 def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:

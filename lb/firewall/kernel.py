@@ -28,9 +28,9 @@ from filters.programs.program import (
     Count,
     Counter,
     Drop,
+    FilterAction,
     LoadedProgram,
     Pass,
-    Tail,
     assemble,
     counters,
     load,
@@ -41,8 +41,8 @@ from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
 from lb.dataplane.programs import PROGRAM as BALANCER
 from lb.errors import DataplaneError
-from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AtTc, AtXdp, Front, HookKey, Unit
-from lb.firewall.trial import Judge, test_actions
+from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AttachPoint, HookKey, StageAttach, TcAttach, XdpAttach
+from lb.firewall.trial import RuleTester, test_actions
 from lb.host.interfaces import ifindex_of
 from lb.model.rule_report import Counts
 from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
@@ -62,13 +62,13 @@ HOOKS: Mapping[At, Hook] = {At.XDP: replace(XDP_FRAGS, name=str(At.XDP)), At.TC_
 # Where programs are
 
 
-class Exchange:
+class ProgramSwap:
     """Loaded programs on their way to where they belong: nothing is changed before swap(), and nothing after
     roll_back()."""
 
-    def __init__(self, kernel: KernelFilters, goals: Mapping[Unit, LoadedProgram | None], rules: Rules) -> None:
+    def __init__(self, kernel: KernelFilters, goals: Mapping[AttachPoint, LoadedProgram | None], rules: Rules) -> None:
         self._kernel, self._goals, self._rules = kernel, goals, rules
-        self._swapped: list[tuple[Unit, Program | None, LoadedProgram | None]] = []
+        self._swapped: list[tuple[AttachPoint, Program | None, LoadedProgram | None]] = []
         self.warnings: list[str] = []
 
     def swap(self) -> None:
@@ -82,7 +82,7 @@ class Exchange:
             self.roll_back()
             raise
 
-    def _swap(self, unit: Unit, after: LoadedProgram | None) -> None:
+    def _swap(self, unit: AttachPoint, after: LoadedProgram | None) -> None:
         before = self._kernel.in_place(unit)
         if after:
             self._kernel.pin(after.fd, f"{unit.pin}{NEXT}")
@@ -138,9 +138,9 @@ class KernelFilters:
         unit = self._unit(interface, ifindex, at)
         if (folder / f"{unit.pin}{NEXT}").exists():
             return False
-        if isinstance(unit, Front):
+        if isinstance(unit, StageAttach):
             return unit.dataplane.stages.filter in unit.dataplane.stages.occupied()
-        if isinstance(unit, AtTc):
+        if isinstance(unit, TcAttach):
             return tc.is_attached(unit.ifindex, TC_PLACES[at])
         return self.in_place(unit) is not None
 
@@ -161,7 +161,7 @@ class KernelFilters:
 
     # Changes
 
-    def prepare(self, rules: Rules, hooks: Iterable[HookKey], new: Iterable[Rule] = ()) -> Exchange:
+    def prepare(self, rules: Rules, hooks: Iterable[HookKey], new: Iterable[Rule] = ()) -> ProgramSwap:
         """Load what is to be in force on these hooks. `new`: rules whose slots may have been those of others."""
         with translated():
             for rule in new:
@@ -173,21 +173,23 @@ class KernelFilters:
             if ifindex := ifindex_of(name):
                 yield name, ifindex, at
 
-    def _unit(self, interface: str, ifindex: int, at: At) -> Unit:
+    def _unit(self, interface: str, ifindex: int, at: At) -> AttachPoint:
         if at is not At.XDP:
-            return AtTc(ifindex, at)
-        return Front(self._dataplane) if interface in self._dataplane.attachments() else AtXdp(ifindex)
+            return TcAttach(ifindex, at)
+        return StageAttach(self._dataplane) if interface in self._dataplane.attachments() else XdpAttach(ifindex)
 
-    def _exchange(self, rules: Rules, units: Iterable[Unit], balanced: Iterable[str] | None = None) -> Exchange:
+    def _exchange(
+        self, rules: Rules, units: Iterable[AttachPoint], balanced: Iterable[str] | None = None
+    ) -> ProgramSwap:
         names = list(self._dataplane.attachments() if balanced is None else balanced)
         goals = {unit: self._program(rules, unit, names) for unit in units}
-        return Exchange(self, goals, rules)
+        return ProgramSwap(self, goals, rules)
 
-    def _program(self, rules: Rules, unit: Unit, balanced: Sequence[str]) -> LoadedProgram | None:
+    def _program(self, rules: Rules, unit: AttachPoint, balanced: Sequence[str]) -> LoadedProgram | None:
         """None where there are no rules."""
-        if isinstance(unit, Front):
+        if isinstance(unit, StageAttach):
             return self._front_program(rules, balanced)
-        at = At.XDP if isinstance(unit, AtXdp) else unit.at
+        at = At.XDP if isinstance(unit, XdpAttach) else unit.at
         own = [rule for name in rules.interfaces if ifindex_of(name) == unit.ifindex for rule in rules.hook(name, at)]
         if not own:
             return None
@@ -207,9 +209,9 @@ class KernelFilters:
     def _load(self, hook: Hook, instructions: Sequence[ebpf.Instruction]) -> LoadedProgram:
         return self._resources.enter_context(load(NAME, hook, instructions))
 
-    def _compiled(self, rule: Rule, hook: Hook, go_on: Tail) -> CompiledRule:
+    def _compiled(self, rule: Rule, hook: Hook, go_on: FilterAction) -> CompiledRule:
         counted, bucket = self._held_maps()
-        tails: list[Tail] = [Count(counted, 2 * rule.slot)]
+        tails: list[FilterAction] = [Count(counted, 2 * rule.slot)]
         dropped = Count(counted, 2 * rule.slot + 1)
         if rule.action is Action.DROP:
             tails += [dropped, Drop()]
@@ -300,8 +302,8 @@ class KernelFilters:
             return
         with translated():
             names = dict.fromkeys((*self._dataplane.attachments(), name))
-            self._at_once(self._exchange(rules, [Front(self._dataplane)], names))
-            plain = AtXdp(ifindex)
+            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], names))
+            plain = XdpAttach(ifindex)
             if ours := self.in_place(plain):
                 balancer = self._balancer()
                 xdp_attach.attach(ifindex, balancer.fd, balancer.id, replace_fd=ours.fd)
@@ -313,15 +315,15 @@ class KernelFilters:
         if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
             return
         with translated():
-            plain = AtXdp(ifindex)
+            plain = XdpAttach(ifindex)
             program = self._program(rules, plain, ())
             assert program
             self.pin(program.fd, plain.pin)
             replaced = self._running(attachments[name].program_id)
             xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
-            self._at_once(self._exchange(rules, [Front(self._dataplane)], [n for n in attachments if n != name]))
+            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], [n for n in attachments if n != name]))
 
-    def _at_once(self, exchange: Exchange) -> None:
+    def _at_once(self, exchange: ProgramSwap) -> None:
         exchange.swap()
         exchange.commit()
 
@@ -336,7 +338,7 @@ class KernelFilters:
     # Tests
 
     @contextmanager
-    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[Judge]:
+    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
         """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
         with translated(), ExitStack() as resources:
             tries = {}
@@ -356,7 +358,7 @@ class KernelFilters:
                 for number, rule in enumerate(rules)
             ]
             program = resources.enter_context(load("filter_judge", hook, assemble(hook, compiled, Answer(0))))
-            yield Judge(program, rules, counted)
+            yield RuleTester(program, rules, counted)
 
     # Pins and maps
 
@@ -392,10 +394,10 @@ class KernelFilters:
             counted.set_total(index, Counter())
         held[slot] = Bucket()
 
-    def in_place(self, unit: Unit) -> Program | None:
+    def in_place(self, unit: AttachPoint) -> Program | None:
         """Our program there. Of a change that was cut short both are pinned; at XDP the interface tells which runs."""
         programs = list(self._pinned(unit.pin))
-        if isinstance(unit, AtXdp):
+        if isinstance(unit, XdpAttach):
             running = xdp_attach.attached(unit.ifindex)
             programs = [program for program in programs if running and program.id == running.program_id]
         return programs[0] if programs else None

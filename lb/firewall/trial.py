@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from filters.programs.actions import Answer
-from filters.programs.program import LoadedProgram, Tail
+from filters.programs.program import FilterAction, LoadedProgram
 from filters.selftest.selftest import is_runnable
 from lb.model.rules import Action, Rule
 from xdp.maps import Map
@@ -13,14 +13,14 @@ from xdp.maps import Map
 _LONGEST_FRAME = 3520 + 16 * 4096
 
 
-def test_actions(rule: Rule, number: int) -> list[Tail]:
+def test_actions(rule: Rule, number: int) -> list[FilterAction]:
     """A limit never drops what one sends now and then."""
     if rule.action is Action.DROP:
         return [Answer(number + 1)]
     return [Answer(0)] if rule.action is Action.PASS else []
 
 
-class Judge:
+class RuleTester:
     """Says of a frame what rules do to it, by running them; nothing of it is counted in force."""
 
     def __init__(self, program: LoadedProgram, rules: Sequence[Rule], counted: Map) -> None:

@@ -11,7 +11,7 @@ from lb.hashing.flow_hash import flow_hash, slot_of
 
 
 @dataclass(frozen=True, slots=True)
-class Sought:
+class FlowQuery:
     """Flows to one service's VIP that have been seen lately."""
 
     address: bytes  # the VIP's first, packed: 4 or 16 bytes

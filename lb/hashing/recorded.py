@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lb.hashing import native
-from lb.hashing.flow_query import Sought
+from lb.hashing.flow_query import FlowQuery
 
 
 @native.compiled(native.recorded_slots)
-def recorded_slots(keys: Any, flows: Any, sought: Sought) -> set[int]:
+def recorded_slots(keys: Any, flows: Any, sought: FlowQuery) -> set[int]:
     """The slots of those entries of the flow table that are sought.
 
     keys: a ctypes array of struct flow_key4 or flow_key, as the family of the sought address wants.

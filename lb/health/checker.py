@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lb.errors import LbError
 from lb.health.probes import CannotCheck, Target, probe
-from lb.health.state import BackendHealth, Remembered, steps_of, words_of
+from lb.health.state import BackendHealth, SavedHealth, steps_of, words_of
 from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import Kind
@@ -29,7 +29,7 @@ Key = tuple[Vip, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class CheckPath:
     """How a check reaches a backend: by which address, from which own one; or why there is no way."""
 
     address: Address
@@ -37,8 +37,8 @@ class Way:
     fault: str = ""
 
 
-class Ways(Protocol):
-    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+class CheckPaths(Protocol):
+    def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         """For each backend of these services, in the place of all that were found before. Runs in a thread; it may
         take its time. Raises LbError."""
 
@@ -52,8 +52,8 @@ class Ways(Protocol):
 class Direct:
     """By the backend's own address: right for mode nat, whose packets go there too. lb.health.path has the others."""
 
-    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
-        return {(s.vip, str(b)): Way(b.address) for s in services for b in s.backends}
+    def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
+        return {(s.vip, str(b)): CheckPath(b.address) for s in services for b in s.backends}
 
     def concerned(self, changes: Changes) -> bool:
         return False
@@ -66,13 +66,13 @@ class Direct:
 class _Watched:
     service: Service
     backend: Backend
-    way: Way
+    way: CheckPath
     health: BackendHealth
     target: Target
     task: asyncio.Task[None] | None = field(default=None)
 
     @classmethod
-    def of(cls, service: Service, backend: Backend, way: Way, health: BackendHealth) -> _Watched:
+    def of(cls, service: Service, backend: Backend, way: CheckPath, health: BackendHealth) -> _Watched:
         port = health.check.port or backend.port
         names = (("XDP_LB_BACKEND", str(backend)), ("XDP_LB_VIP", str(service.vip)))
         source = str(way.source) if way.source else ""
@@ -83,7 +83,7 @@ class _Watched:
         return f"not checked: {self.way.fault}"
 
 
-def conditions_of(remembered: Mapping[Key, Remembered]) -> Conditions:
+def conditions_of(remembered: Mapping[Key, SavedHealth]) -> Conditions:
     found: dict[Vip, dict[str, Condition]] = {}
     for (vip, name), each in remembered.items():
         found.setdefault(vip, {})[name] = each.condition
@@ -98,8 +98,8 @@ class Checker:
     def __init__(
         self,
         on_change: Callable[[Conditions], Awaitable[object]],
-        ways: Ways | None = None,
-        previous: Mapping[Key, Remembered] | None = None,
+        ways: CheckPaths | None = None,
+        previous: Mapping[Key, SavedHealth] | None = None,
     ) -> None:
         self.checks_done = 0
         self._on_change = on_change
@@ -135,12 +135,12 @@ class Checker:
         return found
 
     @property
-    def remembered(self) -> Mapping[Key, Remembered]:
+    def remembered(self) -> Mapping[Key, SavedHealth]:
         """What another process needs to go on from here."""
         now_s = asyncio.get_running_loop().time()
         words = {service.vip: words_of(service) for service in self._services}
         return {
-            (vip, name): Remembered(words[vip], watched.health.condition(now_s), watched.health.ramp)
+            (vip, name): SavedHealth(words[vip], watched.health.condition(now_s), watched.health.ramp)
             for (vip, name), watched in self._watched.items()
             if watched.health.is_told and vip in words
         }
@@ -195,13 +195,15 @@ class Checker:
         wanted = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
         await self._end([watched for key, watched in self._watched.items() if key not in wanted])
         self._watched = {
-            key: self._continued(key, service, backend, ways.get(key) or Way(backend.address, fault=fault or "no way"))
+            key: self._continued(
+                key, service, backend, ways.get(key) or CheckPath(backend.address, fault=fault or "no way")
+            )
             for key, (service, backend) in wanted.items()
         }
         self._previous = {}
         await self._start_new()
 
-    def _continued(self, key: Key, service: Service, backend: Backend, way: Way) -> _Watched:
+    def _continued(self, key: Key, service: Service, backend: Backend, way: CheckPath) -> _Watched:
         """What is known of a backend stays known, however the check has changed."""
         check = service.options.health
         assert check

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lb.errors import LbError
-from lb.health.state import Ramp, Remembered
+from lb.health.state import Ramp, SavedHealth
 from lb.model.conditions import WHOLE, Condition, Conditions
 from lb.model.state import Service
 from lb.model.vip import Vip
@@ -33,7 +33,7 @@ from lb.model.vip import Vip
 MOST = 1e9
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-Found = Mapping[tuple[Vip, str], Remembered]  # by VIP, and backend as ADDR:PORT
+Found = Mapping[tuple[Vip, str], SavedHealth]  # by VIP, and backend as ADDR:PORT
 
 
 class HealthFile:
@@ -82,7 +82,7 @@ def _boot_id() -> str:
     return BOOT_ID.read_text().strip()
 
 
-def _document(each: Remembered) -> float | dict[str, Any]:
+def _document(each: SavedHealth) -> float | dict[str, Any]:
     condition, ramp = each.condition, each.ramp
     if not (condition.down or ramp or condition.share < WHOLE):
         return float(condition.since)
@@ -95,15 +95,15 @@ def _document(each: Remembered) -> float | dict[str, Any]:
     }
 
 
-def _remembered(service: Any, age_s: float) -> Iterator[tuple[tuple[Vip, str], Remembered]]:
+def _remembered(service: Any, age_s: float) -> Iterator[tuple[tuple[Vip, str], SavedHealth]]:
     """Raises ValueError and others where it makes no sense."""
     vip, words = Vip.parse(service["vip"]), str(service["words"])
     for name, each in service["backends"].items():
         if isinstance(each, float):
-            yield (vip, name), Remembered(words, Condition(since=each), None, age_s)
+            yield (vip, name), SavedHealth(words, Condition(since=each), None, age_s)
         else:
             ramp = _ramp(*each["ramp"]) if each["ramp"] else None
-            yield (vip, name), Remembered(words, _condition(each), ramp, age_s)
+            yield (vip, name), SavedHealth(words, _condition(each), ramp, age_s)
 
 
 def _condition(each: Any) -> Condition:
@@ -122,7 +122,7 @@ def _within(value: Any, least: float, most: float) -> Any:
     return value
 
 
-def _unchecked(each: Remembered) -> Condition:
+def _unchecked(each: SavedHealth) -> Condition:
     if not each.condition.down:
         return each.condition
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - each.age_s))

@@ -22,9 +22,9 @@ from pyroute2.ethtool.ioctl import IoctlEthtool
 from lb.dataplane.members import address_words, numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing.ring import MEMBERS
-from lb.health.checker import Direct, Key, Way
+from lb.health.checker import CheckPath, Direct, Key
 from lb.host.events import Changes
-from lb.model.forwarding import NextHop, WayInForce
+from lb.model.forwarding import InstalledNextHop, NextHop
 from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Address
 from xdp import link, tc
@@ -55,10 +55,10 @@ class RealPath:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._numbers: dict[Key, int] = {}
-        self._taken: tuple[WayInForce, ...] = ()  # also those that lead nowhere
+        self._taken: tuple[InstalledNextHop, ...] = ()  # also those that lead nowhere
         self._bed: _Bed | None = None
 
-    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+    def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         translated = [s for s in services if s.mode is Mode.NAT]
         direct = [s for s in services if s.mode is not Mode.NAT]
         return {**Direct().find(translated), **self._real(direct)}
@@ -73,7 +73,7 @@ class RealPath:
             self._bed.close()
             self._bed = None
 
-    def _real(self, services: Sequence[Service]) -> dict[Key, Way]:
+    def _real(self, services: Sequence[Service]) -> dict[Key, CheckPath]:
         if not services:
             self.close()
             return {}
@@ -82,9 +82,9 @@ class RealPath:
         self._bed = self._bed or _Bed()
         hops, faults = self._hops({b.address for s in services for b in s.backends})
         self._taken = (
-            *(WayInForce(address, hop.ifindex, None) for address, hop in hops.items()),
-            *(WayInForce(address, NOWHERE, None) for address in faults),
-            *(WayInForce(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
+            *(InstalledNextHop(address, hop.ifindex, None) for address, hop in hops.items()),
+            *(InstalledNextHop(address, NOWHERE, None) for address in faults),
+            *(InstalledNextHop(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
         )
         self._bed.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
@@ -95,7 +95,7 @@ class RealPath:
         return {
             key: self._way(self._numbers[key], service, backend, hops[backend.address], vips)
             if backend.address in hops
-            else Way(backend.address, fault=faults[backend.address])
+            else CheckPath(backend.address, fault=faults[backend.address])
             for key, (service, backend) in backends.items()
         }
 
@@ -114,17 +114,19 @@ class RealPath:
                 faults[address] = str(error)
         return hops, faults
 
-    def _way(self, number: int, service: Service, backend: Backend, hop: NextHop, vips: Collection[Address]) -> Way:
+    def _way(
+        self, number: int, service: Service, backend: Backend, hop: NextHop, vips: Collection[Address]
+    ) -> CheckPath:
         assert self._bed
         own = self._own_address(service.vip.address.version, hop, vips)
         if own is None:
-            return Way(
+            return CheckPath(
                 backend.address,
                 fault=f"{hop.interface}: has no IPv{service.vip.address.version} address for answers to come to",
             )
         self._bed.lead(number, service, backend, hop)
         network = NETWORK4 if service.vip.address.version == 4 else NETWORK6
-        return Way(network[number], own)
+        return CheckPath(network[number], own)
 
     def _own_address(self, version: int, hop: NextHop, vips: Collection[Address]) -> Address | None:
         """Of the VIP's family: where the backend answers to."""

@@ -66,7 +66,7 @@ def words_of(service: Service) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class SavedHealth:
     """What an earlier process has found of a backend. words: see words_of(). age_s: so long ago it was true still.
     The ramp is on CLOCK_MONOTONIC."""
 
@@ -97,7 +97,7 @@ class BackendHealth:
     _last: Condition = UP
 
     @classmethod
-    def resumed(cls, check: HealthCheck, left: Remembered, *, known: bool) -> BackendHealth:
+    def resumed(cls, check: HealthCheck, left: SavedHealth, *, known: bool) -> BackendHealth:
         """As an earlier process left it: what was down has to rise, what was up to fall; if that is not `known` to
         hold still, one check is enough for either."""
         condition = left.condition

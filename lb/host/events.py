@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-from lb.model.forwarding import WayInForce
+from lb.model.forwarding import InstalledNextHop
 from lb.model.vip import Address
 
 SETTLE_S = 0.1
@@ -70,7 +70,7 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.everything or self.links or self.neighbours or self.prefixes)
 
-    def concerned(self, ways: Iterable[WayInForce]) -> set[Address]:
+    def concerned(self, ways: Iterable[InstalledNextHop]) -> set[Address]:
         """The backends whose way may be another now. That of one behind a gateway is told by the gateway's MAC address,
         or by none being known on that link."""
         if self.everything:

@@ -10,7 +10,7 @@ from lb.model.vip import Address, Vip
 
 
 @dataclass(frozen=True, slots=True)
-class WayInForce:
+class InstalledNextHop:
     """Where the programs send what is for a backend: MAC addresses are six bytes, None = the FIB is asked."""
 
     address: Address

@@ -12,7 +12,7 @@ from lb.model.rules import Action, At, Rate, Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RuleSpec:
     """A rule as it is asked for. `seconds`: for how long, or `until_s`, Unix time: until when.
 
     `set_path` is the file of its set, or what its set is called; `set_list` the text of that file, where it has been
@@ -32,7 +32,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class ApplyOptions:
     """How a change is to be made. `force`: also if it ends the connection that it is asked for on; `selftest`: of new
     expressions."""
 
@@ -84,7 +84,7 @@ class RuleStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class TestResult:
     """What rules would do to the packets of a file. `matched`: slot -> packets; `untested`: too short, or too long."""
 
     rules: tuple[Rule, ...]

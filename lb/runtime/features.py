@@ -20,7 +20,7 @@ from lb.paths import Paths
 T = TypeVar("T")
 
 
-class Beside:
+class FeatureThreads:
     """All methods raise what the work raises, and LbError."""
 
     def __init__(self, paths: Paths) -> None:

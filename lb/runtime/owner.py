@@ -42,7 +42,7 @@ def etag_of(content: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedService:
     """A service, and its document as it is sent."""
 
     service: Service
@@ -55,7 +55,7 @@ class Snapshot:
     """The desired state at one moment."""
 
     state: State = field(default_factory=State)
-    services: Mapping[Vip, Rendered] = field(default_factory=dict)
+    services: Mapping[Vip, RenderedService] = field(default_factory=dict)
 
     def following(self, state: State) -> Snapshot:
         """That of `state`; what has not changed is not rendered again."""
@@ -63,12 +63,12 @@ class Snapshot:
             return self
         return Snapshot(state, {service.vip: self._rendered(service) for service in state.services})
 
-    def _rendered(self, service: Service) -> Rendered:
+    def _rendered(self, service: Service) -> RenderedService:
         known = self.services.get(service.vip)
         if known and known.service is service:
             return known
         body = to_bytes(service_document(service))
-        return Rendered(service, body, etag_of(body))
+        return RenderedService(service, body, etag_of(body))
 
     @property
     def body(self) -> bytes:
@@ -82,7 +82,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Done:
+class AppliedChange:
     """A change that was made. body: the document of the report; summary: a line; happened: the events of it. All of
     that may be large, so it is made in the thread."""
 
@@ -92,7 +92,7 @@ class Done:
     happened: tuple[tuple[str, Document], ...]
 
 
-class Owner:
+class BalancerThread:
     """Work is done one piece after the other, in the order in which it was asked for."""
 
     def __init__(self, opener: Callable[[], AbstractContextManager[Balancer]]) -> None:
@@ -106,7 +106,7 @@ class Owner:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, opener: Callable[[], AbstractContextManager[Balancer]]) -> AsyncIterator[Owner]:
+    async def open(cls, opener: Callable[[], AbstractContextManager[Balancer]]) -> AsyncIterator[BalancerThread]:
         """Raises what the opener raises; the balancer is opened, used and closed in the thread."""
         owner, loop = cls(opener), asyncio.get_running_loop()
         try:
@@ -155,7 +155,7 @@ class Owner:
         self.refused = why
         self.metrics.upgrade_refused(bool(why))
 
-    def _made(self, report: Report, state: State) -> Done:
+    def _made(self, report: Report, state: State) -> AppliedChange:
         before, self.snapshot = self.snapshot, self.snapshot.following(state)
 
         def body_of(service: Service | None) -> bytes:
@@ -167,7 +167,7 @@ class Owner:
 
         return _done(report, _report_body(report, body_of))
 
-    async def change(self, work: Callable[[Balancer], Report]) -> Done:
+    async def change(self, work: Callable[[Balancer], Report]) -> AppliedChange:
         """As `call`, and listeners are told of what has changed."""
         done = await self.call(lambda balancer: self._made(work(balancer), balancer.state))
         self.metrics.changed(done.report)
@@ -176,12 +176,16 @@ class Owner:
         return done
 
 
-def _done(report: Report, body: bytes) -> Done:
+def _done(report: Report, body: bytes) -> AppliedChange:
     happened = tuple(islice(_happened(report), KEPT))
     sentences = [document["summary"] for _, document in happened[:SENTENCES]] or ["nothing to change"]
     more = len(report.attached) + len(report.detached) + len(report.changes) - SENTENCES
     summary = "; ".join([*sentences, f"{more} more"] if more > 0 else sentences)
-    return Done(report, body, f"dry run: {summary}", ()) if report.dry_run else Done(report, body, summary, happened)
+    return (
+        AppliedChange(report, body, f"dry run: {summary}", ())
+        if report.dry_run
+        else AppliedChange(report, body, summary, happened)
+    )
 
 
 def _report_body(report: Report, body_of: Callable[[Service | None], bytes]) -> bytes:

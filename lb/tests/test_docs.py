@@ -32,10 +32,11 @@ from lb.formats import documents
 from lb.formats.config import BACKEND_KEYS, SERVICE_KEYS
 from lb.formats.prometheus import exposition
 from lb.hashing.ring import Plan
+from lb.model import rule_report
 from lb.model.conditions import Condition
 from lb.model.forwarding import Attachment, Counters
 from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
-from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, Trial
+from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus
 from lb.model.rules import Action, At, Rule, SetSource
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
@@ -223,7 +224,7 @@ CHANGES = Report((Change(VIP, SERVICE, SERVICE, Plan(251, 1, 1, 0)),), (ATTACHED
 FILTERS = (
     filter_documents.status_document([RuleStatus(RULE, 1, Counts(), True, None)]),
     filter_documents.report_document(FilterReport((RuleChange("added", RULE, 1, ""),))),
-    filter_documents.trial_document(Trial((RULE,), {0: 1}, 1, 1, 0)),
+    filter_documents.trial_document(rule_report.TestResult((RULE,), {0: 1}, 1, 1, 0)),
 )
 DECAP = decap_output.status_document(DecapStatus("default", (ATTACHED,), None, None))
 # Section of docs/json.md -> what it describes. The services before and after a change are those of `status`.
@@ -345,3 +346,22 @@ def test_the_files_that_the_architecture_names_are_there() -> None:
     named = [w for w in code_words(tokens(ROOT / "docs/architecture.md")) if re.search(r"\.(py|h|c)$", w)]
     assert len(named) > 50
     assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
+
+
+def rows() -> dict[str, set[str]]:
+    """Package of lb/ -> what docs/architecture.md says it may import."""
+    found = section(ROOT / "docs/architecture.md", "Packages of lb/")
+    texts = [b.content for a, b in pairwise(found) if a.type in ("th_open", "td_open")]
+    cells = list(zip(texts[3::3], texts[5::3], strict=True))
+    return {name.strip("`"): {word for word in may.split(" (")[0].split(", ") if word} for name, may in cells}
+
+
+def test_the_packages_of_the_architecture_are_those_that_the_layers_are_held_to() -> None:
+    tree = ast.parse((ROOT / "lb/tests/test_layers.py").read_text())
+    table = next(n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "MAY_IMPORT")
+    assert table
+    held = {package: set(may) for package, may in ast.literal_eval(table).items() if package.startswith("lb.")}
+    packages = {name.removeprefix("lb."): {m.removeprefix("lb.") for m in may} for name, may in held.items()}
+    assert list(rows()) == [name for name in packages if name not in ("errors", "paths")]
+    for name, may in rows().items():
+        assert name in ("cli", "control") or may == packages[name], name

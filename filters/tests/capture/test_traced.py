@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from filters.capture.note_writer import Notes
+from filters.capture.note_writer import MetadataWriter
 from filters.capture.record import Capture
 from filters.capture.ring import LEAST_SIZE, Rings
 from filters.capture.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach
@@ -25,7 +25,7 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import XDP, Hook
 from filters.compiler.translate import translate
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
-from filters.records.notes import NO_ACTION, Noted, Place, noted
+from filters.records.notes import NO_ACTION, CapturePoint, Noted, noted
 from filters.selftest.oracle import on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
@@ -162,8 +162,8 @@ def tracing(
         packets = contexts()
         cleanup.callback(os.close, packets.fd)
         translation = translate(compile_expression(expression, snaplen=snaplen), hook)
-        place = Place.XDP if hook is BEFORE else Place.XDP_EXIT
-        notes = Notes(place, balancer.stages.verdicts if hook is BEHIND else None)
+        place = CapturePoint.XDP if hook is BEFORE else CapturePoint.XDP_EXIT
+        notes = MetadataWriter(place, balancer.stages.verdicts if hook is BEHIND else None)
         rule = Rule(translation, [Capture(rings, nano=True, notes=notes)])
         entry = TracedEntry(packets, Offsets.of(types), ifindex, reach(translation))
         traced = cleanup.enter_context(target(balancer.program.id))
@@ -194,7 +194,7 @@ def test_what_comes_to_the_program_is_captured(balancer: Balancer, rings: Rings,
         balancer.run(*FRAMES.values())
     found = captured(rings)
     assert [bytes(packet.data) for packet in found] == wanted
-    assert {(p.note.ifindex, p.note.place, p.note.action) for p in found} == {(LOOPBACK, Place.XDP, NO_ACTION)}
+    assert {(p.note.ifindex, p.note.place, p.note.action) for p in found} == {(LOOPBACK, CapturePoint.XDP, NO_ACTION)}
 
 
 def test_what_leaves_the_program_has_its_verdict_and_the_balancers_reason(balancer: Balancer, rings: Rings) -> None:
@@ -207,7 +207,7 @@ def test_what_leaves_the_program_has_its_verdict_and_the_balancers_reason(balanc
     found = captured(rings)
     assert [p.note.action for p in found] == verdicts + unrecorded
     assert [p.note.reason for p in found] == [*(balancer.reasons[reason] for reason in frames.values()), 0]
-    assert {p.note.place for p in found} == {Place.XDP_EXIT}
+    assert {p.note.place for p in found} == {CapturePoint.XDP_EXIT}
 
 
 def test_packets_of_other_interfaces_are_not_captured(balancer: Balancer, rings: Rings) -> None:

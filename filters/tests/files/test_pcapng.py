@@ -15,23 +15,23 @@ from filters import native
 from filters.files import pcapng
 from filters.files.pcapng import Layout, Source, Statistics, WithoutNotes
 from filters.records.counts import Counts
-from filters.records.notes import NO_ACTION, Note, Place
+from filters.records.notes import NO_ACTION, CapturePoint, PacketMetadata
 from filters.records.pcap import record
 
 LAYOUT = Layout([Source(3, "eth0"), Source(5, "eth1")], ["", "forwarded", "drop_no_backend"])
 HEADER = pcapng.file_header("test", LAYOUT, 1, 65535, "udp port 53")
 
 _NOTES = st.builds(
-    Note,
+    PacketMetadata,
     ifindex=st.sampled_from([3, 5, 9]),
-    place=st.sampled_from(list(map(int, Place))),
+    place=st.sampled_from(list(map(int, CapturePoint))),
     action=st.sampled_from([0, 1, 2, 3, 4, 5, 77, NO_ACTION]),
     reason=st.integers(0, 5),
 )
 _RECORDS = st.lists(
     st.tuples(st.sampled_from([0, 1, 2**32 - 1]), st.integers(0, 10**9 - 1), _NOTES, st.binary(max_size=9)), max_size=9
 )
-Given = Sequence[tuple[int, int, Note, bytes]]
+Given = Sequence[tuple[int, int, PacketMetadata, bytes]]
 
 
 def span(packets: Given, surplus: int = 0) -> bytes:
@@ -79,17 +79,17 @@ def test_records_are_found_again_among_blocks(packets: Given) -> None:
 @pytest.mark.parametrize(
     ("note", "interface", "direction", "comments"),
     [
-        (Note(3, Place.XDP, NO_ACTION), b"eth0", 1, []),
-        (Note(5, Place.TC_OUT, NO_ACTION), b"eth1", 2, []),
-        (Note(5, Place.XDP_EXIT, 3, 1, 7), b"eth1", 1, [b"XDP_TX forwarded"]),
-        (Note(3, Place.XDP_EXIT, 1, 2), b"eth0", 1, [b"XDP_DROP drop_no_backend"]),
-        (Note(3, Place.XDP_EXIT, 2, 0), b"eth0", 1, [b"XDP_PASS"]),
-        (Note(3, Place.XDP_EXIT, 1, 99), b"eth0", 1, [b"XDP_DROP"]),
-        (Note(0, Place.FILE, NO_ACTION), b"eth0", None, []),
+        (PacketMetadata(3, CapturePoint.XDP, NO_ACTION), b"eth0", 1, []),
+        (PacketMetadata(5, CapturePoint.TC_OUT, NO_ACTION), b"eth1", 2, []),
+        (PacketMetadata(5, CapturePoint.XDP_EXIT, 3, 1, 7), b"eth1", 1, [b"XDP_TX forwarded"]),
+        (PacketMetadata(3, CapturePoint.XDP_EXIT, 1, 2), b"eth0", 1, [b"XDP_DROP drop_no_backend"]),
+        (PacketMetadata(3, CapturePoint.XDP_EXIT, 2, 0), b"eth0", 1, [b"XDP_PASS"]),
+        (PacketMetadata(3, CapturePoint.XDP_EXIT, 1, 99), b"eth0", 1, [b"XDP_DROP"]),
+        (PacketMetadata(0, CapturePoint.FILE, NO_ACTION), b"eth0", None, []),
     ],
 )
 def test_packet_says_where_it_was_seen_and_what_became_of_it(
-    note: Note, interface: bytes, direction: int | None, comments: list[bytes]
+    note: PacketMetadata, interface: bytes, direction: int | None, comments: list[bytes]
 ) -> None:
     assert read(native.blocks(span([(1, 2, note, b"abcdef")]), LAYOUT.native_table).tobytes()) == [
         (b"abcdef", interface, direction, comments)
@@ -120,7 +120,7 @@ def test_sink_without_notes_hands_over_plain_records() -> None:
 
     memory = Memory()
     sink = WithoutNotes(memory)
-    sink.write([span([(1, 2, Note(3), b"abc")])])
+    sink.write([span([(1, 2, PacketMetadata(3), b"abc")])])
     sink.close()
     assert memory.taken == record(1, 2, b"abc", 3) + b"closed"
     with pytest.raises(BrokenPipeError):

@@ -19,7 +19,7 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, TC_IN, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
 from filters.programs.actions import Answer, Bucket, GoOn, In, Limit, Until, assemble_by_interface, buckets
-from filters.programs.program import Condition, Count, Drop, LoadedProgram, Rule, Tail, assemble, counters, load
+from filters.programs.program import Condition, Count, Drop, FilterAction, LoadedProgram, Rule, assemble, counters, load
 from filters.programs.sets import Tries, read_prefixes
 from filters.tests.packets import CLIENT, CLIENT6, FRAMES, HOST, HOST6
 from xdp import libbpf
@@ -30,11 +30,11 @@ NS = 1_000_000_000
 _PROG_ARRAY = 3
 
 
-def rule(hook: Hook, tails: Sequence[Tail], conditions: Sequence[Condition] = (), expression: str = "") -> Rule:
+def rule(hook: Hook, tails: Sequence[FilterAction], conditions: Sequence[Condition] = (), expression: str = "") -> Rule:
     return Rule(translate(compile_expression(expression), hook), tails, conditions)
 
 
-def loaded(hook: Hook, *rules: Rule, otherwise: Tail | None = None) -> LoadedProgram:
+def loaded(hook: Hook, *rules: Rule, otherwise: FilterAction | None = None) -> LoadedProgram:
     return load("rules", hook, assemble(hook, rules, otherwise))
 
 

@@ -16,7 +16,18 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import HOOKS, TC_IN, TC_OUT, XDP, XDP_FRAGS, Hook
 from filters.compiler.translate import translate
 from filters.errors import InvalidFilter, TooLong
-from filters.programs.program import Count, Counter, Drop, LoadedProgram, Pass, Rule, Tail, assemble, counters, load
+from filters.programs.program import (
+    Count,
+    Counter,
+    Drop,
+    FilterAction,
+    LoadedProgram,
+    Pass,
+    Rule,
+    assemble,
+    counters,
+    load,
+)
 from filters.selftest.oracle import KernelFilter
 from filters.selftest.selftest import accepted, load_bare
 from filters.tests.packets import FRAMES
@@ -26,7 +37,9 @@ NOBODY = 65534
 PASS, DROP = 2, 1
 
 
-def loaded(hook: Hook, *rules: tuple[str, Sequence[Tail]], otherwise: Tail | None = None) -> LoadedProgram:
+def loaded(
+    hook: Hook, *rules: tuple[str, Sequence[FilterAction]], otherwise: FilterAction | None = None
+) -> LoadedProgram:
     made = [Rule(translate(compile_expression(expression), hook), tails) for expression, tails in rules]
     return load("rules", hook, assemble(hook, made, otherwise))
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.formats.problems import Place
-from lb.model.rule_report import Wish
+from lb.model.rule_report import RuleSpec
 from lb.model.rules import LONGEST_S, Action, At, Rate
 
 AtName = Annotated[At, Field(strict=False)]
@@ -42,7 +42,7 @@ class RuleBody(Body):
     set: SetBody | None = None
     until: Whole | None = Field(None, description="Unix time, in seconds, at which it ends by itself")
 
-    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> Wish:
+    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> RuleSpec:
         """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
         rate = self._rate(place / "rate")
         with place / "expression":
@@ -50,7 +50,7 @@ class RuleBody(Body):
         self._check_set(place / "set", is_here=is_here)
         path, side, text = (self.set.path, self.set.side, self.set.list) if self.set else (None, "src", None)
         expression = " ".join(self.expression.split())
-        return Wish(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
+        return RuleSpec(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
 
     def _rate(self, place: Place) -> Rate | None:
         with place:
@@ -73,7 +73,7 @@ class NewRuleBody(RuleBody):
     for_s: Count | None = Field(None, description="For how long, in seconds, instead of until")
     position: Whole | None = Field(None, description="Which number it gets; by default behind the last")
 
-    def to_new_wish(self, interface: str, *, is_here: bool) -> Wish:
+    def to_new_wish(self, interface: str, *, is_here: bool) -> RuleSpec:
         wish = self.to_wish(interface, Place(), is_here=is_here)
         if self.set and self.set.list is None:
             with Place() / "set" / "list":
@@ -91,7 +91,7 @@ class RulesBody(Body):
 
     rules: list[RuleBody]
 
-    def to_wishes(self, interface: str, *, is_here: bool) -> list[Wish]:
+    def to_wishes(self, interface: str, *, is_here: bool) -> list[RuleSpec]:
         place = Place() / "rules"
         return [rule.to_wish(interface, place / number, is_here=is_here) for number, rule in enumerate(self.rules)]
 
@@ -108,7 +108,7 @@ class TrialBody(Body):
     at: AtName | None = None
     rules: Annotated[list[RuleBody], Field(min_length=1)] | None = None
 
-    def to_wishes(self, *, is_here: bool) -> list[Wish]:
+    def to_wishes(self, *, is_here: bool) -> list[RuleSpec]:
         """None: those of the interface."""
         place = Place() / "rules"
         if (self.rules is None) == (self.interface is None):

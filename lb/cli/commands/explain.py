@@ -14,11 +14,11 @@ from lb.cli.options import json_option
 from lb.formats.documents import Document
 
 if TYPE_CHECKING:  # what other commands need not wait for
-    from lb.explain.request import Asked
+    from lb.explain.request import ExplainService
 
 PROTOCOLS = ("tcp", "udp", "icmp")
 
-Explain = Callable[["Asked"], Iterator[Document]]
+Explain = Callable[["ExplainService"], Iterator[Document]]
 
 
 @click.command("explain")
@@ -148,7 +148,7 @@ def _of_digits(digits: str, interface: str | None) -> Explain:
 
 
 def _of_file(path: Path, number: int | None, interface: str | None) -> Explain:
-    def explain(asked: Asked) -> Iterator[Document]:
+    def explain(asked: ExplainService) -> Iterator[Document]:
         from lb.explain.request import explain_capture
         from lb.formats.capture_file import open_capture
 

@@ -18,7 +18,7 @@ from lb.paths import Paths
 
 if TYPE_CHECKING:  # brings the kernel's side along, which --help does without
     from lb.client.connect import Filters
-    from lb.model.rule_report import FilterReport, Wish
+    from lb.model.rule_report import FilterReport, RuleSpec
 
 SIDES = ("src", "dst")
 
@@ -114,10 +114,10 @@ def add(
       # Egress: packets sent by the host
       xdp-lb filter add eth0 drop 'tcp dst port 25' --at tc-out
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
     wish = make_wish(interface, action, words, set_path, set_side, at, duration)
-    how = How(force=force, selftest=not no_selftest, dry_run=dry_run)
+    how = ApplyOptions(force=force, selftest=not no_selftest, dry_run=dry_run)
     run(lambda firewall: firewall.add(wish, position, how), as_json)
 
 
@@ -129,8 +129,8 @@ def make_wish(
     set_side: str | None = None,
     at: str = str(At.XDP),
     duration: str | None = None,
-) -> Wish:
-    from lb.model.rule_report import Wish
+) -> RuleSpec:
+    from lb.model.rule_report import RuleSpec
 
     if set_side and set_path is None:
         raise click.UsageError("--set-side requires --set.")
@@ -141,7 +141,7 @@ def make_wish(
         rate, words = Rate.parse(words[0]), words[1:]
     seconds = None if duration is None else parse_duration(duration)
     side = set_side or SIDES[0]
-    return Wish(interface, Action(action), rate, " ".join(words).strip(), set_path, side, At(at), seconds)
+    return RuleSpec(interface, Action(action), rate, " ".join(words).strip(), set_path, side, At(at), seconds)
 
 
 @filter_group.command("list")
@@ -190,9 +190,9 @@ def move(interface: str, number: int, to: int, force: bool, dry_run: bool, as_js
     Examples:
       xdp-lb filter move eth0 3 1
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
-    run(lambda firewall: firewall.move(interface, number, to, How(force=force, dry_run=dry_run)), as_json)
+    run(lambda firewall: firewall.move(interface, number, to, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
 @filter_group.command("del")
@@ -211,9 +211,9 @@ def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter del eth0 2
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
-    run(lambda firewall: firewall.delete(interface, number, How(force=force, dry_run=dry_run)), as_json)
+    run(lambda firewall: firewall.delete(interface, number, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
 @filter_group.command()
@@ -233,11 +233,11 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
       xdp-lb filter flush eth0
       xdp-lb filter flush --all
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
     if everywhere == (interface is not None):
         raise click.UsageError("Name an interface, or give --all.")
-    run(lambda firewall: firewall.flush(interface, How(force=force, dry_run=dry_run)), as_json)
+    run(lambda firewall: firewall.flush(interface, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
 @filter_group.command()
@@ -258,9 +258,9 @@ def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     Examples:
       xdp-lb filter reload eth0 1
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
-    run(lambda firewall: firewall.reload(interface, number, How(force=force, dry_run=dry_run)), as_json)
+    run(lambda firewall: firewall.reload(interface, number, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
 @filter_group.command()
@@ -279,9 +279,9 @@ def restore(force: bool, dry_run: bool, as_json: bool) -> None:
     Examples:
       xdp-lb filter restore
     """
-    from lb.model.rule_report import How
+    from lb.model.rule_report import ApplyOptions
 
-    run(lambda firewall: firewall.restore(How(force=force, dry_run=dry_run)), as_json)
+    run(lambda firewall: firewall.restore(ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
 @filter_group.command()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from lb.hashing.flow_query import Sought
+    from lb.hashing.flow_query import FlowQuery
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -135,8 +135,8 @@ def runs(old: array[int], new: array[int], gap: int) -> list[tuple[int, int]] | 
     return list(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
 
 
-class _Sought(ctypes.Structure):
-    """struct sought, ring.c."""
+class _FlowQuery(ctypes.Structure):
+    """struct query, ring.c."""
 
     _fields_ = (
         ("seed", c_uint64),
@@ -151,24 +151,24 @@ class _Sought(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, sought: Sought) -> _Sought:
+    def of(cls, query: FlowQuery) -> _FlowQuery:
         return cls(
-            seed=sought.seed,
-            oldest_ns=max(sought.oldest_ns, 0),
-            ring_size=sought.ring_size,
-            words=len(sought.address) // 4,
-            address=(c_uint8 * 16)(*sought.address),
-            mask=(c_uint8 * 16)(*sought.mask),
-            first_port=sought.ports.start,
-            last_port=sought.ports.stop - 1,
-            protocol=sought.protocol,
+            seed=query.seed,
+            oldest_ns=max(query.oldest_ns, 0),
+            ring_size=query.ring_size,
+            words=len(query.address) // 4,
+            address=(c_uint8 * 16)(*query.address),
+            mask=(c_uint8 * 16)(*query.mask),
+            first_port=query.ports.start,
+            last_port=query.ports.stop - 1,
+            protocol=query.protocol,
         )
 
 
-def recorded_slots(keys: Any, flows: Any, sought: Sought) -> set[int] | None:
+def recorded_slots(keys: Any, flows: Any, query: FlowQuery) -> set[int] | None:
     if len(keys) != len(flows):
         return None
     slots = _zeros("I", len(keys))
-    asked = ctypes.byref(_Sought.of(sought))
-    count = library.flow_recorded_slots(asked, ctypes.byref(keys), ctypes.byref(flows), len(keys), _at(slots))
+    c_query = ctypes.byref(_FlowQuery.of(query))
+    count = library.flow_recorded_slots(c_query, ctypes.byref(keys), ctypes.byref(flows), len(keys), _at(slots))
     return set(slots[:count])

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lb.api.access import Role
 from lb.api.app import create_app
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 from lb.tests.cli.test_cli import RING, Host
 from lb.tests.daemon.test_server import Certificate, Remote, serving_tcp
 
@@ -39,7 +39,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
 
 def operations() -> dict[str, Any]:
     """By method and path. Events are left out: they have no end, and hypothesis no patience."""
-    schema = schemathesis.openapi.from_dict(create_app(cast(Owner, None), lambda: "").openapi())
+    schema = schemathesis.openapi.from_dict(create_app(cast(BalancerThread, None), lambda: "").openapi())
     found: list[Any] = [each.ok() for each in schema.exclude(path="/v1/events").get_all_operations()]  # type: ignore[union-attr]
     return {operation.label: operation for operation in found}
 

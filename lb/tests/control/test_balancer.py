@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lb.control.balancer import Balancer
-from lb.control.contracts import NoGuard
+from lb.control.contracts import NoFilters
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
 from lb.model.forwarding import Attachment, Counters
 from lb.model.report import ChangeKind, Report
@@ -771,7 +771,7 @@ def test_a_dry_run_of_the_first_attach_says_where_it_would_attach(bed: Bed) -> N
 
 
 @dataclass
-class Calls(NoGuard):
+class Calls(NoFilters):
     """A guard that notes when it is called, and what the balancer runs on then."""
 
     dataplane: MemoryDataplane

@@ -14,14 +14,14 @@ from typing import Any
 
 from lb.control.balancer import Balancer
 from lb.daemon.health_task import HealthTask
-from lb.health.checker import Key, Way
+from lb.health.checker import CheckPath, Key
 from lb.health.file import HealthFile
 from lb.host.events import Changes
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip, parse_address
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
@@ -34,9 +34,9 @@ class Loopback:
     def __init__(self) -> None:
         self.finds = 0
 
-    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+    def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         self.finds += 1
-        return {(s.vip, str(b)): Way(parse_address("127.0.0.1")) for s in services for b in s.backends}
+        return {(s.vip, str(b)): CheckPath(parse_address("127.0.0.1")) for s in services for b in s.backends}
 
     def concerned(self, changes: Changes) -> bool:
         return changes.everything
@@ -85,8 +85,8 @@ class Host:
         return self.ways[-1]
 
     @asynccontextmanager
-    async def daemon(self) -> AsyncIterator[Owner]:
-        async with Owner.open(partial(self.balancer, in_daemon=True)) as owner:
+    async def daemon(self) -> AsyncIterator[BalancerThread]:
+        async with BalancerThread.open(partial(self.balancer, in_daemon=True)) as owner:
             await owner.change(lambda balancer: balancer.repairs.reconcile())
             task = HealthTask(self.find_ways, self.file, self.listen)
             running = asyncio.create_task(task.run(owner))
@@ -106,18 +106,18 @@ def serve(host: Host, options: Options = NOTHING) -> None:
         balancer.attach([Interface("eth0")], [Service(WEB, backends=(A, B), ring_size=251, options=options)])
 
 
-async def states(owner: Owner) -> list[str]:
+async def states(owner: BalancerThread) -> list[str]:
     status = await owner.call(lambda balancer: balancer.status())
     return [backend.state for backend in status.services[0].backends]
 
 
-async def until(owner: Owner, condition: Callable[[list[str]], bool]) -> None:
+async def until(owner: BalancerThread, condition: Callable[[list[str]], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition(await states(owner)):
             await asyncio.sleep(0.01)
 
 
-def health_events(owner: Owner) -> list[dict[str, Any]]:
+def health_events(owner: BalancerThread) -> list[dict[str, Any]]:
     texts = (event.text.decode() for event in owner.events._kept)
     return [json.loads(text.split("data: ")[1]) for text in texts if "event: health\n" in text]
 
@@ -168,7 +168,7 @@ def test_a_backend_that_was_down_gets_nothing_from_the_start_of_the_next_daemon_
             await until(owner, lambda found: found == ["down", "down"])
 
     async def second(host: Host) -> tuple[list[str], list[dict[str, Any]]]:
-        async with Owner.open(host.balancer) as owner:
+        async with BalancerThread.open(host.balancer) as owner:
             await owner.change(lambda balancer: balancer.repairs.reconcile())
             return await states(owner), health_events(owner)
 

@@ -20,10 +20,10 @@ from lb.daemon import reconcile
 from lb.daemon.reconcile import ReconcileTask
 from lb.errors import DataplaneError
 from lb.host.events import Changes
-from lb.model.forwarding import NextHop, WayInForce
+from lb.model.forwarding import InstalledNextHop, NextHop
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
@@ -67,8 +67,8 @@ class Bed:
             yield balancer
 
     @asynccontextmanager
-    async def running(self, period_s: float) -> AsyncIterator[Owner]:
-        async with Owner.open(self.serving) as owner:
+    async def running(self, period_s: float) -> AsyncIterator[BalancerThread]:
+        async with BalancerThread.open(self.serving) as owner:
             listen: Callable[[], AbstractContextManager[Told]] = lambda: nullcontext(self.told)  # noqa: E731
             running = asyncio.create_task(ReconcileTask(listen, period_s).run(owner))
             try:
@@ -177,7 +177,7 @@ def test_the_interface_that_a_way_leads_through_now_is_attached_for_nat_replies(
 # The task
 
 
-def drifts(owner: Owner) -> list[dict[str, Any]]:
+def drifts(owner: BalancerThread) -> list[dict[str, Any]]:
     texts = (event.text.decode() for event in owner.events._kept)
     return [json.loads(text.split("data: ")[1]) for text in texts if "event: drift\n" in text]
 
@@ -275,10 +275,10 @@ def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest
 # Which backends a change concerns
 
 MAC, OTHER_MAC = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02"
-NEAR = WayInForce(ip_address("10.0.0.11"), 2, MAC)
-FAR = WayInForce(ip_address("10.1.0.11"), 2, OTHER_MAC)
-UNKNOWN = WayInForce(ip_address("10.2.0.11"), 3, None)
-SIX = WayInForce(ip_address("fd00:1::11"), 4, MAC)
+NEAR = InstalledNextHop(ip_address("10.0.0.11"), 2, MAC)
+FAR = InstalledNextHop(ip_address("10.1.0.11"), 2, OTHER_MAC)
+UNKNOWN = InstalledNextHop(ip_address("10.2.0.11"), 3, None)
+SIX = InstalledNextHop(ip_address("fd00:1::11"), 4, MAC)
 WAYS = [NEAR, FAR, UNKNOWN, SIX]
 GATEWAY = ip_address("10.0.0.250").packed
 
@@ -299,5 +299,7 @@ GATEWAY = ip_address("10.0.0.250").packed
         (Changes(prefixes={(128, 32): {0xFD000001}}), [SIX]),
     ],
 )
-def test_changes_concern_the_backends_whose_way_may_be_another(changes: Changes, concerned: list[WayInForce]) -> None:
+def test_changes_concern_the_backends_whose_way_may_be_another(
+    changes: Changes, concerned: list[InstalledNextHop]
+) -> None:
     assert changes.concerned(WAYS) == {way.address for way in concerned}

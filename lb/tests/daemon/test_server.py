@@ -38,7 +38,7 @@ from lb.daemon import listener, sd_notify, server
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State
 from lb.model.vip import Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 from lb.store.store import Store
 from lb.tests.cli.test_cli import RING, WEB, Host
 from lb.tests.fakes.daemon import Running, running, serving
@@ -187,7 +187,7 @@ class Counting:
     seen: list[State] = field(default_factory=list)
     cancelled: bool = False
 
-    async def run(self, owner: Owner) -> None:
+    async def run(self, owner: BalancerThread) -> None:
         self.runs += 1
         if self.runs <= self.failures:
             raise ZeroDivisionError("in a task")
@@ -223,7 +223,7 @@ def test_all_work_on_the_balancer_is_done_by_one_thread(host: Host, tmp_path: Pa
         threads.add(threading.current_thread().name)
 
     async def work() -> None:
-        async with Owner.open(opener) as owner:
+        async with BalancerThread.open(opener) as owner:
             calls = [owner.call(lambda balancer: threads.add(threading.current_thread().name)) for _ in range(9)]
             await asyncio.gather(*calls)
 

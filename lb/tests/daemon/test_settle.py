@@ -11,7 +11,7 @@ from lb.control.balancer import Balancer
 from lb.daemon.settle import SettleTask
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
-from lb.runtime.owner import Owner
+from lb.runtime.owner import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 
@@ -32,7 +32,7 @@ def test_a_transition_whose_time_is_over_is_ended_without_a_further_change_and_n
             yield Balancer(store, dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
 
     async def run() -> None:
-        async with Owner.open(opened) as owner:
+        async with BalancerThread.open(opened) as owner:
             services = [Service(vip, backends=(A, B), ring_size=251) for vip in (WEB, OTHER)]
             await owner.change(lambda b: b.attach([Interface("eth0")], services))
             for vip in (WEB, OTHER):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lb.dataplane.allocation import Placed
+from lb.dataplane.allocation import Allocation
 from lb.explain.documents import document
 from lb.explain.output import lines
 from lb.explain.packet import ACK, RST, SYN, Flow, Kind, Packet, make_frame
@@ -16,11 +16,11 @@ from lb.explain.reasons import (
     NS,
     Choice,
     Explanation,
+    FoundService,
     Member,
     Outcome,
     Recorded,
     Reply,
-    Served,
     Slot,
     Source,
     Stage,
@@ -57,16 +57,16 @@ def member(number: int, **fields: Any) -> Member:
     )
 
 
-def served(mode: Mode = Mode.DR, *options: str, vip: str = "203.0.113.10:443", **fields: Any) -> Served:
-    placed = Placed(Vip.parse(vip), mode, 0, 0, 251, 0, 16, 3600, 300, changed_ns=NOW_NS)
-    return Served(placed, frozenset(options), **fields)
+def served(mode: Mode = Mode.DR, *options: str, vip: str = "203.0.113.10:443", **fields: Any) -> FoundService:
+    placed = Allocation(Vip.parse(vip), mode, 0, 0, 251, 0, 16, 3600, 300, changed_ns=NOW_NS)
+    return FoundService(placed, frozenset(options), **fields)
 
 
 @dataclass
 class FakeTables:
     """One service, each slot of which has the same word."""
 
-    serves: Served | None = field(default_factory=served)
+    serves: FoundService | None = field(default_factory=served)
     slot_word: int = pack(1)
     alive: tuple[int, ...] = (1, 2, 3)
     flows: dict[Flow, Recorded] = field(default_factory=dict)
@@ -85,19 +85,19 @@ class FakeTables:
     def service_of_source(self, _number: int, client: Address) -> int | None:
         return self.sources.get(client)
 
-    def service(self, _number: int) -> Served | None:
+    def service(self, _number: int) -> FoundService | None:
         return self.serves
 
-    def word(self, _served: Served, _slot: int) -> int:
+    def word(self, _served: FoundService, _slot: int) -> int:
         return self.slot_word
 
-    def member(self, _served: Served, number: int) -> Member | None:
+    def member(self, _served: FoundService, number: int) -> Member | None:
         return member(number) if number in self.alive else None
 
-    def members(self, _served: Served) -> list[Member]:
+    def members(self, _served: FoundService) -> list[Member]:
         return [member(number) for number in self.alive]
 
-    def named_member(self, _served: Served, config: int, server_id: bytes) -> int | None:
+    def named_member(self, _served: FoundService, config: int, server_id: bytes) -> int | None:
         return self.names.get((config, server_id))
 
     def flow(self, flow: Flow) -> Recorded | None:
@@ -112,7 +112,7 @@ class FakeTables:
     def fragment(self, packet: Packet) -> Recorded | None:
         return self.fragments.get(packet.datagram)
 
-    def member_at(self, place: int) -> tuple[Served, Member] | None:
+    def member_at(self, place: int) -> tuple[FoundService, Member] | None:
         return (self.serves, member(place)) if self.serves else None
 
 

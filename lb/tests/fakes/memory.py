@@ -15,7 +15,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
-from lb.model.forwarding import Attachment, Counters, NextHop, Statistics, WayInForce
+from lb.model.forwarding import Attachment, Counters, InstalledNextHop, NextHop, Statistics
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Address, Vip
 
@@ -238,10 +238,10 @@ class MemoryDataplane:
             held.hops[held.ids[backend]] = hop
         return {backend.address for backend in stale}
 
-    def ways(self) -> Iterator[WayInForce]:
+    def ways(self) -> Iterator[InstalledNextHop]:
         for held in self.rings.values():
             for backend, number in held.ids.items():
-                yield WayInForce(backend.address, held.hops[number].ifindex, held.hops[number].dst_mac)
+                yield InstalledNextHop(backend.address, held.hops[number].ifindex, held.hops[number].dst_mac)
 
     def unknown(self, service: Service) -> set[Address]:
         held = self.rings.get(service.vip)

@@ -185,6 +185,6 @@ def test_slots_of_recorded_flows_are_those_of_the_oracle(
     first = ip_network(
         (int.from_bytes(VIPS[size][0], "big") if size == 4 else VIPS[size][0], length), strict=False
     ).network_address.packed
-    sought = flow_query.Sought(first, length, ports, protocol, oldest_ns, seed, ring_size)
+    sought = flow_query.FlowQuery(first, length, ports, protocol, oldest_ns, seed, ring_size)
     expected = unwrap(recorded.recorded_slots)(keys, flows, sought)
     assert native.recorded_slots(keys, flows, sought) == expected

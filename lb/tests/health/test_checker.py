@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from lb.errors import DataplaneError
-from lb.health.checker import Checker, Key, Way
-from lb.health.state import Ramp, Remembered, words_of
+from lb.health.checker import Checker, CheckPath, Key
+from lb.health.state import Ramp, SavedHealth, words_of
 from lb.host.events import Changes
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import HealthCheck
@@ -31,11 +31,15 @@ class Loopback:
     finds: int = 0
     is_closed: bool = False
 
-    def find(self, services: Sequence[Service]) -> Mapping[Key, Way]:
+    def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         self.finds += 1
         if self.error:
             raise DataplaneError(self.error)
-        return {(s.vip, str(b)): Way(LOOPBACK, fault=self.faults.get(str(b), "")) for s in services for b in s.backends}
+        return {
+            (s.vip, str(b)): CheckPath(LOOPBACK, fault=self.faults.get(str(b), ""))
+            for s in services
+            for b in s.backends
+        }
 
     def concerned(self, changes: Changes) -> bool:
         return False
@@ -96,7 +100,7 @@ def service(server: Server, *backends: Backend, slow_start_s: int = 0) -> Servic
 
 @asynccontextmanager
 async def checking(
-    told: Told, *services: Service, ways: Loopback | None = None, previous: Mapping[Key, Remembered] | None = None
+    told: Told, *services: Service, ways: Loopback | None = None, previous: Mapping[Key, SavedHealth] | None = None
 ) -> AsyncIterator[Checker]:
     checker = Checker(told.note, ways or Loopback(), previous)
     checker.watch(services)
@@ -129,7 +133,7 @@ def test_a_slow_start_is_told_step_by_step() -> None:
     async def run() -> list[int]:
         told, server = Told(), Server()
         await server.up()
-        was_down = {(WEB, str(A)): Remembered("nat tcp", Condition(down=True, why="it was"))}
+        was_down = {(WEB, str(A)): SavedHealth("nat tcp", Condition(down=True, why="it was"))}
         async with checking(told, service(server, A, B, slow_start_s=2), previous=was_down):
             await told.until(lambda: told.now(WEB).get(str(A), Condition(down=True)).share < 100)
             await told.until(lambda: told.now(WEB)[str(A)].share == 100)
@@ -285,7 +289,7 @@ def test_a_slow_start_goes_on_from_where_the_last_process_was() -> None:
         told, server = Told(), Server()
         await server.up()
         half_way = Ramp(asyncio.get_running_loop().time() - 1, length_s=2, steps=4)
-        starting = Remembered(words_of(service(server)), Condition(share=60, since=7), half_way)
+        starting = SavedHealth(words_of(service(server)), Condition(share=60, since=7), half_way)
         async with checking(told, service(server), previous={(WEB, str(A)): starting}):
             await told.until(lambda: str(A) in told.now(WEB) and told.now(WEB)[str(A)].share == 100)
         await server.down()
@@ -300,7 +304,7 @@ def test_what_is_too_old_to_hold_is_decided_by_one_check() -> None:
     async def run(age_s: float) -> int:
         told, server = Told(), Server()
         await server.up()
-        was_down = Remembered(words_of(service(server)), Condition(down=True, why="it was", since=7), age_s=age_s)
+        was_down = SavedHealth(words_of(service(server)), Condition(down=True, why="it was", since=7), age_s=age_s)
         async with checking(told, service(server), previous={(WEB, str(A)): was_down}) as checker:
             await told.until(lambda: str(A) in told.now(WEB) and not told.down())
             done = checker.checks_done

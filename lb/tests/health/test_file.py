@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lb.health.file import HealthFile
-from lb.health.state import Ramp, Remembered
+from lb.health.state import Ramp, SavedHealth
 from lb.model.conditions import Condition
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
@@ -20,9 +20,9 @@ from lb.model.vip import Vip
 
 WEB, OTHER = Vip.parse("10.0.0.1:80"), Vip.parse("[2001:db8::1]:0/udp@near")
 A, B = "10.0.0.11:80", "10.0.0.12:80"
-DOWN = Remembered("nat tcp", Condition(down=True, why='status "503"', since=1_700_000_000.25))
-SLOW = Remembered("nat tcp", Condition(share=30, since=1_700_000_060), Ramp(1.5, 30, 10))
-FOUND = {(WEB, A): DOWN, (WEB, B): SLOW, (OTHER, "[2001:db8::11]:53"): Remembered("ipip udp", Condition(since=7))}
+DOWN = SavedHealth("nat tcp", Condition(down=True, why='status "503"', since=1_700_000_000.25))
+SLOW = SavedHealth("nat tcp", Condition(share=30, since=1_700_000_060), Ramp(1.5, 30, 10))
+FOUND = {(WEB, A): DOWN, (WEB, B): SLOW, (OTHER, "[2001:db8::11]:53"): SavedHealth("ipip udp", Condition(since=7))}
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def path_of(file: HealthFile) -> Path:
     return file._path
 
 
-def without_age(file: HealthFile) -> dict[Any, Remembered]:
-    return {key: Remembered(each.words, each.condition, each.ramp) for key, each in file.read().items()}
+def without_age(file: HealthFile) -> dict[Any, SavedHealth]:
+    return {key: SavedHealth(each.words, each.condition, each.ramp) for key, each in file.read().items()}
 
 
 def test_what_is_written_is_read_back_by_the_next_process(file: HealthFile) -> None:

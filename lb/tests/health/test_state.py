@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lb.health.state import SUCCESS, BackendHealth, Outcome, Ramp, Remembered, steps_of, words_of
+from lb.health.state import SUCCESS, BackendHealth, Outcome, Ramp, SavedHealth, steps_of, words_of
 from lb.model.conditions import UP, Condition, in_force, left_behind
 from lb.model.health_check import HealthCheck
 from lb.model.options import Options
@@ -63,7 +63,7 @@ def test_condition_says_why_and_since_when() -> None:
 
 def left(condition: Condition, ramp: Ramp | None = None, *, known: bool = True) -> BackendHealth:
     """By an earlier process."""
-    return BackendHealth.resumed(CHECK, Remembered("nat tcp", condition, ramp), known=known)
+    return BackendHealth.resumed(CHECK, SavedHealth("nat tcp", condition, ramp), known=known)
 
 
 @pytest.mark.parametrize(("outcomes", "down"), [("+", True), ("++", False), ("+-+", True)])
@@ -109,12 +109,12 @@ def test_what_is_remembered_holds_while_it_is_fresh_and_the_check_is_the_same(
     words: str, age_s: float, holds: bool
 ) -> None:
     web = replace(service(ONE), options=Options(health=HealthCheck.parse("tcp interval=30s")))
-    assert Remembered(words, DOWN, age_s=age_s).still_holds(web) is holds
+    assert SavedHealth(words, DOWN, age_s=age_s).still_holds(web) is holds
 
 
 def test_of_a_service_that_is_checked_no_longer_nothing_holds() -> None:
     web = replace(service(ONE), options=Options())
-    assert not Remembered(words_of(web), DOWN).still_holds(web)
+    assert not SavedHealth(words_of(web), DOWN).still_holds(web)
 
 
 def test_slow_start_goes_up_in_equal_steps_to_the_whole() -> None:
