@@ -364,4 +364,4 @@ def test_the_packages_of_the_architecture_are_those_that_the_layers_are_held_to(
     packages = {name.removeprefix("lb."): {m.removeprefix("lb.") for m in may} for name, may in held.items()}
     assert list(rows()) == [name for name in packages if name not in ("errors", "paths")]
     for name, may in rows().items():
-        assert name in ("cli", "control") or may == packages[name], name
+        assert name == "cli" or may == packages[name], name
