@@ -17,13 +17,14 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # libbpf-dev brings libbpf, tcpdump brings libpcap (whose own package has another name on Ubuntu),
 # linux-libc-dev the kernel's headers for user space. BCC, python3-bpfcc, wants those of a kernel, of any version.
+# groff-base and mandoc check the man pages.
 KERNEL_HEADERS := linux-headers-$(if $(shell grep -x ID=ubuntu /etc/os-release),generic,$(shell dpkg --print-architecture))
 # The web page is tested in it. Ubuntu's package is a snap, which enters no network namespace: playwright has its own there.
 CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
-PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make nftables nginx python3-bpfcc \
-	python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
+PACKAGES := clang curl ethtool groff-base haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make mandoc nftables \
+	nginx python3-bpfcc python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz scale soak test-kernels wheel clean
+.PHONY: help setup system apt-install build lint test demo bench fuzz scale soak test-kernels man wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -139,7 +140,10 @@ test-kernels: setup build .kernels/bookworm .kernels/trixie .kernels/venv ## the
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet --disable-pip-version-check virtme-ng || { rm -rf $@; exit 1; }
 
-wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs in it
+man: setup ## the man pages, into man/: MANPATH=man: man xdp-lb
+	@$(BIN)/python docs/man/make_pages.py man
+
+wheel: setup ## dist/xdp_lb-*.whl, with the compiled programs and the man pages in it
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove what was built and set up (apt packages stay)
@@ -147,5 +151,5 @@ clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C lb/hashing/native clean
 	@$(MAKE) --no-print-directory -C filters/native clean
 	rm -f bench/*.bpf.o netns_tests/*.bpf.o
-	$(SUDO) rm -rf .venv .kernels build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	$(SUDO) rm -rf .venv .kernels build dist man .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,15 +1,17 @@
 """`make demo`: the quick start of the README on a test bed, under load.
 
-What enters is nothing; what leaves is the terminal: each command as one would type it, what it says,
-and how many requests each backend answers meanwhile. Exit status 0 if none has failed, 1 otherwise.
-The client has two loads under way: one opens a connection for each request, the other keeps its
-connections. So a drained backend is seen to get no new ones, and to keep those it has.
+    python -m netns_tests.demo [--json]
+
+Prints each command as one would type it, its output, the status table after each change, and how many requests each
+backend answers meanwhile. --json prints `xdp-lb status --json` too. Exit status 0 if no request has failed, else 1.
+The client runs two loads: one opens a connection for each request, the other keeps its connections open. So a drained
+backend is seen to get no new connections, and to keep those it has.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -37,9 +39,10 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 class Demo:
     """The bed, the terminal, and what is known of the backends: label -> what was done to it."""
 
-    def __init__(self, bed: Bed, console: Console) -> None:
+    def __init__(self, bed: Bed, console: Console, *, as_json: bool) -> None:
         self.bed = bed
         self.console = console
+        self.as_json = as_json
         self.vip = f"{bed.vip4}:80"
         self.done_to: dict[str, str] = {}
         self._loads: tuple[RunningLoad, ...] = ()
@@ -48,19 +51,24 @@ class Demo:
         self._rates: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     def run(self) -> int:
-        """The whole story; the exit status."""
+        """Everything; the exit status."""
         first = self.bed.backends[:3]
-        self.say("3 web servers, b1 to b3, behind a balancer that forwards nothing by itself:")
+        self.say("3 web servers, b1 to b3, behind a host with IP forwarding off:")
         self.xdp_lb("attach", "eth0", "--vip", self.vip, "--backends", ",".join(backend.ipv4 for backend in first))
         self.done_to = dict.fromkeys((backend.label for backend in first), "")
         with self.loaded():
             self.watch()
+            self.xdp_lb("status")
+            self.say("A fourth server, under load. Open connections stay where they are:")
             self.add(3)
             self.watch()
+            self.xdp_lb("status")
+            self.say("The first server drains: no new connections, open ones continue:")
             self.drain(0)
             self.watch()
-        self.xdp_lb("status", "--json")
-        self.xdp_lb("status")
+            self.xdp_lb("status")
+        if self.as_json:
+            self.xdp_lb("status", "--json")
         return self.result()
 
     # What is done
@@ -78,8 +86,6 @@ class Demo:
     def xdp_lb(self, *words: str) -> None:
         self.console.print(Text(f"$ {shlex.join(['xdp-lb', *words])}", style="bold"), soft_wrap=True)
         said = self.bed.xdp_lb(*words)
-        if words == ("status", "--json"):
-            json.loads(said.stdout)  # it is JSON, or this ends here
         self.console.print(Text(said.stderr.rstrip(), style="dim"), soft_wrap=True, end="\n" if said.stderr else "")
         self.console.print(Text(said.stdout), soft_wrap=True)
 
@@ -113,15 +119,16 @@ class Demo:
         self._live = None
 
     def watch(self) -> None:
-        """Let the traffic go on for a while, and show it."""
+        """Let the traffic go on for a while, and show it: rates from now on, without what a command took."""
+        self._last = self.reports()
         until = time.monotonic() + PHASE_S
         while time.monotonic() < until:
-            time.sleep(TICK_S if self._live else PHASE_S / 2)
+            time.sleep(TICK_S if self._live else PHASE_S)
             self.update()
 
     def update(self) -> None:
         """Take the next reports, and show them."""
-        now, new, kept = time.monotonic(), *(load.report for load in self._loads)
+        now, new, kept = self.reports()
         then, new_before, kept_before = self._last
         self._rates = rates(new_before, new, now - then), rates(kept_before, kept, now - then)
         self._last = now, new, kept
@@ -130,19 +137,24 @@ class Demo:
         else:
             self.console.print(Text(self.line()), soft_wrap=True)
 
+    def reports(self) -> tuple[float, Report, Report]:
+        """When, and what both loads have done by then."""
+        new, kept = self._loads
+        return time.monotonic(), new.report, kept.report
+
     def line(self) -> str:
-        """The table, where there is no terminal to draw it on."""
+        """The table, without a terminal."""
         new, kept = self._rates
         shares = ", ".join(f"{label} {new[label]} + {kept[label]}" for label in self.done_to)
-        return f"requests per second on new + kept connections: {shares}; {self.verdict()}"
+        return f"requests per second, new + open connections: {shares}; {self.verdict()}"
 
     def table(self) -> Table:
         new, kept = self._rates
         most = max([1, *new.values(), *kept.values()])
         table = Table(title="requests per second", caption=self.verdict(), title_justify="left", expand=False)
         table.add_column("backend")
-        table.add_column("on new connections", min_width=BAR_WIDTH + 8)
-        table.add_column("on kept connections", min_width=BAR_WIDTH + 8)
+        table.add_column("new connections", min_width=BAR_WIDTH + 8)
+        table.add_column("open connections", min_width=BAR_WIDTH + 8)
         for label, done in self.done_to.items():
             table.add_row(
                 Text.assemble(label, (f" {done}", "yellow")),
@@ -174,16 +186,19 @@ def bar(rate: int, most: int, colour: str) -> Text:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m netns_tests.demo")
+    parser.add_argument("--json", action="store_true", help="print xdp-lb status --json at the end, too")
+    as_json = parser.parse_args().json
     console = Console(highlight=False)
     if os.geteuid() != 0:
-        console.print("demo: run as root: it makes network namespaces")
+        console.print("demo: run as root: it creates network namespaces")
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Bed(backends=4) as bed:
             for backend in bed.backends:
                 start_http(bed, backend)
-            return Demo(bed, console).run()
+            return Demo(bed, console, as_json=as_json).run()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

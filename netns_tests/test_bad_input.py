@@ -186,7 +186,7 @@ def test_more_backends_than_the_ring_is_for_are_refused(attached: Bed) -> None:
 MISUSED = {
     "nonsense": "No such command 'nonsense'.",
     "attach": "Missing argument 'IFACE...'.",
-    f"attach eth0 --vip {FREE}": "--vip, --mode and the other options of a service need --backends.",
+    f"attach eth0 --vip {FREE}": "--vip, --mode and other service options require --backends.",
     f"vip add {FREE} --mode tunnel": "Invalid value for '--mode': 'tunnel' is not one of 'nat', 'dr', 'ipip', 'gue'.",
     f"vip add {FREE} --ring-size small": "Invalid value for '--ring-size': 'small' is not a valid integer.",
     f"backend weight {VIP} 10.99.2.11 much": "Invalid value for 'WEIGHT': 'much' is not a valid integer.",

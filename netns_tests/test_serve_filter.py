@@ -42,7 +42,8 @@ from netns_tests.test_stage import running
 from netns_tests.topology import XDP_LB, Bed, wait_until
 
 PORT = 8443
-README = Path(__file__).parents[1] / "README.md"
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
+API_PAGE = ROOT / "docs/api.md"
 
 
 @pytest.fixture(scope="module")
@@ -477,10 +478,10 @@ def test_rules_stay_in_force_when_the_balancer_leaves_their_interface(api: Api, 
     assert rules(http) == [("udp port 53", 10)]
 
 
-def test_the_examples_of_the_readme_work(api: Api, http: httpx.Client) -> None:
-    text = README.read_text().partition("\n### Filter rules, explanations and stages\n")[2]
+def test_the_examples_of_the_documentation_work(api: Api, http: httpx.Client) -> None:
+    text = API_PAGE.read_text().partition("\n## Filter rules, explain and stages\n")[2]
     shell, python = (text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("sh", "python"))
-    function = re.search(r"^api\(\) .*$", README.read_text(), re.MULTILINE)
+    function = re.search(r"^api\(\) .*$", API_PAGE.read_text(), re.MULTILINE)
     assert function
     assert shell.count("api ") == 5
     own = {"/run/xdp-lb/default/api.sock": str(socket_of(api.bed)), "curl -sS": "curl -sSf", "10.0.0.100": api.bed.vip4}

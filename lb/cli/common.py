@@ -108,7 +108,7 @@ def change_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_request(*, dry_run: bool, as_json: bool, **words: Any) -> None:
         command(request=Request(dry_run, as_json), **words)
 
-    dry_run = click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+    dry_run = click.option("--dry-run", is_flag=True, help="Show what would change without changing it.")
     json = json_option("Print {dry_run, changes, attached, detached, notes, warnings}.")
     return dry_run(json(with_request))
 

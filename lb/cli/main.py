@@ -34,30 +34,30 @@ from lb.client.connect import HostConnector
 )
 @click.version_option(package_name="xdp-lb", message="xdp-lb %(version)s")
 def cli() -> None:
-    """Balance TCP and UDP over backends, in XDP.
+    """Load-balance TCP and UDP in XDP.
 
-    A VIP is written ADDR[/LENGTH]:PORT[-PORT][/PROTO][@SET]: an address or a prefix, a port, a
-    range, or 0 for any port, and tcp (also where it is missing) or udp. SET is a second set of
-    backends at the same VIP, for clients from certain prefixes. Of the VIPs that a packet fits,
-    that of the longest prefix has it, and of those the one with the fewest ports.
+    A VIP is written ADDR[/LENGTH]:PORT[-PORT][/PROTO][@SET]: an address or prefix, a port, a port
+    range or 0 for any port, and tcp (the default) or udp. @SET names an additional set of backends
+    for the same VIP, used for clients from given prefixes. If several VIPs match a packet, the
+    longest prefix wins, then the narrowest port range.
 
-    A backend is written ADDR[:PORT][@WEIGHT]; without PORT it gets the port of the VIP.
+    A backend is written ADDR[:PORT][@WEIGHT]. PORT defaults to the port of the VIP, WEIGHT to 1.
 
     \b
     VIPs:
       10.0.0.1:80                   TCP port 80
-      [2001:db8::1]:53/udp          IPv6 stands in brackets
+      [2001:db8::1]:53/udp          IPv6 goes in brackets
       10.0.0.0/24:8000-8999/tcp     256 addresses, 1000 ports
-      10.0.0.1:80/tcp@eu            the set eu of 10.0.0.1:80/tcp
+      10.0.0.1:80/tcp@eu            set eu of 10.0.0.1:80/tcp
 
     \b
     Examples:
       # Balance eth0's own address, port 80, over two servers
       xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
-      # Add a third while traffic flows, then take the first out gently
+      # Add a third backend under traffic, then drain the first
       xdp-lb backend add 10.0.0.1:80/tcp 10.0.0.13
       xdp-lb backend drain 10.0.0.1:80/tcp 10.0.0.11
-      # See who gets what
+      # Show counters per backend
       xdp-lb status
     """
 
@@ -65,11 +65,11 @@ def cli() -> None:
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(completion.SHELLS))
 def print_completion(shell: str) -> None:
-    """Print the script that makes SHELL complete xdp-lb's words.
+    """Print the completion script for SHELL.
 
     \b
     Examples:
-      # bash, in this shell; for all, put the line into ~/.bashrc
+      # bash; add this line to ~/.bashrc to make it permanent
       source <(xdp-lb completion bash)
       # zsh, in ~/.zshrc
       source <(xdp-lb completion zsh)

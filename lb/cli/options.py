@@ -49,31 +49,31 @@ backends_option = click.option(
     "--backends",
     multiple=True,
     metavar="A,B,...",
-    help="Backends, ADDR[:PORT][@WEIGHT] each. May be repeated.",
+    help="Backends, each ADDR[:PORT][@WEIGHT]. Repeatable.",
 )
 mode_option = click.option(
     "--mode",
     type=click.Choice([str(mode) for mode in Mode]),
     metavar="MODE",
-    help="How packets reach the backends: nat, dr, ipip or gue.  [default: nat]",
+    help="Forwarding mode: nat, dr, ipip or gue.  [default: nat]",
 )
 ring_size_option = click.option(
     "--ring-size",
     type=int,
     metavar="N",
-    help=f"Slots of the ring, a prime from 251 to 131071.  [default: {DEFAULT_RING_SIZE}]",
+    help=f"Slots in the Maglev ring, a prime from 251 to 131071.  [default: {DEFAULT_RING_SIZE}]",
 )
 vip_address_option = click.option(
     "--no-vip-address",
     is_flag=True,
-    help="Put no address on an interface: the VIP is routed to this host.",
+    help="Do not configure the VIP on an interface (for VIPs routed to this host).",
 )
 server_id_option = click.option(
     "--server-id",
     "server_ids",
     multiple=True,
     metavar="CONFIG:HEX",
-    help="What names the backend in QUIC connection IDs. May be repeated.",
+    help="QUIC-LB server ID of the backend. Repeatable.",
 )
 
 
@@ -109,9 +109,9 @@ class OptionWords:
 
     def _check_sources(self, vip: Vip) -> None:
         if vip.set and self.allow:
-            raise click.UsageError(f"--allow is for a VIP's own service: for the set {vip.set}, say --source.")
+            raise click.UsageError(f"--allow is for the VIP itself: for set {vip.set} use --source.")
         if self.source and not vip.set:
-            raise click.UsageError(f"--source is for member sets, such as {replace(vip, set='eu')}: say --allow.")
+            raise click.UsageError(f"--source is for sets, such as {replace(vip, set='eu')}: use --allow.")
 
 
 def _prefixes(texts: Sequence[str], none: tuple[str, ...]) -> tuple[Network, ...]:
@@ -125,58 +125,58 @@ OPTIONS = (
         "affinity_s",
         type=int,
         metavar="SECONDS",
-        help="All of a client's connections go to one backend, until it has been silent so long.",
+        help="Source-address affinity: a client keeps its backend until idle this long. 0: off.",
     ),
     click.option(
         "--allow",
         multiple=True,
         metavar="PREFIX,...",
-        help="Clients from elsewhere are dropped. May be repeated; any: nobody is dropped.",
+        help="Drop clients outside these prefixes. Repeatable; any: no restriction.",
     ),
     click.option(
         "--source",
         multiple=True,
         metavar="PREFIX,...",
-        help="The clients that a member set is for. May be repeated.",
+        help="Client prefixes that use this set (VIP@SET). Repeatable.",
     ),
-    click.option("--syn-limit", type=int, metavar="N", help="New TCP connections a second, at most."),
+    click.option("--syn-limit", type=int, metavar="N", help="Rate limit: new TCP connections per second."),
     click.option(
         "--syn-limit-of-source",
         type=int,
         metavar="N",
-        help="The same for each client network, an IPv4 /24 or IPv6 /64.",
+        help="The same per client network (IPv4 /24, IPv6 /64).",
     ),
-    click.option("--mss", type=int, metavar="BYTES", help="The most that SYNs may announce for what backends send."),
-    click.option("--echo/--no-echo", default=None, help="Answer echo requests (ping) to the VIP."),
+    click.option("--mss", type=int, metavar="BYTES", help="Clamp the MSS option of client SYNs."),
+    click.option("--echo/--no-echo", default=None, help="Answer ICMP echo requests (ping) to the VIP."),
     click.option(
         "--tunnel-source",
         multiple=True,
         metavar="PREFIX,...",
-        help="ipip and gue: outer sources vary within it by flow; own: the host's own address.",
+        help="ipip, gue: outer source addresses, chosen per flow; own: the host's address.",
     ),
-    click.option("--gue-port", type=int, metavar="PORT", help=f"gue: UDP port of the tunnel.  [default: {GUE_PORT}]"),
-    click.option("--outer-checksum/--no-outer-checksum", default=None, help="gue: fill in the UDP checksum."),
+    click.option("--gue-port", type=int, metavar="PORT", help=f"gue: UDP destination port.  [default: {GUE_PORT}]"),
+    click.option("--outer-checksum/--no-outer-checksum", default=None, help="gue: compute the outer UDP checksum."),
     click.option(
         "--second-chance/--no-second-chance",
         default=None,
-        help="gue: tell xdp-lb decap which other backend may know a connection.",
+        help="gue: name the slot's other backend in the header, for xdp-lb decap to forward to.",
     ),
     click.option(
         "--health",
         metavar="CHECK",
-        help="How xdp-lb serve checks the backends: tcp, 'http /healthz interval=1s', https, udp, script; or off.",
+        help="Health check run by xdp-lb serve: tcp, 'http /healthz interval=1s', https, udp, script; or off.",
     ),
     click.option(
         "--slow-start",
         "slow_start_s",
         type=int,
         metavar="SECONDS",
-        help="So long a backend that is up again takes to get its whole share.",
+        help="Ramp a recovered backend up to its full weight over this time.",
     ),
     click.option(
         "--fail-closed/--no-fail-closed",
         default=None,
-        help="With all backends down drop packets, instead of serving as if all were up.",
+        help="Drop packets while all backends are down, instead of using all of them.",
     ),
 )
 

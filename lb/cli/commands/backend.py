@@ -18,7 +18,7 @@ NO_SERVER_ID = ("none",)
 
 @click.group()
 def backend() -> None:
-    """Add, remove, drain, weigh and name backends."""
+    """Add, remove, drain, re-weight and list backends."""
 
 
 @backend.command("add")
@@ -27,16 +27,16 @@ def backend() -> None:
 @server_id_option
 @change_options
 def backend_add(vip: Vip, backends: tuple[str, ...], server_ids: tuple[str, ...], request: Request) -> None:
-    """Add backends to the service at VIP. Connections stay where they are.
+    """Add backends to the service at VIP. Open connections do not move.
 
     \b
     Examples:
       xdp-lb backend add 10.0.0.1:80 10.0.0.13
-      # Three times the share of the others
+      # Three times the share of a backend of weight 1
       xdp-lb backend add 10.0.0.1:80 10.0.0.13@3
-      # How many slots would move
+      # Show how many slots would move
       xdp-lb backend add 10.0.0.1:80 10.0.0.13 --dry-run
-      # QUIC connections that it gave a connection ID with 0a1b stay with it
+      # QUIC: route connection IDs that carry server ID 0a1b to it
       xdp-lb backend add 10.0.0.1:443/udp 10.0.0.13 --server-id 0:0a1b
     """
     added = parse_backends(split_list(backends), vip.fixed_port)
@@ -52,7 +52,7 @@ def backend_add(vip: Vip, backends: tuple[str, ...], server_ids: tuple[str, ...]
 @backend_argument
 @change_options
 def backend_remove(vip: Vip, backend: str, request: Request) -> None:
-    """Remove a backend at once. Its connections end; see drain.
+    """Remove a backend immediately. Its connections are lost; see drain.
 
     \b
     Examples:
@@ -67,7 +67,7 @@ def backend_remove(vip: Vip, backend: str, request: Request) -> None:
 @backend_argument
 @change_options
 def backend_drain(vip: Vip, backend: str, request: Request) -> None:
-    """Give a backend no new connections. Those it has go on.
+    """Drain a backend: no new connections, open ones continue.
 
     xdp-lb backend weight ends the drain.
 
@@ -85,7 +85,7 @@ def backend_drain(vip: Vip, backend: str, request: Request) -> None:
 @click.argument("weight", type=int)
 @change_options
 def backend_weight(vip: Vip, backend: str, weight: int, request: Request) -> None:
-    """Set a backend's share of new connections, 0 to 65535. Ends a drain.
+    """Set a backend's weight, 0 to 65535. Ends a drain.
 
     \b
     Examples:
@@ -102,16 +102,16 @@ def backend_weight(vip: Vip, backend: str, weight: int, request: Request) -> Non
 @click.argument("server_ids", nargs=-1, required=True, metavar="CONFIG:HEX...")
 @change_options
 def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], request: Request) -> None:
-    """Set what names a backend in QUIC connection IDs; none: nothing.
+    """Set the QUIC-LB server IDs of a backend; none removes them.
 
-    CONFIG is the config rotation codepoint of QUIC-LB, 0 to 6, and HEX the server ID, 1 to 15
-    bytes, as the server writes it into its connection IDs in plaintext. All IDs of one CONFIG in a
-    service have one length.
+    CONFIG is the QUIC-LB config rotation codepoint, 0 to 6. HEX is the server ID, 1 to 15 bytes, as
+    the server puts it into its connection IDs (plaintext algorithm). All server IDs of one CONFIG
+    in a service must have the same length.
 
     \b
     Examples:
       xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b
-      # While the servers go over to the next configuration
+      # Both IDs, while servers change over to config 1
       xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b 1:00c4d2
       xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 none
     """
@@ -122,9 +122,9 @@ def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], reque
 
 @backend.command("list")
 @click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def backend_list(vip: Vip | None, as_json: bool) -> None:
-    """List the backends that are stored, of VIP or of all services.
+    """List the stored backends, of VIP or of all services.
 
     \b
     JSON: [{vip, backend, address, port, weight, draining, server_ids}]

@@ -38,7 +38,7 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
     "--vip",
     type=Vip.parse,
     metavar="VIP",
-    help="What clients connect to.  [default: the first interface's address, port 80/tcp]",
+    help="Service address.  [default: first interface's own address, port 80/tcp]",
 )
 @backends_option
 @mode_option
@@ -47,7 +47,7 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
     type=click.Choice([str(mode) for mode in XdpMode]),
     metavar="MODE",
     default=str(XdpMode.AUTO),
-    help="native, generic, or auto: native, else generic with a warning.  [default: auto]",
+    help="native, generic, or auto (native, falling back to generic with a warning).  [default: auto]",
 )
 @ring_size_option
 @option_words
@@ -64,28 +64,28 @@ def attach(
     no_vip_address: bool,
     request: Request,
 ) -> None:
-    """Attach to interfaces, and serve what is stored.
+    """Attach the XDP program to interfaces and load the stored services.
 
-    With --backends it adds a service first. Without, it starts what is stored: after a reboot, or
-    after xdp-lb detach. All interfaces share one set of services.
+    With --backends, a service is added first. Without it, the stored configuration is loaded, as
+    after a reboot or after xdp-lb detach. All interfaces share one set of services.
 
     \b
     Examples:
       # Balance eth0's own address, port 80
       xdp-lb attach eth0 --backends 10.0.0.11,10.0.0.12
-      # A VIP of its own, direct return, weights 1 and 3
+      # A separate VIP, direct routing, weights 1 and 3
       xdp-lb attach eth0 --vip 10.0.0.100:443 --mode dr \\
           --backends 10.0.0.11,10.0.0.12@3
-      # Backends anywhere, through tunnels that xdp-lb decap ends there
+      # Backends in other subnets, over GUE; they run xdp-lb decap
       xdp-lb attach eth0 --vip 10.0.0.100:443 --mode gue \\
           --backends 172.16.4.11,172.16.9.12
       # Clients on eth0, servers behind eth1
       xdp-lb attach eth0 eth1 --backends 10.1.0.11,10.1.0.12
-      # Start again what is stored
+      # Load the stored configuration again
       xdp-lb attach eth0
     """
     if not backends and (vip or mode or ring_size is not None or option_words):
-        raise click.UsageError("--vip, --mode and the other options of a service need --backends.")
+        raise click.UsageError("--vip, --mode and other service options require --backends.")
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
     def restore(balancer: BalancerLike) -> Report:
@@ -124,28 +124,29 @@ def own_addresses(balancer: BalancerLike, interface: str) -> list[Address]:
 @interfaces_argument(required=False)
 @change_options
 def detach(interfaces: tuple[str, ...], request: Request) -> None:
-    """Detach from interfaces, or from all. Services stay stored.
+    """Detach from the named interfaces, or from all of them.
 
-    Connections through a detached interface end. xdp-lb attach starts the services again.
+    Connections through a detached interface are lost. The configuration stays stored; xdp-lb
+    attach loads it again.
 
     \b
     Examples:
-      # Stop balancing on eth1 alone
+      # Detach from eth1 only
       xdp-lb detach eth1
-      # Stop altogether
+      # Detach from all interfaces
       xdp-lb detach
     """
     request.run(lambda balancer: balancer.detach(interfaces, dry_run=request.dry_run))
 
 
 @click.command()
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def status(as_json: bool) -> None:
     """Show interfaces, services and counters.
 
-    PACKETS and the BYTES beside them come from clients, REPLIES and the BYTES beside them go back
-    to clients (mode nat: in the others, backends answer directly). RETRIES, where there are any,
-    are SYNs that came again, since nobody answered. Numbers are exact in --json.
+    PACKETS and the first BYTES column count client to backend; REPLIES and the second count
+    backend to client (mode nat only: in the other modes backends reply directly). RETRIES, shown
+    if non-zero, counts SYN retransmissions. Numbers are rounded; --json has exact values.
 
     \b
     JSON: {netns, loaded, interfaces, services, answered, drops, passes,
@@ -159,11 +160,11 @@ def status(as_json: bool) -> None:
                     resolved, state, share, why, since, COUNTERS}]
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections,
                   repeated_syns
-      answered    {reason: packets}, by the balancer itself
+      answered    {reason: packets}, answered by the balancer
       drops       {reason: packets}, dropped
-      passes      {reason: packets}, left to the host
-      noted       {reason: packets}, forwarded, but worth knowing
-      maps        {name: bytes}, of kernel memory
+      passes      {reason: packets}, passed to the host stack
+      noted       {reason: packets}, forwarded, with a remark
+      maps        {name: bytes}, kernel memory
 
     \b
     Examples:
@@ -185,14 +186,14 @@ def status(as_json: bool) -> None:
     "path",
     required=True,
     type=click.Path(path_type=Path),
-    help="The services wanted, in TOML.",
+    help="Configuration file, lb.toml(5).",
 )
 @vip_address_option
 @change_options
 def apply(path: Path, no_vip_address: bool, request: Request) -> None:
-    """Make the services those of a file, and print the difference.
+    """Apply a configuration file and print the diff.
 
-    Services that the file does not name are removed.
+    Services that are not in the file are removed.
 
     \b
     The file:
@@ -203,10 +204,10 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       flow_timeout = 3600     # seconds
       backends = ["10.0.0.11", "10.0.0.12:8080@3",
                   {address = "10.0.0.13", weight = 2, drain = true}]
-    and where wanted
+    optional keys of a service
       affinity = 300          # seconds
       sources = ["10.0.0.0/8"]
-      syn_limit = 1000        # a second
+      syn_limit = 1000        # per second
       syn_limit_of_source = 20
       mss = 1400
       echo = true
@@ -217,12 +218,12 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       health = "http /healthz interval=1s"
       slow_start = 30
       fail_closed = true
-    and in the table of a backend
+    optional key of a backend table
       server_ids = ["0:0a1b"]
 
     \b
     Examples:
-      # What would change
+      # Show the diff only
       xdp-lb apply -f lb.toml --dry-run
       xdp-lb apply -f lb.toml
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # most commands are of the balancer, and do not wait for this
 
 DEFAULT_GUE_PORT = 6080  # IANA
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, as above.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (keys above).")
 
 
 def interfaces_argument(*, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -29,7 +29,7 @@ def interfaces_argument(*, required: bool) -> Callable[[Callable[..., None]], Ca
 
 @click.group()
 def decap() -> None:
-    """On a backend: end the tunnels of modes ipip and gue."""
+    """Decapsulate IPIP and GUE on a backend."""
 
 
 @decap.command()
@@ -40,29 +40,29 @@ def decap() -> None:
     multiple=True,
     required=True,
     metavar="ADDR[/LEN],...",
-    help="Inner destinations that are decapsulated. May be repeated.",
+    help="Inner destination addresses to decapsulate for. Repeatable.",
 )
 @click.option(
     "--from",
     "sources",
     multiple=True,
     metavar="PREFIX,...",
-    help="Outer sources that may send: balancers and, for the second chance, other backends.  [default: any]",
+    help="Allowed outer sources: balancers and, with second chance, the other backends.  [default: any]",
 )
 @click.option(
-    "--gue-port", type=int, metavar="PORT", default=DEFAULT_GUE_PORT, show_default=True, help="The UDP port of GUE."
+    "--gue-port", type=int, metavar="PORT", default=DEFAULT_GUE_PORT, show_default=True, help="UDP port of GUE."
 )
 @click.option(
     "--setup-vip",
     is_flag=True,
-    help="Put the VIPs on lo, and set arp_ignore and arp_announce. Taken back at detach.",
+    help="Add the VIPs to lo, set arp_ignore and arp_announce; undone by detach.",
 )
 @click.option(
     "--xdp-mode",
     type=click.Choice([str(mode) for mode in XdpMode]),
     metavar="MODE",
     default=str(XdpMode.AUTO),
-    help="native, generic, or auto: native, else generic with a warning.  [default: auto]",
+    help="native, generic, or auto (native, falling back to generic with a warning).  [default: auto]",
 )
 @json_option
 def attach(
@@ -74,14 +74,14 @@ def attach(
     xdp_mode: str,
     as_json: bool,
 ) -> None:
-    """Decapsulate what comes in on interfaces, for these VIPs.
+    """Decapsulate IPIP and GUE received on interfaces, for the given VIPs.
 
-    IPIP and GUE, IPv4 and IPv6 in either, without a tunnel device. Given again, it replaces what
-    was configured, also on interfaces attached before, and no packet is lost.
+    IPv4 and IPv6, inner and outer in any combination, without a tunnel device. Running it again
+    replaces the configuration on all attached interfaces without packet loss.
 
-    Packets of TCP connections that are not this host's go on to the backend that the balancer
-    names in the tunnel header (mode gue, while a backend is added or drained): out on the
-    interface that they came in on, unless they carry a VLAN tag.
+    Second chance (mode gue, while slots are in transition): TCP packets for which this host has no
+    socket are forwarded to the other backend named in the GUE header, out of the ingress interface.
+    Packets with a VLAN tag are not.
 
     \b
     JSON: {attached: [{name, xdp_mode, program_id}], detached, destinations,
@@ -89,9 +89,9 @@ def attach(
 
     \b
     Examples:
-      # One VIP, put on the loopback
+      # One VIP, added to lo
       xdp-lb decap attach eth0 --vip 10.0.0.100 --setup-vip
-      # Both families, tunnels from the balancers' network only
+      # Both families, outer sources restricted to the balancers
       xdp-lb decap attach eth0 --vip 10.0.0.100,2001:db8::100 \\
           --from 10.0.0.0/24,2001:db8::/64
     """
@@ -108,12 +108,12 @@ def attach(
 @interfaces_argument(required=False)
 @json_option
 def detach(interfaces: tuple[str, ...], as_json: bool) -> None:
-    """Decapsulate no more on interfaces, or on all.
+    """Stop decapsulating on the named interfaces, or on all.
 
-    With the last interface go the addresses and settings of --setup-vip.
+    Detaching the last interface undoes --setup-vip.
 
     \b
-    JSON: as of xdp-lb decap attach
+    JSON: as for xdp-lb decap attach
 
     \b
     Examples:
@@ -129,16 +129,16 @@ def detach(interfaces: tuple[str, ...], as_json: bool) -> None:
 @decap.command()
 @json_option
 def status(as_json: bool) -> None:
-    """Show interfaces, VIPs and counters of decapsulation.
+    """Show interfaces, VIPs and counters.
 
     \b
     JSON: {netns, loaded, interfaces, destinations, sources, gue_port, tunnels,
            sent_to_other_member, drops, passes, noted}
       interfaces  [{name, xdp_mode, program_id}]
-      tunnels     {kind: {packets, bytes}}, ipip_4_in_6: IPv4 in IPv6
+      tunnels     {kind: {packets, bytes}}; ipip_4_in_6: IPv4 in IPv6
       drops       {reason: packets}, dropped
-      passes      {reason: packets}, left to the host as they came
-      noted       {reason: packets}, decapsulated, but worth knowing
+      passes      {reason: packets}, passed to the host unchanged
+      noted       {reason: packets}, decapsulated, with a remark
 
     \b
     Examples:

@@ -13,27 +13,27 @@ EXIT_UNFIT = 1
 
 @click.command("doctor")
 @interfaces_argument(required=False)
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def doctor_command(interfaces: tuple[str, ...], as_json: bool) -> None:
-    """Check this host and its interfaces, and say what mends each fault.
+    """Check this host and its interfaces, with a fix for each finding.
 
-    Without IFACE: all Ethernet interfaces that are up. Nothing is changed, and nothing attached;
-    the program is loaded once for the kernel's verifier, and forgotten again.
+    Without IFACE, checks all Ethernet interfaces that are up. Nothing is changed or attached; the
+    program is loaded once to run the kernel's verifier, then unloaded.
 
-    FAIL keeps xdp-lb from running there, and makes the exit status 1; warn makes it slow, or loses
-    packets of some kind.
+    FAIL: xdp-lb cannot run there; exit status 1. warn: xdp-lb runs slower, or some packets are
+    lost.
 
     \b
     JSON: [{check, interface, status, value, fix}]
-      interface   null: the host
+      interface   null: concerns the host
       status      ok, warn or FAIL
-      fix         a command, or what else to do; null where ok
+      fix         a command or an instruction; null if ok
 
     \b
     Examples:
       xdp-lb doctor
       xdp-lb doctor eth0 eth1
-      # The commands that mend what is found
+      # Only the fixes
       xdp-lb doctor --json | jq -r '.[].fix // empty'
     """
     from lb.doctor import checks, collect, text  # what other commands need not wait for

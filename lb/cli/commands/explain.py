@@ -25,19 +25,21 @@ Explain = Callable[["ExplainService"], Iterator[Document]]
 @click.argument("protocol", type=click.Choice(PROTOCOLS), required=False, metavar="[tcp|udp|icmp]")
 @click.argument("source", required=False, metavar="[SOURCE]")
 @click.argument("destination", required=False, metavar="[DESTINATION]")
-@click.option("--syn", is_flag=True, help="The first packet of a TCP connection, as --flags S.")
-@click.option("--flags", metavar="FLAGS", help="TCP flags, of F S R P A U E W.  [default: A, an open connection]")
+@click.option("--syn", is_flag=True, help="A TCP SYN, same as --flags S.")
+@click.option("--flags", metavar="FLAGS", help="TCP flags: any of F S R P A U E W.  [default: A]")
 @click.option(
     "--in",
     "interface",
     metavar="IFACE",
     shell_complete=completion.interfaces,
-    help="Where it comes in.  [default: where the way to its sender leads]",
+    help="Ingress interface.  [default: the interface of the route to SOURCE]",
 )
-@click.option("--pcap", "pcap", type=click.Path(path_type=Path), metavar="FILE", help="The packets of a capture file.")
-@click.option("-n", "number", type=click.IntRange(min=1), metavar="N", help="Of the file, the Nth packet alone.")
-@click.option("--hex", "digits", metavar="TEXT", help="An Ethernet frame in hexadecimal digits.")
-@json_option("Print JSON, as above.")
+@click.option(
+    "--pcap", "pcap", type=click.Path(path_type=Path), metavar="FILE", help="Explain the packets of a capture file."
+)
+@click.option("-n", "number", type=click.IntRange(min=1), metavar="N", help="Only the Nth packet of the file.")
+@click.option("--hex", "digits", metavar="TEXT", help="An Ethernet frame in hexadecimal.")
+@json_option("Print JSON (keys above).")
 def explain_command(
     protocol: str | None,
     source: str | None,
@@ -50,43 +52,43 @@ def explain_command(
     digits: str | None,
     as_json: bool,
 ) -> None:
-    """Say what becomes of a packet, and why.
+    """Show what happens to a packet, and why.
 
-    SOURCE and DESTINATION are ADDR:PORT (IPv6 in brackets), for icmp, an echo request, ADDR alone.
+    SOURCE and DESTINATION are ADDR:PORT (IPv6 in brackets); for icmp (echo request), ADDR.
 
-    The very packet goes through the program that is loaded, with all filters and stages; it is
-    sent nowhere. Where it came to its backend from is then looked up, and checked against what the
-    program did. Flows and ports that the packet took are taken back. What counts packets, and what
-    limits them, does count it. A packet of a live connection is best not made to end it.
+    The packet is run through the loaded program, including filters and stages, but never
+    transmitted. The maps are then read to tell how the backend was chosen, and compared with what
+    the program did. Flow table entries and NAT ports created by the packet are removed again;
+    counters and rate limits do count it. Do not use FIN or RST of a live connection.
 
     \b
     JSON: [{interface, packet, action, reason, verdict, fix, ended_by, service,
             slot, source, affinity, member, reply_to, egress, out,
             disagreement, notes}]
-      packet, out  {bytes, headers, hex}; out: null where nothing leaves
-      action       what XDP does: pass, drop, tx, redirect or aborted
-      reason       as in status; null: the packet did not get to the balancer
-      ended_by     [{place, program, program_id, rule}], of filter and stages
+      packet, out  {bytes, headers, hex}; out: null if nothing is sent
+      action       XDP action: pass, drop, tx, redirect or aborted
+      reason       as in status; null: did not reach the balancer
+      ended_by     [{place, program, program_id, rule}]: filter or stage
       service      {vip, mode, found_by}
       slot         {hash, number, ring_size, current, previous, tracked};
                    current, previous: a backend, gone or null
       source       ring_current, ring_previous, flow_table, nat_table,
                    nat_reply, connection_id or fragment_table
-      affinity     whether slot and flow are those of the client
+      affinity     true: hashed by client address only
       member       {backend, resolved, mac, source_mac, interface}
-      disagreement null, or how program and tables differ: a bug
+      disagreement null, or how program and maps differ (a bug)
 
     \b
     Examples:
       # A new connection
       xdp-lb explain tcp 192.0.2.7:40000 203.0.113.10:443 --syn
-      # A packet of one that may be open, come in on eth1
+      # A packet of an existing connection, received on eth1
       xdp-lb explain tcp 192.0.2.7:40000 203.0.113.10:443 --in eth1
       xdp-lb explain udp '[2001:db8::7]:40000' '[2001:db8::10]:53'
       xdp-lb explain icmp 192.0.2.7 203.0.113.10
-      # The third packet that was captured
+      # The third packet of a capture
       xdp-lb explain --pcap in.pcap -n 3
-      # Why, and what to do about it
+      # Verdict and suggested fix of each packet
       xdp-lb explain --pcap in.pcap --json | jq -r '.[] | .verdict, .fix'
     """
     from lb.client.connect import open_explainer
@@ -115,13 +117,13 @@ def _explain(
 ) -> Explain:
     """What is asked for; nothing is done yet but what tells right words from wrong ones."""
     if [protocol, pcap, digits].count(None) != 2:
-        raise click.UsageError("say one of: tcp, udp or icmp with two addresses; --pcap FILE; --hex TEXT.")
+        raise click.UsageError("give one of: tcp, udp or icmp with two addresses; --pcap FILE; --hex TEXT.")
     if number is not None and pcap is None:
-        raise click.UsageError("-n is for packets of --pcap.")
+        raise click.UsageError("-n requires --pcap.")
     if (syn or flags is not None) and protocol != "tcp":
         raise click.UsageError("--syn and --flags are for tcp.")
     if syn and flags is not None:
-        raise click.UsageError("--syn and --flags exclude each other.")
+        raise click.UsageError("--syn and --flags are mutually exclusive.")
     if pcap is not None:
         return _of_file(pcap, number, interface)
     if digits is not None:

@@ -24,15 +24,15 @@ SIDES = ("src", "dst")
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, as above.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
-force_option = click.option("--force", is_flag=True, help="Also if it drops the SSH connection that you type in.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (keys above).")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Show what would change without changing it.")
+force_option = click.option("--force", is_flag=True, help="Apply even if it would drop your own SSH connection.")
 at_option = click.option(
     "--at",
     type=click.Choice([str(at) for at in At]),
     metavar="PLACE",
     default=str(At.XDP),
-    help="xdp, tc-in or tc-out.  [default: xdp]",
+    help="Hook: xdp, tc-in or tc-out.  [default: xdp]",
 )
 
 
@@ -51,11 +51,12 @@ def number_argument(name: str, metavar: str) -> Decorator:
 
 @click.group("filter")
 def filter_group() -> None:
-    """Drop, pass, count or limit packets, in front of the balancer.
+    """Packet filter in front of the balancer: drop, pass, count, limit.
 
-    Rules have tcpdump's expressions and run in the kernel, at XDP (also where nothing is balanced)
-    or at tc. The rules of an interface are tried in order, and the first that drops or passes a
-    packet ends it; what none ends goes on, to the balancer or to the host.
+    Rules take pcap-filter(7) expressions and run in the kernel at XDP or tc, on any Ethernet
+    interface, with or without the balancer. The rules of an interface are evaluated in order; the
+    first drop or pass that matches is final. Packets that match neither go on to the balancer or
+    the host.
     """
 
 
@@ -63,18 +64,18 @@ def filter_group() -> None:
 @interface_argument()
 @click.argument("action", type=click.Choice([str(action) for action in Action]), metavar="ACTION")
 @click.argument("words", nargs=-1, metavar="[RATE] [EXPRESSION]")
-@click.option("--set", "set_path", metavar="FILE", help="Only packets with an address in it: a prefix a line.")
+@click.option("--set", "set_path", metavar="FILE", help="Match addresses against a file with one prefix per line.")
 @click.option(
     "--set-side",
     type=click.Choice(SIDES),
     metavar="SIDE",
-    help="Which address is looked up: src or dst.  [default: src]",
+    help="Address to match: src or dst.  [default: src]",
 )
 @at_option
-@click.option("--for", "duration", metavar="TIME", help="It ends by itself: 90s, 10m, 1h30m, 2d.")
-@click.option("--position", type=int, metavar="N", help="Which number it gets.  [default: behind the last]")
+@click.option("--for", "duration", metavar="TIME", help="Expire the rule after TIME: 90s, 10m, 1h30m, 2d.")
+@click.option("--position", type=int, metavar="N", help="Insert as rule N.  [default: append]")
 @force_option
-@click.option("--no-selftest", is_flag=True, help="Do not run the expression against the kernel's own first.")
+@click.option("--no-selftest", is_flag=True, help="Skip the comparison with the kernel's classic BPF.")
 @dry_run_option
 @json_option
 def add(
@@ -93,11 +94,11 @@ def add(
 ) -> None:
     """Add a rule to an interface.
 
-    ACTION is drop; pass, which spares a packet the rules behind; count, which goes on; or limit
-    RATE, which drops what comes above so many packets a second, a minute or an hour, and goes on
-    with the rest. Without EXPRESSION it is for all packets.
+    ACTION is drop, pass (accept, skip the remaining rules), count (count and continue) or limit
+    RATE (drop packets above RATE, continue with the rest). RATE is packets per second, minute, hour
+    or day: 1000/s, 1k/s, 60/min. Without EXPRESSION the rule matches all packets.
 
-    A rule that would drop the SSH connection that it is typed in is refused.
+    A rule that would drop your own SSH connection is refused.
 
     \b
     JSON: {dry_run, changes: [{change, number, detail, RULE}], warnings}
@@ -106,11 +107,11 @@ def add(
     \b
     Examples:
       xdp-lb filter add eth0 drop 'udp port 53 and src net 198.51.100.0/24'
-      # At most 1000 openings of TCP connections a second
+      # At most 1000 TCP SYNs per second
       xdp-lb filter add eth0 limit 1k/s 'tcp[tcpflags] == tcp-syn'
-      # A list of networks, for ten minutes
+      # A blocklist, for ten minutes
       xdp-lb filter add eth0 drop --set bad.txt --for 10m
-      # What the host sends
+      # Egress: packets sent by the host
       xdp-lb filter add eth0 drop 'tcp dst port 25' --at tc-out
     """
     from lb.model.rule_report import ApplyOptions
@@ -132,7 +133,7 @@ def make_wish(
     from lb.model.rule_report import RuleSpec
 
     if set_side and set_path is None:
-        raise click.UsageError("--set-side needs --set.")
+        raise click.UsageError("--set-side requires --set.")
     rate = None
     if action == Action.LIMIT:
         if not words:
@@ -147,16 +148,16 @@ def make_wish(
 @interface_argument(required=False)
 @json_option
 def list_rules(interface: str | None, as_json: bool) -> None:
-    """List rules and what they have counted.
+    """List rules and their counters.
 
-    PACKETS and BYTES are those that a rule matched, DROPPED the packets of them that it dropped.
+    PACKETS and BYTES count matches; DROPPED counts the matched packets that the rule dropped.
 
     \b
     JSON: [{RULE, packets, bytes, dropped_packets, dropped_bytes, in_force,
             expired, left_s}]
       RULE      interface, number, at, action, rate, expression,
                 set: {path, side, prefixes}
-      left_s    seconds, null for a rule without end
+      left_s    seconds until it expires, null: never
 
     \b
     Examples:
@@ -180,10 +181,10 @@ def list_rules(interface: str | None, as_json: bool) -> None:
 @dry_run_option
 @json_option
 def move(interface: str, number: int, to: int, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Give rule N the number M. Its counters stay.
+    """Move rule N to position M. Its counters are kept.
 
     \b
-    JSON: as of xdp-lb filter add
+    JSON: as for xdp-lb filter add
 
     \b
     Examples:
@@ -204,7 +205,7 @@ def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
     """Delete rule N.
 
     \b
-    JSON: as of xdp-lb filter add
+    JSON: as for xdp-lb filter add
 
     \b
     Examples:
@@ -217,15 +218,15 @@ def delete(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
 
 @filter_group.command()
 @interface_argument(required=False)
-@click.option("--all", "everywhere", is_flag=True, help="Of all interfaces.")
+@click.option("--all", "everywhere", is_flag=True, help="Flush all interfaces.")
 @force_option
 @dry_run_option
 @json_option
 def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Delete all rules of an interface, or all rules.
+    """Delete all rules of an interface, or of all interfaces.
 
     \b
-    JSON: as of xdp-lb filter add
+    JSON: as for xdp-lb filter add
 
     \b
     Examples:
@@ -235,7 +236,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
     from lb.model.rule_report import ApplyOptions
 
     if everywhere == (interface is not None):
-        raise click.UsageError("Name an interface, or say --all.")
+        raise click.UsageError("Name an interface, or give --all.")
     run(lambda firewall: firewall.flush(interface, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
@@ -246,12 +247,12 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
 @dry_run_option
 @json_option
 def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Read the file of rule N's set again.
+    """Reload the prefix file of rule N.
 
-    Only the prefixes that differ are changed, in place.
+    Only prefixes that differ are updated, in place.
 
     \b
-    JSON: as of xdp-lb filter add
+    JSON: as for xdp-lb filter add
 
     \b
     Examples:
@@ -267,12 +268,12 @@ def reload(interface: str, number: int, force: bool, dry_run: bool, as_json: boo
 @dry_run_option
 @json_option
 def restore(force: bool, dry_run: bool, as_json: bool) -> None:
-    """Put all stored rules in force, as after a boot.
+    """Load all stored rules, as after a boot.
 
-    Sets are as they were read last; their files are not needed.
+    Sets are restored as last read; their files are not needed.
 
     \b
-    JSON: as of xdp-lb filter add
+    JSON: as for xdp-lb filter add
 
     \b
     Examples:
@@ -290,15 +291,17 @@ def restore(force: bool, dry_run: bool, as_json: bool) -> None:
     "rules",
     multiple=True,
     metavar="'ACTION [RATE] [EXPRESSION]'",
-    help="Instead of the interface's rules. May be repeated.",
+    help="Test this rule instead of the interface's. Repeatable.",
 )
-@click.option("-r", "--read", "path", required=True, metavar="FILE.pcap", help="The packets; - for standard input.")
-@click.option("-w", "--write", "write_to", metavar="FILE.pcap", help="Where those that are dropped are written.")
+@click.option(
+    "-r", "--read", "path", required=True, metavar="FILE.pcap", help="Capture file to test; - for standard input."
+)
+@click.option("-w", "--write", "write_to", metavar="FILE.pcap", help="Write the dropped packets to this file.")
 @click.option(
     "--at",
     type=click.Choice([str(at) for at in At]),
     metavar="PLACE",
-    help="xdp, tc-in or tc-out.  [default: xdp, then tc-in]",
+    help="Hook: xdp, tc-in or tc-out.  [default: xdp, then tc-in]",
 )
 @json_option
 def test(
@@ -309,19 +312,19 @@ def test(
     at: str | None,
     as_json: bool,
 ) -> None:
-    """Say what rules would drop of the packets in a file.
+    """Show what rules would drop from a capture file.
 
-    The rules run in the kernel, over these packets alone; nothing is counted and nothing in force
-    is touched. A file has no time in it that limits could go by: they drop nothing here.
+    The rules are test-run in the kernel on these packets only; loaded rules and counters are not
+    affected. limit rules drop nothing here, as the test has no packet timing.
 
     \b
     JSON: {packets, dropped, untested, rules: [{RULE, matched}]}
-      untested  too short or too long for a test in the kernel
+      untested  too short or too long for BPF_PROG_TEST_RUN
 
     \b
     Examples:
       xdp-lb filter test eth0 -r web.pcap -w dropped.pcap
-      # Before it is added
+      # Before adding the rule
       xdp-lb filter test --rule 'drop udp port 53' -r web.pcap
     """
     from lb.client.connect import open_filters
@@ -329,7 +332,7 @@ def test(
     from lb.firewall.text import trial_lines
 
     if bool(rules) == (interface is not None):
-        raise click.UsageError("Name an interface, or give rules by --rule.")
+        raise click.UsageError("Name an interface, or give --rule.")
     wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
     with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:

@@ -21,15 +21,15 @@ READABLE_BY_ALL = 0o644  # node_exporter is another user
     "path",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write to FILE, which is replaced at once and whole.",
+    help="Write to FILE, replaced atomically.",
 )
-@click.option("--alerts", "shipped", flag_value="alerts", help="Print alert rules for Prometheus instead.")
-@click.option("--dashboard", "shipped", flag_value="dashboard", help="Print a dashboard for Grafana instead.")
+@click.option("--alerts", "shipped", flag_value="alerts", help="Print Prometheus alerting rules instead.")
+@click.option("--dashboard", "shipped", flag_value="dashboard", help="Print a Grafana dashboard instead.")
 def metrics_command(path: Path | None, shipped: str | None) -> None:
-    """Print metrics in the text format of Prometheus.
+    """Print metrics in the Prometheus text format.
 
-    Counters are the kernel's. For the textfile collector of node_exporter, run it every 15 seconds
-    with -o: the name has to end in .prom. If it fails, FILE stays as it was.
+    For the textfile collector of node_exporter, run it every 15 seconds with -o and a file name
+    that ends in .prom. If the command fails, FILE is left unchanged.
 
     \b
     Examples:

@@ -35,19 +35,19 @@ FILE = click.Path(path_type=Path)
     "--listen",
     multiple=True,
     metavar="ADDR:PORT",
-    help="Also on TCP, with TLS and bearer tokens. May be repeated; IPv6 stands in brackets.",
+    help="Also listen on TCP, with TLS and bearer tokens. Repeatable; IPv6 in brackets.",
 )
-@click.option("--tls-cert", type=FILE, metavar="FILE", help="The certificate and what it is signed with, in PEM.")
-@click.option("--tls-key", type=FILE, metavar="FILE", help="Its key, in PEM.")
-@click.option("--config", type=FILE, metavar="FILE", help="lb.toml: the services wanted, at the start and at SIGHUP.")
+@click.option("--tls-cert", type=FILE, metavar="FILE", help="Certificate chain, PEM.")
+@click.option("--tls-key", type=FILE, metavar="FILE", help="Private key, PEM.")
+@click.option("--config", type=FILE, metavar="FILE", help="Configuration, lb.toml(5), applied at start and on SIGHUP.")
 @click.option(
     "--log-format",
     type=click.Choice(["console", "json"]),
     default="console",
     show_default=True,
-    help="Of the lines on standard error.",
+    help="Format of log lines on standard error.",
 )
-@click.option("--print-unit", is_flag=True, help="Print a unit file for systemd instead, for this installation.")
+@click.option("--print-unit", is_flag=True, help="Print a systemd unit for this installation and exit.")
 def serve(
     listen: tuple[str, ...],
     tls_cert: Path | None,
@@ -56,31 +56,30 @@ def serve(
     log_format: str,
     print_unit: bool,
 ) -> None:
-    """Run the daemon: the API, and what needs a process that stays.
+    """Run the daemon: REST API, health checks, reconciliation.
 
-    It listens on a Unix socket (api.sock in the run directory, for root and the process's group),
-    and commands go through it while it runs. What is stored is put in force at the start. Its end,
-    however it comes, stops no packet.
+    Listens on a Unix socket (api.sock in the run directory, accessible to root and the process's
+    group). While it runs, other commands go through it. The stored configuration is loaded at
+    start. Forwarding continues when the daemon stops or is killed.
 
-    SIGTERM ends it when the answers on their way are finished. SIGHUP reads --config and the
-    certificate anew.
+    SIGTERM: finish pending requests, then exit. SIGHUP: reload --config and the certificate.
 
     \b
     Examples:
       xdp-lb serve
-      # From elsewhere too, with a token
+      # Remote access, with a token
       xdp-lb token create deploy --role write
       xdp-lb serve --listen 192.0.2.1:8443 --tls-cert lb.pem --tls-key lb.key
-      # As a service
+      # As a systemd service
       xdp-lb serve --print-unit > /etc/systemd/system/xdp-lb.service
     """
     if print_unit:
         click.echo(unit(), nl=False)
         return
     if bool(tls_cert) != bool(tls_key):
-        raise click.UsageError("--tls-cert and --tls-key belong together.")
+        raise click.UsageError("--tls-cert and --tls-key must be given together.")
     if listen and not tls_cert:
-        raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
+        raise click.UsageError("--listen requires --tls-cert and --tls-key: tokens are not sent in clear text.")
     from lb.control.open import open_balancer
     from lb.daemon import logs, server
     from lb.daemon.health_task import HealthTask
@@ -127,7 +126,7 @@ def _listen_address(text: str) -> tuple[str, int]:
 
 @click.group()
 def token() -> None:
-    """Create, list and revoke tokens for the API over TCP."""
+    """Manage bearer tokens for the API over TCP."""
 
 
 @token.command("create")
@@ -137,11 +136,11 @@ def token() -> None:
     type=click.Choice(ROLES),
     default="read",
     show_default=True,
-    help="read sees everything, write changes it.",
+    help="read: read-only; write: full access.",
 )
 @json_option("Print {name, role, token}.")
 def token_create(name: str, role: str, as_json: bool) -> None:
-    """Create a token and print it, this once.
+    """Create a token and print it. It cannot be shown again.
 
     \b
     Examples:
@@ -159,7 +158,7 @@ def token_create(name: str, role: str, as_json: bool) -> None:
 @token.command("list")
 @json_option("Print [{name, role, created_s}].")
 def token_list(as_json: bool) -> None:
-    """List the tokens. What they are, nobody can tell any more.
+    """List tokens: name, role, time of creation.
 
     \b
     Examples:
@@ -178,7 +177,7 @@ def token_list(as_json: bool) -> None:
 @token.command("revoke")
 @click.argument("name")
 def token_revoke(name: str) -> None:
-    """Revoke a token. A running daemon knows at once.
+    """Revoke a token, effective immediately.
 
     \b
     Examples:
@@ -216,13 +215,15 @@ def _when(time_s: float) -> str:
 
 
 @click.command()
-@click.option("-n", "count", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="The last N.")
+@click.option(
+    "-n", "count", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Show the last N entries."
+)
 @json_option("Print [{time_s, who, address, method, path, change, outcome}].")
 def audit(count: int, as_json: bool) -> None:
-    """Show who has changed what through the daemon, the last at the end.
+    """Show the audit log of changes made through the daemon, latest last.
 
-    WHO is a user on this host, or a token; failed attempts to use one are here too. The last
-    100,000 entries are kept.
+    WHO is a local user or a token. Failed authentication is logged too. The last 100,000 entries
+    are kept.
 
     \b
     Examples:
@@ -245,7 +246,7 @@ def _audit_table(entries: list[Entry]) -> list[str]:
     from lb.formats.text import Column, table
 
     if not entries:
-        return ["nothing yet: what goes through xdp-lb serve is recorded"]
+        return ["no entries: changes made through xdp-lb serve are recorded"]
     headings = ("TIME", "WHO", "FROM", "REQUEST", "CHANGE", "OUTCOME")
     rows = [(_when(e.time_s), e.who, e.address, f"{e.method} {e.path}", e.change or "-", e.outcome) for e in entries]
     return table([Column(heading) for heading in headings], rows, colour=False)

@@ -43,7 +43,7 @@ def parse_interval(text: str) -> float:
 
 @click.group()
 def stage() -> None:
-    """Put a C function of your own into the packets' path."""
+    """Run your own C function as an XDP stage."""
 
 
 @stage.command()
@@ -57,11 +57,16 @@ def stage() -> None:
     help="xdp: before the balancer; xdp-exit: after its verdict.  [default: xdp]",
 )
 @click.option(
-    "--interval", "interval_s", type=parse_interval, default="1s", metavar="TIME", help="Between tables.  [default: 1s]"
+    "--interval",
+    "interval_s",
+    type=parse_interval,
+    default="1s",
+    metavar="TIME",
+    help="Interval between tables.  [default: 1s]",
 )
-@click.option("--function", default="stage", metavar="NAME", help="The function in FILE.  [default: stage]")
-@click.option("-D", "defines", multiple=True, metavar="NAME[=VALUE]", help="Define a macro. May be repeated.")
-@json_option("Print JSON documents, one a line, as above.")
+@click.option("--function", default="stage", metavar="NAME", help="Entry function in FILE.  [default: stage]")
+@click.option("-D", "defines", multiple=True, metavar="NAME[=VALUE]", help="Define a macro. Repeatable.")
+@json_option("Print JSON, one document per line (keys above).")
 def run(
     interface: str,
     file: Path,
@@ -71,23 +76,23 @@ def run(
     defines: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Compile FILE and run it on IFACE, until Ctrl-C.
+    """Compile FILE with BCC and run it on IFACE until Ctrl-C.
 
-    FILE has a function int stage(struct xdp_md *ctx), in C as BCC wants it, with its macros
-    (BPF_HASH, BPF_ARRAY, BPF_HISTOGRAM, BPF_PERF_OUTPUT, BPF_RINGBUF_OUTPUT, ...). Where it returns
-    XDP_DROP the packet is dropped; whatever else it returns, the packet goes on to the next stage,
-    the balancer, or the host. Its tables are shown at every interval, its events and the lines of
-    bpf_trace_printk() as they come. Tables whose names begin with _ are not shown. Fields of type
-    struct in_addr and struct in6_addr are addresses.
+    FILE defines int stage(struct xdp_md *ctx) in BCC's C, with its macros (BPF_HASH, BPF_ARRAY,
+    BPF_HISTOGRAM, BPF_PERF_OUTPUT, BPF_RINGBUF_OUTPUT, ...). XDP_DROP drops the packet; after any
+    other return value it goes on to the next stage, the balancer or the host. Tables are printed
+    once per interval, events and bpf_trace_printk() lines as they arrive. Tables whose name starts
+    with _ are hidden. Fields of type struct in_addr and struct in6_addr print as addresses.
 
-    At xdp-exit, xdp_lb_verdict() is a pointer to what the balancer decided (or NULL): action, an
-    enum xdp_action; reason, such as XDP_LB_FORWARDED or XDP_LB_PASS_NOT_A_SERVICE; egress, an
-    interface's index; bytes.
+    At xdp-exit, xdp_lb_verdict() returns a pointer to the balancer's verdict, or NULL: action (enum
+    xdp_action), reason (XDP_LB_FORWARDED, XDP_LB_PASS_NOT_A_SERVICE, ...), egress (interface
+    index), bytes.
 
-    On an interface without the balancer the function is alone, and ends with this process. With
-    it, a process that is killed leaves it at work, which stage list shows and stage stop ends.
+    Without the balancer on IFACE, the stage is the interface's only XDP program and is removed when
+    this process ends. With it, a stage whose process is killed keeps running; stage list shows it,
+    stage stop removes it.
 
-    Needs BCC: apt install python3-bpfcc, and kernel headers, of any version.
+    Requires BCC (apt install python3-bpfcc) and kernel headers of any version.
 
     \b
     JSON: {time, table, kind, entries: [{key, value, per_second}], final}
@@ -95,15 +100,15 @@ def run(
           {time, event, data}, {time, trace}, {time, lost_events}
       kind     hash, array, trie, histogram, log2_histogram
       buckets  [{low, high, count}] of a log2_histogram, else [{value, count}]
-      final    the last of its table
+      final    true: the last one of this table
 
     \b
     Examples:
-      # Those that come along: xdp-lb stage examples
+      # The examples are installed: xdp-lb stage examples
       xdp-lb stage run eth0 hello.c
-      # Drop beyond 100 SYNs a second of a /24
+      # Drop more than 100 SYNs per second from a /24
       xdp-lb stage run eth0 syn_rate.c -D LIMIT=100
-      # Sizes of what the balancer sends, as documents
+      # Sizes of forwarded packets, as JSON
       xdp-lb stage run eth0 packet_sizes.c --at xdp-exit --json
     """
     from lb.stages.lifecycle import Request
@@ -177,17 +182,17 @@ def _trace(source: Source, record: Record) -> closing[Trace] | nullcontext[None]
 
 
 @stage.command("list")
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def list_stages(as_json: bool) -> None:
-    """List the stages that run, and those that a killed process left.
+    """List stages, including orphaned ones.
 
-    A stage whose process was killed is orphaned: its program goes on working, and nobody shows
-    its tables; xdp-lb stage stop ends it.
+    A stage is orphaned if its process was killed: its program keeps running but nothing shows its
+    tables. xdp-lb stage stop removes it.
 
     \b
     JSON: [{number, interface, at, place, file, function, pid, program_id,
             since, state}]
-      place    in the balancer's path; null: alone on its interface
+      place    position in the balancer's chain; null: no balancer
       state    compiling, running or orphaned
 
     \b
@@ -222,15 +227,15 @@ def _row(record: Document) -> list[str]:
 
 @stage.command()
 @click.argument("number", type=int, metavar="STAGE")
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def tables(number: int, as_json: bool) -> None:
-    """Show what a stage has found up to now.
+    """Show the current tables of a running stage.
 
-    It is one that runs, such as in another terminal. Rates are those since the tables were shown
-    there before last.
+    The stage may run in another terminal. Rates are since the last but one time its tables were
+    printed there.
 
     \b
-    JSON: [{time, table, kind, entries or histograms}], as of xdp-lb stage run
+    JSON: [{time, table, kind, entries or histograms}], as for stage run
 
     \b
     Examples:
@@ -248,11 +253,11 @@ def tables(number: int, as_json: bool) -> None:
 
 @stage.command()
 @click.argument("numbers", type=int, nargs=-1, metavar="STAGE...")
-@click.option("--all", "everything", is_flag=True, help="All stages of this network namespace.")
+@click.option("--all", "everything", is_flag=True, help="Stop all stages of this network namespace.")
 def stop(numbers: tuple[int, ...], everything: bool) -> None:
-    """End stages, by their numbers in xdp-lb stage list.
+    """Stop stages by their number in xdp-lb stage list.
 
-    Packets go on as if the stage had never been there.
+    Forwarding is not interrupted.
 
     \b
     Examples:
@@ -262,7 +267,7 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
     from lb.client.connect import open_stages
 
     if bool(numbers) == everything:
-        raise click.UsageError("Say which stages, or --all.")
+        raise click.UsageError("Name stages, or give --all.")
     with open_stages(Paths.here()) as stages:
         ended = stages.stop(numbers)
     lines = [f"stage {record['number']}: stopped, {record['interface']}, at {record['at']}" for record in ended]
@@ -271,7 +276,7 @@ def stop(numbers: tuple[int, ...], everything: bool) -> None:
 
 @stage.command()
 def examples() -> None:
-    """List the examples that come along, with their paths.
+    """List the example stages and their paths.
 
     \b
     Examples:

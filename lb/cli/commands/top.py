@@ -39,23 +39,23 @@ def _seconds(text: str) -> float:
     metavar="SECONDS",
     default="1",
     show_default=True,
-    help="Between readings.",
+    help="Interval between samples.",
 )
-@click.option("-n", "--count", type=click.IntRange(min=1), metavar="COUNT", help="End after so many.")
-@click.option("--once", is_flag=True, help="Print one block of lines, and end.")
+@click.option("-n", "--count", type=click.IntRange(min=1), metavar="COUNT", help="Exit after COUNT samples.")
+@click.option("--once", is_flag=True, help="Print one sample and exit.")
 def top_command(delay_s: float, count: int | None, once: bool) -> None:
-    """Watch services and backends: packets, bits and new connections a second.
+    """Show live packet, bit and connection rates of services and backends.
 
-    On a terminal a screen that is kept up to date, else a block of lines for each reading. Where
-    the screen is too narrow, columns are left out.
+    Full-screen on a terminal, otherwise one block of lines per sample. Columns are dropped if the
+    terminal is too narrow.
 
-    REPLY/S and the BIT/S beside it go back to clients (mode nat). STATE of a service is its mode,
-    and ~N: so many slots are in transition. The bars beside it are its packets of late.
+    REPLY/S and the BIT/S next to it count backend to client (mode nat). STATE of a service is its
+    mode; ~N: N slots are in transition. The sparkline shows recent packet rates.
 
     \b
     Keys:
       q              quit
-      s              sort by packets, bits, connections, name
+      s              cycle the sort key: packets, bits, connections, name
       space          pause
       arrows, PgUp, PgDn, Home, End
                      scroll
@@ -64,7 +64,7 @@ def top_command(delay_s: float, count: int | None, once: bool) -> None:
     Examples:
       xdp-lb top
       xdp-lb top -d 5
-      # Six readings into a file
+      # Six samples into a file
       xdp-lb top -d 10 -n 6 > load.txt
     """
     gc.enable()  # this command stays for long

@@ -42,7 +42,7 @@ def vip() -> None:
     metavar="SECONDS",
     default=3600,
     show_default=True,
-    help="How long an idle connection is remembered.",
+    help="How long an idle connection stays in the flow table.",
 )
 @option_words
 @vip_address_option
@@ -62,16 +62,16 @@ def vip_add(
     \b
     Examples:
       xdp-lb vip add 10.0.0.100:80 --backends 10.0.0.11,10.0.0.12
-      # UDP, and direct return
+      # UDP, direct routing
       xdp-lb vip add 10.0.0.100:53/udp --mode dr --backends 10.0.0.11
-      # IPv6, servers on another port
+      # IPv6, backends on another port
       xdp-lb vip add '[2001:db8::100]:443' --backends '[2001:db8::11]:8443'
-      # All addresses of a prefix, a range of ports
+      # A prefix and a port range
       xdp-lb vip add 10.0.1.0/24:8000-8999 --mode dr --backends 10.0.0.11
       # Other backends for clients from 192.0.2.0/24
       xdp-lb vip add 10.0.0.100:80@near --source 192.0.2.0/24 \\
           --backends 10.0.0.21
-      # No more than 1000 new connections a second, 20 from one network
+      # Rate limits: 1000 new connections/s, 20/s from one /24
       xdp-lb vip add 10.0.0.100:25 --backends 10.0.0.11 \\
           --syn-limit 1000 --syn-limit-of-source 20
     """
@@ -85,25 +85,25 @@ def vip_add(
 @option_words
 @change_options
 def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
-    """Change options of the service at VIP. What is not named stays as it is.
+    """Change options of the service at VIP. Options not given keep their values.
 
-    0 switches a limit or the MSS off, --no-echo and the like a switch, --allow any the list of
-    clients, --tunnel-source own the prefix, --health off the check. While the service is in force,
-    the affinity can be made longer or shorter, but not begin or end.
+    To disable an option: 0 for a limit or the MSS, --no-echo and so on for a flag, --allow any,
+    --tunnel-source own, --health off. Affinity of a running service can be lengthened or shortened,
+    but not enabled or disabled.
 
     \b
     Examples:
       xdp-lb vip set 10.0.0.100:80 --echo --mss 1400
-      # Check the backends while xdp-lb serve runs
+      # Health checks, run by xdp-lb serve
       xdp-lb vip set 10.0.0.100:80 --health 'http /healthz interval=1s fall=2'
-      # No limit any more
+      # Remove the limit
       xdp-lb vip set 10.0.0.100:80 --syn-limit 0
-      # Who may connect; then everybody again
+      # Restrict clients; then lift the restriction
       xdp-lb vip set 10.0.0.100:80 --allow 10.0.0.0/8,192.0.2.0/24
       xdp-lb vip set 10.0.0.100:80 --allow any
     """
     if not option_words:
-        raise click.UsageError("no option named: say what to change.")
+        raise click.UsageError("no option given: name at least one.")
 
     def change(balancer: BalancerLike) -> Report:
         options = option_words.change(vip, balancer.state.service(vip).options)
@@ -116,21 +116,21 @@ def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
 @vip_argument
 @change_options
 def vip_remove(vip: Vip, request: Request) -> None:
-    """Remove the service at VIP, with its backends.
+    """Remove the service at VIP and its backends.
 
     \b
     Examples:
       xdp-lb vip remove 10.0.0.100:80
-      # What would go
+      # Show what would be removed
       xdp-lb vip remove 10.0.0.100:80 --dry-run --json
     """
     request.run(lambda balancer: balancer.remove_service(vip, dry_run=request.dry_run))
 
 
 @vip.command("list")
-@json_option("Print JSON, as above.")
+@json_option("Print JSON (keys above).")
 def vip_list(as_json: bool) -> None:
-    """List the services that are stored, and the options that are not the default.
+    """List stored services and their non-default options.
 
     \b
     JSON: [{vip, address, prefix_length, port, last_port, protocol, set, mode,

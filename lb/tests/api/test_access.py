@@ -197,7 +197,7 @@ def test_a_token_is_revoked_by_name(here: Path) -> None:
 
 
 def test_the_audit_log_says_who_has_made_and_revoked_tokens(here: Path) -> None:
-    assert lines("audit") == ["nothing yet: what goes through xdp-lb serve is recorded"]
+    assert lines("audit") == ["no entries: changes made through xdp-lb serve are recorded"]
     lines("token", "create", "deploy", "--role", "write")
     lines("token", "revoke", "deploy")
     heading, created, revoked = lines("audit")
