@@ -1,6 +1,6 @@
 """Other versions of xdp-lb, as an upgrade finds them: the same Python code over programs whose sources were patched.
 
-Enters: what to replace in the files of xdp/bpf, and a version number. Leaves: a folder as of an installation, really
+Enters: what to replace in the files of xdp/bpf/lb, and a version number. Leaves: a folder as of an installation, really
 compiled, whose `xdp-lb` runs on the balancer of a bed; also so that a signal reaches it at given calls.
 `python netns_tests/versions.py SIGNAL FUNCTION:N,... WORD...` is that: `xdp-lb WORD...`, which has this signal, by its
 number, as it calls a function of this name for the N-th time.
@@ -22,7 +22,7 @@ from types import FrameType
 REPOSITORY = Path(__file__).resolve().parent.parent
 XDP_LB = Path(sys.executable).with_name("xdp-lb")
 
-# File of xdp/bpf -> what it says -> what it shall say.
+# File of xdp/bpf/lb -> what it says -> what it shall say.
 Patches = Mapping[str, Mapping[str, str]]
 
 # Constants only: all maps stay of the shape that they have.
@@ -72,8 +72,8 @@ class Version:
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: xdp-lb\nVersion: {number}\n")
         for name, replacements in patches.items():
-            _patch(folder / "xdp" / "bpf" / name, replacements)
-        subprocess.run(["make", "-s", "-C", str(folder / "xdp"), "bpf/lb.bpf.o"], check=True)
+            _patch(folder / "xdp" / "bpf" / "lb" / name, replacements)
+        subprocess.run(["make", "-s", "-C", str(folder / "xdp"), "bpf/lb/lb.bpf.o"], check=True)
         return cls(folder)
 
     @property

@@ -4,14 +4,14 @@
  * service is a reply of a translated flow, or the host's. Each step returns a reason or goes on, and all leave through
  * verdict(). The story is compiled once for each address family.
  */
-#include "admit.h"
-#include "answer.h"
-#include "carry.h"
+#include "admission.h"
+#include "icmp_reply.h"
+#include "carry_counters.h"
 #include "forward_dr.h"
 #include "forward_nat.h"
 #include "forward_tunnel.h"
 #include "fragment.h"
-#include "known.h"
+#include "service_cache.h"
 #include "vlan.h"
 
 /* The flow of a packet that parse() refused, found the slow way: behind IP options or a fragment header. */

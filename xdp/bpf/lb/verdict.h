@@ -3,7 +3,7 @@
 #pragma once
 
 #include "maps.h"
-#include "opening.h"
+#include "syn_retransmit.h"
 #include "packet.h"
 #include "stage.h"
 #include "vlan.h"

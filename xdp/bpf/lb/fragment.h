@@ -6,8 +6,8 @@
  */
 #pragma once
 
-#include "admit.h"
-#include "flow.h"
+#include "admission.h"
+#include "flow_table.h"
 
 /* The datagram's key: a flow whose ports are the ID. */
 static __always_inline void set_datagram(struct flow_key *key, __be32 id)

@@ -5,8 +5,8 @@
  */
 #pragma once
 
-#include "flow.h"
-#include "hop.h"
+#include "flow_table.h"
+#include "next_hop.h"
 #include "icmp.h"
 #include "nat.h"
 #include "rewrite.h"

@@ -5,9 +5,9 @@
  */
 #pragma once
 
-#include "answer.h"
-#include "flow.h"
-#include "hop.h"
+#include "icmp_reply.h"
+#include "flow_table.h"
+#include "next_hop.h"
 #include "outer_checksum.h"
 #include "tunnel.h"
 #include "verdict.h"

@@ -2,8 +2,8 @@
 /* Direct routing: the frame goes to the member's MAC address, the packet stays the VIP's. An ICMP error follows its flow. */
 #pragma once
 
-#include "flow.h"
-#include "hop.h"
+#include "flow_table.h"
+#include "next_hop.h"
 #include "verdict.h"
 
 static __always_inline enum reason send_direct(struct xdp_md *ctx, struct packet *pkt, const struct member *member, int family)
