@@ -9,23 +9,14 @@
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
+#include "encap.h"
+#include "ip.h"
 
-#include "tunnel.h"
-
-#define AF_INET 2
-#define AF_INET6 10
 #define MOST_TARGETS 65536 /* IPv4 and IPv6 addresses end with the number of the target */
 #define MOST_FLOWS 65536
-#define OUTER_TTL 64
-#define GUE_SOURCE_PORT 0xc000
 #define L3 sizeof(struct ethhdr)
 #define ICMP_CHECKSUM 2 /* where it lies in the header, in both families */
 #define ICMP_HEADER 8
@@ -168,46 +159,6 @@ static __always_inline __u32 target_number(const __be32 *words, int family)
 
 /* Out */
 
-static __always_inline void write_outer4(struct iphdr *ip, const struct check_target *target, __u8 protocol, __u32 bytes)
-{
-	__u32 sum = 0;
-
-	ip->version = 4;
-	ip->ihl = 5;
-	ip->tot_len = bpf_htons(sizeof(*ip) + bytes);
-	ip->frag_off = bpf_htons(0x4000);
-	ip->ttl = OUTER_TTL;
-	ip->protocol = protocol;
-	ip->saddr = target->source[0];
-	ip->daddr = target->backend[0];
-	sum = bpf_csum_diff(NULL, 0, (__be32 *)ip, sizeof(*ip), 0);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	ip->check = ~sum;
-}
-
-static __always_inline void write_outer6(struct ipv6hdr *ip, const struct check_target *target, __u8 protocol, __u32 bytes)
-{
-	ip->version = 6;
-	ip->payload_len = bpf_htons(bytes);
-	ip->nexthdr = protocol;
-	ip->hop_limit = OUTER_TTL;
-	__builtin_memcpy(&ip->saddr, target->source, 16);
-	__builtin_memcpy(&ip->daddr, target->backend, 16);
-}
-
-struct outer {
-	union {
-		struct iphdr ip4;
-		struct ipv6hdr ip6;
-	};
-};
-
-struct gue_headers {
-	struct udphdr udp;
-	struct gue_header gue;
-};
-
 /*
  * The sum over the packet that gets into the tunnel. Behind its IP header, where the transport checksum makes up for all
  * of the data, it is that of the pseudo header, negated; an IPv4 header has a sum of nothing.
@@ -234,60 +185,45 @@ static __always_inline __u32 inner_sum(struct __sk_buff *skb, int family)
 	return bpf_csum_diff(pseudo, 40, header, 40, 0);
 }
 
-static __always_inline __u16 outer_checksum(__u32 sum, const struct check_target *target, struct gue_headers *gue)
+/* The room for the outer headers, in front of which the frame's own stay. */
+static __always_inline int make_room(struct __sk_buff *skb, __u32 bytes, int is_gue, int outer_family)
 {
-	__be32 pseudo[10] = {};
-	__u16 check;
+	__be16 ethertype = outer_family == AF_INET ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	__u64 flags = BPF_F_ADJ_ROOM_NO_CSUM_RESET |
+		      (outer_family == AF_INET ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV6) |
+		      (is_gue ? BPF_F_ADJ_ROOM_ENCAP_L4_UDP : 0);
 
-	__builtin_memcpy(pseudo, target->source, 16);
-	__builtin_memcpy(pseudo + 4, target->backend, 16);
-	pseudo[8] = bpf_htonl(IPPROTO_UDP);
-	pseudo[9] = bpf_htonl(bpf_ntohs(gue->udp.len));
-	sum = bpf_csum_diff(NULL, 0, pseudo, sizeof(pseudo), sum);
-	sum = bpf_csum_diff(NULL, 0, (__be32 *)gue, sizeof(*gue), sum);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	check = ~sum;
-	return check ? check : 0xffff;
+	if (bpf_skb_adjust_room(skb, bytes, BPF_ADJ_ROOM_MAC, flags))
+		return -1;
+	return bpf_skb_store_bytes(skb, L3 - 2, &ethertype, 2, 0);
 }
 
 static __always_inline int encapsulate(struct __sk_buff *skb, const struct check_target *target, __be16 port, int family,
 				       int outer_family)
 {
-	__u8 inner = family == AF_INET ? IPPROTO_IPIP : IPPROTO_IPV6;
-	__u32 ip_bytes = outer_family == AF_INET ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
-	int is_gue = target->mode == CHECK_GUE;
-	__u32 gue_bytes = is_gue ? sizeof(struct gue_headers) : 0;
-	__u32 bytes = skb->len - L3 + gue_bytes;
-	__be16 ethertype = outer_family == AF_INET ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-	__u64 flags = BPF_F_ADJ_ROOM_NO_CSUM_RESET |
-		      (outer_family == AF_INET ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV6) |
-		      (is_gue ? BPF_F_ADJ_ROOM_ENCAP_L4_UDP : 0);
-	__u32 sum = is_gue && target->outer_checksum ? inner_sum(skb, family) : 0;
-	struct gue_headers gue = {};
-	struct outer outer = {};
-	__u8 protocol = is_gue ? IPPROTO_UDP : inner;
+	__be32 headers[(sizeof(struct ipv6hdr) + GUE_MOST) / 4] = {};
+	void *gue = (void *)headers + ip_header_size(outer_family);
+	struct encap encap = {
+		.source = target->source,
+		.destination = target->backend,
+		.inner_bytes = skb->len - L3,
+		.source_port = port | bpf_htons(GUE_SOURCE_PORTS), /* one for each flow */
+		.destination_port = target->gue_port,
+		.inner_protocol = family == AF_INET ? IPPROTO_IPIP : IPPROTO_IPV6,
+		.is_gue = target->mode == CHECK_GUE,
+	};
 
-	if (outer_family == AF_INET)
-		write_outer4(&outer.ip4, target, protocol, bytes);
-	else
-		write_outer6(&outer.ip6, target, protocol, bytes);
-	if (bpf_skb_adjust_room(skb, ip_bytes + gue_bytes, BPF_ADJ_ROOM_MAC, flags))
+	if (encap.is_gue && target->outer_checksum)
+		encap.inner_sum = fold(0xffff + (__u64)inner_sum(skb, family)); /* nothing, as its other form, which is not 0 */
+	if (make_room(skb, ip_header_size(outer_family) + gue_bytes(encap.is_gue, 0), encap.is_gue, outer_family))
 		return -1;
-	if (bpf_skb_store_bytes(skb, L3 - 2, &ethertype, 2, 0))
+	write_outer_ip(headers, &encap, outer_family);
+	if (bpf_skb_store_bytes(skb, L3, headers, ip_header_size(outer_family), BPF_F_INVALIDATE_HASH))
 		return -1;
-	if (outer_family == AF_INET ? bpf_skb_store_bytes(skb, L3, &outer, sizeof(struct iphdr), BPF_F_INVALIDATE_HASH)
-				    : bpf_skb_store_bytes(skb, L3, &outer, sizeof(struct ipv6hdr), BPF_F_INVALIDATE_HASH))
-		return -1;
-	if (!is_gue)
+	if (!encap.is_gue)
 		return 0;
-	gue.udp.source = port | bpf_htons(GUE_SOURCE_PORT); /* one for each flow */
-	gue.udp.dest = target->gue_port;
-	gue.udp.len = bpf_htons(bytes);
-	gue.gue.protocol = inner;
-	if (target->outer_checksum)
-		gue.udp.check = outer_checksum(sum, target, &gue);
-	return bpf_skb_store_bytes(skb, L3 + ip_bytes, &gue, sizeof(gue), 0);
+	write_gue(gue, &encap, headers, outer_family);
+	return bpf_skb_store_bytes(skb, L3 + ip_header_size(outer_family), gue, gue_bytes(1, 0), 0);
 }
 
 /* By the way to the backend: of what is not encapsulated, the backend is the neighbour. */

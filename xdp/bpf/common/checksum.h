@@ -1,11 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Incremental Internet checksums (RFC 1624): a difference gathers what left and what came, in one's complement, and is
- * folded into each checksum that covers it.
+ * Internet checksums (RFC 1071), for the most part updated incrementally (RFC 1624): a difference gathers what left and
+ * what came, in one's complement, and is folded into each checksum that covers it.
  */
 #pragma once
 
 #include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+
+static __always_inline __u64 sum_words(__u64 sum, const __be32 *words, int count)
+{
+	for (int i = 0; i < count; i++)
+		sum += words[i];
+	return sum;
+}
 
 static __always_inline __u64 replaced(__u64 difference, __u32 old, __u32 new)
 {

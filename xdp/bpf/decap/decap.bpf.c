@@ -12,7 +12,6 @@
 
 #define GO_ON DECAPSULATED
 
-#define IP_MF_OR_OFFSET bpf_htons(0x3fff)
 #define MAX_TAGS 2
 
 enum ecn { /* RFC 3168 */
@@ -74,18 +73,6 @@ static __always_inline __be16 find_ethertype(struct tunnel *tunnel)
 
 /* The outer headers */
 
-/*
- * A length in host order that may be added to a packet pointer. The verifiers of Linux 6.1 and 6.12 forget all bounds in a
- * byte swap, and the compiler, which knows them, would leave the mask out.
- */
-static __always_inline __u32 bounded_length(__be16 length)
-{
-	__u32 bytes = bpf_ntohs(length);
-
-	asm volatile("" : "+r"(bytes));
-	return bytes & 0xffff;
-}
-
 static __always_inline int may_be_tunnel(__u8 protocol)
 {
 	return protocol == IPPROTO_IPIP || protocol == IPPROTO_IPV6 || protocol == IPPROTO_UDP;
@@ -102,7 +89,7 @@ static __always_inline enum decap_reason parse_outer4(struct tunnel *tunnel)
 		return PASS_NOT_A_TUNNEL;
 	if (*(__u8 *)ip != 0x45)
 		return ip->version == 4 && ip->ihl > 5 ? PASS_IP_OPTIONS : PASS_MALFORMED;
-	if (ip->frag_off & IP_MF_OR_OFFSET)
+	if (ip->frag_off & (IP_MF | IP_OFFSET))
 		return PASS_FRAGMENT;
 	total = bounded_length(ip->tot_len);
 	if (total < sizeof(*ip) || (void *)ip + total > tunnel->end)
@@ -352,9 +339,9 @@ static __always_inline void count_decapsulated(const struct tunnel *tunnel)
 }
 
 /* Of a tagged frame only the host knows the interface on which it would go on. */
-static __always_inline int goes_elsewhere(struct xdp_md *ctx, const struct tunnel *tunnel)
+static __always_inline int takes_second_chance(struct xdp_md *ctx, const struct tunnel *tunnel)
 {
-	if (!tunnel->tags && belongs_elsewhere(ctx, tunnel->removed - OLD_HEADERS))
+	if (!tunnel->tags && has_no_socket(ctx, tunnel->removed - GUE_WITH_SECOND_CHANCE))
 		return 1;
 	count_reason(NOTED_SECOND_CHANCE_KEPT);
 	return 0;
@@ -374,8 +361,8 @@ static __always_inline enum decap_reason decapsulate(struct xdp_md *ctx, struct 
 	}
 	if (why)
 		return why;
-	if (tunnel->has_second_chance && goes_elsewhere(ctx, tunnel))
-		return send_elsewhere(ctx, tunnel->removed - OLD_HEADERS, tunnel->inner_bytes);
+	if (tunnel->has_second_chance && takes_second_chance(ctx, tunnel))
+		return redirect_to_other_member(ctx, tunnel->removed - GUE_WITH_SECOND_CHANCE, tunnel->inner_bytes);
 	why = remove_outer(ctx, tunnel);
 	if (!why)
 		count_decapsulated(tunnel);

@@ -4,18 +4,12 @@
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
 #include "decap_types.h"
+#include "ip.h"
 #include "tunnel.h"
-
-#define AF_INET 2
-#define AF_INET6 10
+#include "verifier.h"
 
 const volatile struct decap_config config = {
 	.gue_port = bpf_htons(GUE_PORT),

@@ -11,37 +11,27 @@
 #pragma once
 
 #include <linux/pkt_cls.h>
-#include "checksum.h"
 #include "decap.h"
+#include "encap.h"
 
-#define OUTER_HOP_LIMIT 64
-#define IP_DF bpf_htons(0x4000)
-#define IP_FRAGMENTED bpf_htons(0x3fff)
 #define PACKET_HOST 0 /* <linux/if_packet.h> */
 
-#define SLOW_PATH __attribute__((noinline))
-
-struct gue_packet {
-	struct udphdr udp;
-	struct gue_header gue;
-};
-
 /* From the outer IP header's end to the inner one. */
-#define OLD_HEADERS (sizeof(struct gue_packet) + sizeof(struct second_chance))
+#define GUE_WITH_SECOND_CHANCE (sizeof(struct udphdr) + sizeof(struct gue_header) + sizeof(struct second_chance))
 
-/* What is kept of a packet's old headers for its new ones. */
-struct outer {
-	__be32 source[4];
+/* What is kept of a packet's old outer headers for its new ones. */
+struct old_headers {
+	__be32 source[4]; /* of the new ones */
 	__be32 destination[4];
 	__u8 mac[6];
-	__u8 family; /* 4 or 6 */
 	__u8 traffic_class;
-	__be16 source_port;
 	__u8 inner_protocol;
+	__be16 source_port;
+	int family; /* of the new outer header */
 };
 
 /* Is the flow a socket's of this host, or (at a listener) a new one, or one that a SYN cookie stands for? */
-static __always_inline int owned(struct xdp_md *ctx, struct bpf_sock_tuple *tuple, __u32 tuple_size, void *ip,
+static __always_inline int has_socket(struct xdp_md *ctx, struct bpf_sock_tuple *tuple, __u32 tuple_size, void *ip,
 				 __u32 ip_size, struct tcphdr *tcp)
 {
 	struct bpf_sock *sk = bpf_skc_lookup_tcp(ctx, tuple, tuple_size, BPF_F_CURRENT_NETNS, 0);
@@ -55,12 +45,12 @@ static __always_inline int owned(struct xdp_md *ctx, struct bpf_sock_tuple *tupl
 	return ours;
 }
 
-static __always_inline int owned4(struct xdp_md *ctx, struct iphdr *ip, void *end)
+static __always_inline int has_socket4(struct xdp_md *ctx, struct iphdr *ip, void *end)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct tcphdr *tcp;
 
-	if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->frag_off & IP_FRAGMENTED)
+	if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->frag_off & (IP_MF | IP_OFFSET))
 		return 1;
 	tcp = (void *)ip + ip->ihl * 4;
 	if ((void *)(tcp + 1) > end)
@@ -69,10 +59,10 @@ static __always_inline int owned4(struct xdp_md *ctx, struct iphdr *ip, void *en
 	tuple.ipv4.daddr = ip->daddr;
 	tuple.ipv4.sport = tcp->source;
 	tuple.ipv4.dport = tcp->dest;
-	return owned(ctx, &tuple, sizeof(tuple.ipv4), ip, sizeof(*ip), tcp);
+	return has_socket(ctx, &tuple, sizeof(tuple.ipv4), ip, sizeof(*ip), tcp);
 }
 
-static __always_inline int owned6(struct xdp_md *ctx, struct ipv6hdr *ip, void *end)
+static __always_inline int has_socket6(struct xdp_md *ctx, struct ipv6hdr *ip, void *end)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct tcphdr *tcp = (void *)(ip + 1);
@@ -83,144 +73,110 @@ static __always_inline int owned6(struct xdp_md *ctx, struct ipv6hdr *ip, void *
 	__builtin_memcpy(tuple.ipv6.daddr, &ip->daddr, 16);
 	tuple.ipv6.sport = tcp->source;
 	tuple.ipv6.dport = tcp->dest;
-	return owned(ctx, &tuple, sizeof(tuple.ipv6), ip, sizeof(*ip), tcp);
+	return has_socket(ctx, &tuple, sizeof(tuple.ipv6), ip, sizeof(*ip), tcp);
 }
 
-static __always_inline __u32 ip_header_size(int version)
+/* Whether the inner packet is TCP of a flow that no socket of this host has. The frame is untagged. */
+SLOW_PATH int has_no_socket(struct xdp_md *ctx, __u32 outer_ip_size)
 {
-	return version == 4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
-}
-
-/* Whether the inner packet is TCP of a flow that this host has nothing to do with. The frame is untagged. */
-SLOW_PATH int belongs_elsewhere(struct xdp_md *ctx, __u32 outer_ip_size)
-{
-	void *inner = (void *)(long)ctx->data + sizeof(struct ethhdr) + OLD_HEADERS, *end = (void *)(long)ctx->data_end;
+	void *inner = (void *)(long)ctx->data + sizeof(struct ethhdr) + GUE_WITH_SECOND_CHANCE, *end = frame_end(ctx);
 
 	if (outer_ip_size > sizeof(struct ipv6hdr))
 		return 0;
 	inner += outer_ip_size;
 	if (inner + 1 > end)
 		return 0;
-	return *(__u8 *)inner >> 4 == 4 ? !owned4(ctx, inner, end) : !owned6(ctx, inner, end);
+	return *(__u8 *)inner >> 4 == 4 ? !has_socket4(ctx, inner, end) : !has_socket6(ctx, inner, end);
 }
 
-static __always_inline void read_old_outer(struct outer *outer, const struct ipv6hdr *ip6)
+static __always_inline void read_outer_ip(struct old_headers *old, const void *ip, int family)
 {
-	const struct iphdr *ip4 = (const void *)ip6;
-
-	if (ip6->version == 4) {
-		outer->traffic_class = ip4->tos;
-		outer->source[0] = ip4->daddr;
-	} else {
-		outer->traffic_class = ip6->priority << 4 | ip6->flow_lbl[0] >> 4;
-		__builtin_memcpy(outer->source, &ip6->daddr, 16);
-	}
+	old->traffic_class = traffic_class(ip, family);
+	if (family == AF_INET)
+		old->source[0] = ((const struct iphdr *)ip)->daddr;
+	else
+		__builtin_memcpy(old->source, &((const struct ipv6hdr *)ip)->daddr, 16);
 }
 
-static __always_inline void set_own_address(struct outer *outer)
+static __always_inline void set_own_address(struct old_headers *old)
 {
-	__builtin_memset(outer->source, 0, sizeof(outer->source));
-	if (outer->family == 4)
-		outer->source[0] = config.own_address4;
+	__builtin_memset(old->source, 0, sizeof(old->source));
+	if (old->family == AF_INET)
+		old->source[0] = config.own_address4;
 	else
 		for (int word = 0; word < 4; word++)
-			outer->source[word] = config.own_address6[word];
+			old->source[word] = config.own_address6[word];
 }
 
 /* The source is the address under which the balancer knows this host, unless the other member is of another family. */
-static __always_inline enum decap_reason read_outer(struct xdp_md *ctx, struct outer *outer, __u32 outer_ip_size)
+static __always_inline enum decap_reason read_old_headers(struct xdp_md *ctx, struct old_headers *old, __u32 outer_ip_size)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	void *data = (void *)(long)ctx->data, *end = frame_end(ctx);
 	struct ethhdr *eth = data;
-	struct gue_packet *tunnel = data + sizeof(*eth) + outer_ip_size;
-	struct second_chance *chance = (void *)(tunnel + 1);
+	struct udphdr *udp = data + sizeof(*eth) + outer_ip_size;
+	struct gue_header *gue = (void *)(udp + 1);
+	struct second_chance *chance = (void *)(gue + 1);
 	struct ipv6hdr *ip = (void *)(eth + 1);
+	int family;
 
 	if ((void *)(ip + 1) > end || (void *)(chance + 1) > end)
 		return DROP_INNER_MALFORMED;
-	__builtin_memcpy(outer->mac, eth->h_dest, 6);
-	__builtin_memcpy(outer->destination, chance->address, 16);
-	outer->family = chance->family;
-	outer->source_port = tunnel->udp.source;
-	outer->inner_protocol = tunnel->gue.protocol;
-	read_old_outer(outer, ip);
-	if (ip->version != outer->family)
-		set_own_address(outer);
-	return outer->source[0] | outer->source[1] | outer->source[2] | outer->source[3] ? SENT_TO_OTHER_MEMBER
-											 : DROP_NO_OWN_ADDRESS;
+	__builtin_memcpy(old->mac, eth->h_dest, 6);
+	__builtin_memcpy(old->destination, chance->address, 16);
+	old->family = chance->family == 4 ? AF_INET : AF_INET6;
+	old->source_port = udp->source;
+	old->inner_protocol = gue->protocol;
+	family = ip->version == 4 ? AF_INET : AF_INET6;
+	read_outer_ip(old, ip, family);
+	if (family != old->family)
+		set_own_address(old);
+	return old->source[0] | old->source[1] | old->source[2] | old->source[3] ? SENT_TO_OTHER_MEMBER : DROP_NO_OWN_ADDRESS;
 }
 
-static __always_inline void write_ip4(struct iphdr *ip, const struct outer *outer, __u32 bytes)
+static __always_inline enum decap_reason write_new_headers(struct xdp_md *ctx, const struct old_headers *old,
+							   __u32 inner_bytes, int family)
 {
-	const __u16 *words = (const __u16 *)ip;
-	__u64 sum = 0;
-
-	*(__u8 *)ip = 0x45;
-	ip->tos = outer->traffic_class;
-	ip->tot_len = bpf_htons(sizeof(*ip) + bytes);
-	ip->id = 0; /* RFC 6864: of no meaning where fragments are forbidden */
-	ip->frag_off = IP_DF;
-	ip->ttl = OUTER_HOP_LIMIT;
-	ip->protocol = IPPROTO_UDP;
-	ip->check = 0;
-	ip->saddr = outer->source[0];
-	ip->daddr = outer->destination[0];
-	for (int word = 0; word < 10; word++)
-		sum += words[word];
-	ip->check = ~fold(sum);
-}
-
-static __always_inline void write_ip6(struct ipv6hdr *ip, const struct outer *outer, __u32 bytes)
-{
-	*(__be32 *)ip = bpf_htonl(6u << 28 | outer->traffic_class << 20);
-	ip->payload_len = bpf_htons(bytes);
-	ip->nexthdr = IPPROTO_UDP;
-	ip->hop_limit = OUTER_HOP_LIMIT;
-	__builtin_memcpy(&ip->saddr, outer->source, 16);
-	__builtin_memcpy(&ip->daddr, outer->destination, 16);
-}
-
-static __always_inline enum decap_reason write_outer(struct xdp_md *ctx, const struct outer *outer, __u32 inner_bytes)
-{
+	struct encap encap = {
+		.source = old->source,
+		.destination = old->destination,
+		.inner_bytes = inner_bytes,
+		.source_port = old->source_port,
+		.destination_port = config.gue_port,
+		.traffic_class = old->traffic_class,
+		.inner_protocol = old->inner_protocol,
+		.is_gue = 1,
+	};
 	struct ethhdr *eth = (void *)(long)ctx->data;
-	void *end = (void *)(long)ctx->data_end, *ip = eth + 1;
-	__u32 bytes = sizeof(struct gue_packet) + inner_bytes;
-	struct gue_packet *tunnel = ip + ip_header_size(outer->family);
+	void *ip = eth + 1, *behind = ip + ip_header_size(family);
 
-	if ((void *)(tunnel + 1) > end || ip + sizeof(struct ipv6hdr) > end)
+	if (behind + gue_bytes(1, 0) > frame_end(ctx))
 		return DROP_INNER_MALFORMED;
-	__builtin_memcpy(eth->h_dest, outer->mac, 6);
+	__builtin_memcpy(eth->h_dest, old->mac, 6);
 	for (int byte = 0; byte < 6; byte++)
 		eth->h_source[byte] = config.mark[byte];
-	eth->h_proto = outer->family == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-	tunnel->udp.source = outer->source_port;
-	tunnel->udp.dest = config.gue_port;
-	tunnel->udp.len = bpf_htons(bytes);
-	tunnel->udp.check = 0; /* RFC 6935 */
-	tunnel->gue = (struct gue_header){ .protocol = outer->inner_protocol };
-	if (outer->family == 4)
-		write_ip4(ip, outer, bytes);
-	else
-		write_ip6(ip, outer, bytes);
+	eth->h_proto = family == AF_INET ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	write_outer_ip(ip, &encap, family);
+	write_gue(behind, &encap, ip, family);
 	return SENT_TO_OTHER_MEMBER;
 }
 
 /* Rebuilds an untagged frame that names another member, for that one. */
-SLOW_PATH int send_elsewhere(struct xdp_md *ctx, __u32 outer_ip_size, __u32 inner_bytes)
+SLOW_PATH int redirect_to_other_member(struct xdp_md *ctx, __u32 outer_ip_size, __u32 inner_bytes)
 {
-	struct outer outer = {};
+	struct old_headers old = {};
 	enum decap_reason why;
 	int removed;
 
 	if (outer_ip_size > sizeof(struct ipv6hdr))
 		return DROP_INNER_MALFORMED;
-	why = read_outer(ctx, &outer, outer_ip_size);
+	why = read_old_headers(ctx, &old, outer_ip_size);
 	if (why != SENT_TO_OTHER_MEMBER)
 		return why;
-	removed = (int)outer_ip_size + (int)sizeof(struct second_chance) - (int)ip_header_size(outer.family);
+	removed = (int)outer_ip_size + (int)sizeof(struct second_chance) - ip_header_size(old.family);
 	if (bpf_xdp_adjust_head(ctx, removed))
 		return DROP_NO_ROOM;
-	return write_outer(ctx, &outer, inner_bytes);
+	return old.family == AF_INET ? write_new_headers(ctx, &old, inner_bytes, AF_INET)
+				     : write_new_headers(ctx, &old, inner_bytes, AF_INET6);
 }
 
 /* At tc ingress: what the other program has rebuilt goes out, everything else goes on. */

@@ -6,13 +6,6 @@
 #include <bpf/bpf_helpers.h>
 #include "types.h"
 
-/*
- * A function that is rarely called and verified once, by itself, whatever its callers know. Its pointers are unknown to
- * the verifier, so each one is tested for NULL. Linux 6.1 takes no map key from such a pointer: a function that looks up
- * its caller's key is `static`, hence verified with each caller.
- */
-#define SLOW_PATH __attribute__((noinline))
-
 /* Ports below 32768 are outside the kernel's default ip_local_port_range: nat never meets the host's own connections. */
 const volatile struct config config = {
 	.hash_seed = 0x9e3779b97f4a7c15,

@@ -5,113 +5,55 @@
  */
 #pragma once
 
-#include "icmp_reply.h"
+#include "encap.h"
 #include "flow_table.h"
+#include "icmp_reply.h"
 #include "next_hop.h"
 #include "outer_checksum.h"
-#include "tunnel.h"
 #include "verdict.h"
 
-#define OUTER_TTL 64
-#define GUE_SOURCE_PORTS 0xc000 /* and up: the dynamic ports of RFC 6335 */
-#define IP_DF bpf_htons(0x4000)
-/* The shortest GUE header with the shortest packet behind it is longer too. */
-#define GUE_MOST (sizeof(struct udphdr) + sizeof(struct gue_header) + sizeof(struct second_chance))
-
-/* What the headers need to know of the packet behind them, and of the way it takes. */
+/* A packet on its way into the tunnel. */
 struct tunnel {
 	const struct service *service;
 	const struct member *member;
 	const struct member *other; /* second chance: who else may know the flow */
 	__u32 hash;
 	__u32 inner_bytes;
-	__u32 inner_sum;  /* 0: the outer checksum is left out */
-	__u8 traffic_class; /* DSCP and ECN (RFC 6040, normal mode) are copied */
-	__u8 protocol;	    /* of the inner packet, IPPROTO_IPIP or IPPROTO_IPV6 */
+	__u32 inner_sum; /* 0: the outer checksum is left out */
+	__u8 traffic_class;
+	__u8 protocol; /* of the inner packet, IPPROTO_IPIP or IPPROTO_IPV6 */
 	__u8 is_gue;
 };
 
-static __always_inline __u8 traffic_class(const void *ip, int family)
+/* The low bits of the source follow the flow, so that the receiver's NIC spreads the flows over its queues. */
+static __always_inline __be32 source_suffix(const struct tunnel *tunnel)
 {
-	if (family == AF_INET)
-		return ((struct iphdr *)ip)->tos;
-	return bpf_ntohs(*(__be16 *)ip) >> 4;
+	return bpf_htonl(tunnel->hash & (__u32)((1ull << (tunnel->member->source_bits & 63)) - 1));
 }
 
-/* The low bits follow the flow, so that the receiver's NIC spreads the flows over its queues. */
-static __always_inline __be32 varied(__be32 word, const struct tunnel *tunnel)
+static __always_inline struct encap outer_ip_fields(const struct tunnel *tunnel)
 {
-	return word | bpf_htonl(tunnel->hash & (__u32)((1ull << (tunnel->member->source_bits & 63)) - 1));
+	return (struct encap){
+		.source = tunnel->member->source,
+		.destination = tunnel->member->address,
+		.other_member = tunnel->other ? tunnel->other->address : NULL,
+		.source_suffix = source_suffix(tunnel),
+		.flow_label = tunnel->hash & 0xfffff,
+		.inner_bytes = tunnel->inner_bytes,
+		.traffic_class = tunnel->traffic_class,
+		.inner_protocol = tunnel->protocol,
+		.is_gue = tunnel->is_gue,
+	};
 }
 
-static __always_inline void write_outer4(struct iphdr *ip, const struct tunnel *tunnel, __u32 payload)
+/* What only GUE wants is read where it is written. */
+static __always_inline void set_gue_fields(struct encap *encap, const struct tunnel *tunnel)
 {
-	*(__be32 *)ip = bpf_htonl(0x45000000 | (__u32)tunnel->traffic_class << 16 | (payload + sizeof(*ip)));
-	((__be32 *)ip)[1] = bpf_htonl(0x4000); /* never fragmented, so needs no ID: RFC 6864 */
-	((__be32 *)ip)[2] = bpf_htonl(OUTER_TTL << 24 | (__u32)(tunnel->is_gue ? IPPROTO_UDP : tunnel->protocol) << 16);
-	ip->saddr = varied(tunnel->member->source[0], tunnel);
-	ip->daddr = tunnel->member->address[0];
-	ip->check = ~fold(added(0, (__be32 *)ip, sizeof(*ip) / 4));
-}
-
-static __always_inline void write_outer6(struct ipv6hdr *ip, const struct tunnel *tunnel, __u32 payload)
-{
-	__u8 next = tunnel->is_gue ? IPPROTO_UDP : tunnel->protocol;
-
-	((__be32 *)ip)[0] = bpf_htonl(0x60000000 | (__u32)tunnel->traffic_class << 20 | (tunnel->hash & 0xfffff));
-	((__be32 *)ip)[1] = bpf_htonl(payload << 16 | (__u32)next << 8 | OUTER_TTL);
-	__builtin_memcpy(&ip->saddr, tunnel->member->source, 16);
-	__builtin_memcpy(&ip->daddr, tunnel->member->address, 16);
-	ip->saddr.in6_u.u6_addr32[3] = varied(tunnel->member->source[3], tunnel);
-}
-
-static __always_inline __u32 gue_bytes(const struct tunnel *tunnel)
-{
-	if (!tunnel->is_gue)
-		return 0;
-	return sizeof(struct udphdr) + sizeof(struct gue_header) + (tunnel->other ? sizeof(struct second_chance) : 0);
-}
-
-static __always_inline __u16 gue_checksum(const struct tunnel *tunnel, const struct udphdr *udp, const void *outer_ip,
-					  int outer_family)
-{
-	__u64 sum = tunnel->inner_sum + bpf_htons(IPPROTO_UDP) + (__u64)udp->len;
-	__u16 check;
-
-	sum = added(sum, (const __be32 *)udp, 3);
+	encap->source_port = bpf_htons(GUE_SOURCE_PORTS | (tunnel->hash >> 16));
+	encap->destination_port = tunnel->service->gue_port;
+	encap->inner_sum = tunnel->inner_sum;
 	if (tunnel->other)
-		sum = added(sum, (const __be32 *)udp + 3, SECOND_CHANCE_WORDS);
-	if (outer_family == AF_INET)
-		sum = added(sum, &((struct iphdr *)outer_ip)->saddr, 2);
-	else
-		sum = added(sum, ((struct ipv6hdr *)outer_ip)->saddr.in6_u.u6_addr32, 8);
-	check = ~fold(sum);
-	return check ? check : 0xffff;
-}
-
-static __always_inline void write_second_chance(struct second_chance *chance, const struct member *other)
-{
-	chance->magic = bpf_htons(SECOND_CHANCE_MAGIC);
-	chance->family = other->flags & MEMBER_IP6 ? 6 : 4;
-	chance->zero = 0;
-	__builtin_memcpy(chance->address, other->address, 16);
-}
-
-static __always_inline void write_gue(struct udphdr *udp, const struct tunnel *tunnel, const void *outer_ip, int outer_family)
-{
-	struct gue_header *gue = (void *)(udp + 1);
-
-	udp->source = bpf_htons(GUE_SOURCE_PORTS | (tunnel->hash >> 16));
-	udp->dest = tunnel->service->gue_port;
-	udp->len = bpf_htons(gue_bytes(tunnel) + tunnel->inner_bytes);
-	udp->check = 0;
-	gue->first = tunnel->other ? SECOND_CHANCE_WORDS : 0;
-	gue->protocol = tunnel->protocol;
-	gue->flags = 0;
-	if (tunnel->other)
-		write_second_chance((void *)(gue + 1), tunnel->other);
-	if (tunnel->inner_sum)
-		udp->check = gue_checksum(tunnel, udp, outer_ip, outer_family);
+		encap->other_member_family = tunnel->other->flags & MEMBER_IP6 ? 6 : 4;
 }
 
 /* The outer headers in front of the packet, and the frame's own in front of them. */
@@ -119,6 +61,7 @@ static __always_inline enum reason write_headers(struct xdp_md *ctx, struct pack
 						 const struct tunnel *tunnel, int outer_family)
 {
 	struct ethhdr *eth = (void *)(long)ctx->data;
+	struct encap encap = outer_ip_fields(tunnel);
 	void *ip, *behind;
 
 	ip = eth + 1;
@@ -128,15 +71,13 @@ static __always_inline enum reason write_headers(struct xdp_md *ctx, struct pack
 	pkt->ip = ip;
 	set_hop(pkt, hop);
 	eth->h_proto = bpf_htons(outer_family == AF_INET ? ETH_P_IP : ETH_P_IPV6);
-	if (outer_family == AF_INET)
-		write_outer4(ip, tunnel, gue_bytes(tunnel) + tunnel->inner_bytes);
-	else
-		write_outer6(ip, tunnel, gue_bytes(tunnel) + tunnel->inner_bytes);
+	write_outer_ip(ip, &encap, outer_family);
 	if (!tunnel->is_gue)
 		return GO_ON;
 	if (behind + GUE_MOST > frame_end(ctx))
 		return DROP_MALFORMED;
-	write_gue(behind, tunnel, ip, outer_family);
+	set_gue_fields(&encap, tunnel);
+	write_gue(behind, &encap, ip, outer_family);
 	return GO_ON;
 }
 
@@ -157,7 +98,7 @@ static __always_inline const struct member *second_chance(const struct service *
 static __always_inline enum reason encapsulate(struct xdp_md *ctx, struct packet *pkt, struct tunnel *tunnel, int family,
 					       int outer_family)
 {
-	__u32 overhead = ip_header_size(outer_family) + gue_bytes(tunnel);
+	__u32 overhead = ip_header_size(outer_family) + gue_bytes(tunnel->is_gue, tunnel->other != NULL);
 	struct hop found = {};
 	const struct hop *hop;
 	enum reason why;

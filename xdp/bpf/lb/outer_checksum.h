@@ -8,13 +8,6 @@
 #include "checksum.h"
 #include "packet.h"
 
-static __always_inline __u64 added(__u64 sum, const __be32 *words, int count)
-{
-	for (int i = 0; i < count; i++)
-		sum += words[i];
-	return sum;
-}
-
 /* Of the transport header and all behind it: the complement of its pseudo header, which an IPv4 ICMP message has not. */
 static __always_inline __u64 l4_sum(const struct packet *pkt, __u8 protocol, int family)
 {
@@ -23,9 +16,9 @@ static __always_inline __u64 l4_sum(const struct packet *pkt, __u8 protocol, int
 	if (family == AF_INET && protocol == IPPROTO_ICMP)
 		return 0;
 	if (family == AF_INET)
-		pseudo = added(pseudo, &((struct iphdr *)pkt->ip)->saddr, 2);
+		pseudo = sum_words(pseudo, &((struct iphdr *)pkt->ip)->saddr, 2);
 	else
-		pseudo = added(pseudo, ((struct ipv6hdr *)pkt->ip)->saddr.in6_u.u6_addr32, 8);
+		pseudo = sum_words(pseudo, ((struct ipv6hdr *)pkt->ip)->saddr.in6_u.u6_addr32, 8);
 	return (__u16)~fold(pseudo);
 }
 
@@ -44,5 +37,5 @@ static __always_inline __u64 packet_sum(const struct packet *pkt, int family)
 {
 	if (family == AF_INET)
 		return l4_sum(pkt, ((struct iphdr *)pkt->ip)->protocol, AF_INET);
-	return added(l4_sum(pkt, ((struct ipv6hdr *)pkt->ip)->nexthdr, AF_INET6), pkt->ip, sizeof(struct ipv6hdr) / 4);
+	return sum_words(l4_sum(pkt, ((struct ipv6hdr *)pkt->ip)->nexthdr, AF_INET6), pkt->ip, sizeof(struct ipv6hdr) / 4);
 }

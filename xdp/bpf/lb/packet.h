@@ -8,20 +8,12 @@
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
+#include "ip.h"
 #include "types.h"
+#include "verifier.h"
 
-#define AF_INET 2
-#define AF_INET6 10
-
-#define IP_MF bpf_htons(0x2000)
-#define IP_OFFSET bpf_htons(0x1fff)
 #define IP6_OFFSET bpf_htons(0xfff8)
 
 #define TCP_FIN 0x01
@@ -64,35 +56,6 @@ struct packet {
 	enum l4_kind l4_kind;
 	struct flow_key *flow; /* apart, since maps want its address: the rest stays in registers */
 };
-
-/*
- * Where the frame ends. Each call loads it anew: a value that the compiler keeps it may copy as the 32 bits that the struct
- * says it has, and then the verifier takes it for a number.
- */
-static __always_inline void *frame_end(struct xdp_md *ctx)
-{
-	void *end;
-
-	asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(end) : "r"(ctx), "i"(__builtin_offsetof(struct xdp_md, data_end)));
-	return end;
-}
-
-/*
- * A length in host order that may be added to a packet pointer. The verifiers of Linux 6.1 and 6.12 forget all bounds in a
- * byte swap, and the compiler, which knows them, would leave the mask out.
- */
-static __always_inline __u32 bounded_length(__be16 length)
-{
-	__u32 bytes = bpf_ntohs(length);
-
-	asm volatile("" : "+r"(bytes));
-	return bytes & 0xffff;
-}
-
-static __always_inline int ip_header_size(int family)
-{
-	return family == AF_INET ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
-}
 
 static __always_inline __be32 *flow_source(struct flow_key *flow)
 {
