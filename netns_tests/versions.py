@@ -30,17 +30,19 @@ ALIKE: Patches = {"config.h": {".recorded_syns_per_s = 10000,": ".recorded_syns_
 
 # What programs count and what they know of flows has another layout, reasons have other numbers; there is one map more.
 GROWN: Patches = {
-    "types.h": {
+    "counter_maps.h": {
         "struct counter {\n": "struct counter {\n\t__u64 unheard_of;\n",
-        "struct flow {\n\t__u64 seen_ns;": "struct flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;",
+        "\tDROP_FRAGMENT,\n": "\tDROP_UNHEARD_OF,\n\tDROP_FRAGMENT,\n",
+    },
+    "flow_types.h": {"struct flow {\n\t__u64 seen_ns;": "struct flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;"},
+    "nat_maps.h": {
         "struct nat_flow {\n\t__u64 seen_ns;\n\t__u32 uid;\n\t__u16 member;": (
             "struct nat_flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;\n\t__u32 uid;\n\t__u16 zeros[3];\n\t__u16 member;"
         ),
         "struct nat_reply {\n\t__u64 seen_ns;": "struct nat_reply {\n\t__u64 first_ns;\n\t__u64 seen_ns;",
-        "\tDROP_FRAGMENT,\n": "\tDROP_UNHEARD_OF,\n\tDROP_FRAGMENT,\n",
-        "\t__u64 whole_ns;": "\t__u64 unheard_of;\n\t__u64 whole_ns;",
     },
-    "maps.h": {
+    "config.h": {"\t__u64 whole_ns;": "\t__u64 unheard_of;\n\t__u64 whole_ns;"},
+    "service_maps.h": {
         "#define KNOWN_BITS 8\n": (
             "#define KNOWN_BITS 8\n\nstruct {\n\t__uint(type, BPF_MAP_TYPE_ARRAY);\n\t__uint(max_entries, 4);\n"
             '\t__type(key, __u32);\n\t__type(value, __u64);\n} one_more SEC(".maps");\n'

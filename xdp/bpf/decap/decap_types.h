@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * Every struct that the decapsulating programs share with user space, which reads the layouts out of the object's BTF
- * (see types.h, the balancer's).
+ * (see maps.h, the balancer's).
  *
  * Addresses are four 32-bit words in network byte order; IPv4 uses word 0 and leaves the others zero.
  */

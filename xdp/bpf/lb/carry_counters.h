@@ -7,6 +7,13 @@
 
 #include "maps.h"
 
+/* What the program counted that this one has replaced. */
+struct carried {
+	__u32 is_reason; /* `index` is of `reasons`, and `more` has packets only */
+	__u32 index;
+	struct counter more;
+};
+
 #define COUNTER_WORDS (sizeof(struct counter) / sizeof(__u64))
 
 static __always_inline void add_words(__u64 *to, const __u64 *more)

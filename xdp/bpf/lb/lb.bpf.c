@@ -11,6 +11,7 @@
 #include "forward_nat.h"
 #include "forward_tunnel.h"
 #include "fragment.h"
+#include "names.h"
 #include "service_cache.h"
 #include "vlan.h"
 

@@ -10,8 +10,9 @@
 #include <linux/if_ether.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
+#include "counter_maps.h"
+#include "flow_maps.h"
 #include "ip.h"
-#include "types.h"
 #include "verifier.h"
 
 #define IP6_OFFSET bpf_htons(0xfff8)

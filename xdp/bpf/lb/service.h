@@ -68,6 +68,11 @@ static __always_inline __u32 *wide_service6(const __be32 *address, __be16 port, 
 	return bpf_map_lookup_elem(&ranges6, &key);
 }
 
+/* For functions that the verifier takes by themselves: as many words as IPv6 has. */
+struct address {
+	__be32 words[4];
+};
+
 /* Returns its number, or NO_SERVICE. */
 SLOW_PATH __u32 wide_service(const struct address *address, __u16 port, __u8 protocol, int family)
 {
