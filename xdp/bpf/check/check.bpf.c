@@ -227,7 +227,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct check
 }
 
 /* By the way to the backend: of what is not encapsulated, the backend is the neighbour. */
-static __always_inline int send(const struct check_target *target, int family)
+static __always_inline int redirect_to_backend(const struct check_target *target, int family)
 {
 	struct bpf_redir_neigh neighbour = { .nh_family = family };
 
@@ -240,7 +240,7 @@ static __always_inline int send(const struct check_target *target, int family)
 	return bpf_redirect_neigh(target->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
-static __always_inline int go_out(struct __sk_buff *skb, int family)
+static __always_inline int handle_request(struct __sk_buff *skb, int family)
 {
 	struct check_target *target;
 	struct check_flow flow = {};
@@ -270,7 +270,7 @@ static __always_inline int go_out(struct __sk_buff *skb, int family)
 	if (target->mode != CHECK_DR && (target->family == AF_INET ? encapsulate(skb, target, ports[0], family, AF_INET)
 								   : encapsulate(skb, target, ports[0], family, AF_INET6)))
 		return TC_ACT_SHOT;
-	return send(target, family);
+	return redirect_to_backend(target, family);
 }
 
 /* At the pair's end where all that this host sends to targets comes in. Nothing gets past it. */
@@ -278,8 +278,8 @@ SEC("tc")
 int check_out(struct __sk_buff *skb)
 {
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return go_out(skb, AF_INET);
-	return skb->protocol == bpf_htons(ETH_P_IPV6) ? go_out(skb, AF_INET6) : TC_ACT_SHOT;
+		return handle_request(skb, AF_INET);
+	return skb->protocol == bpf_htons(ETH_P_IPV6) ? handle_request(skb, AF_INET6) : TC_ACT_SHOT;
 }
 
 /* In */
@@ -299,7 +299,7 @@ static __always_inline __u32 *target_of(struct __sk_buff *skb, const struct fiel
 	return bpf_map_lookup_elem(&check_flows, &flow);
 }
 
-static __always_inline int hand_over(struct __sk_buff *skb, const struct fields *found, __u32 number, int family)
+static __always_inline int deliver(struct __sk_buff *skb, const struct fields *found, __u32 number, int family)
 {
 	__be32 was[4] = {}, now[4] = {};
 	__u8 mac[6];
@@ -318,7 +318,7 @@ static __always_inline int hand_over(struct __sk_buff *skb, const struct fields 
  * An ICMP error about a check comes from anywhere, and quotes what was sent. The quoted address becomes the one that was
  * asked, as the socket knows it, and so does the source, which may be the VIP: this host's own, and no source for others.
  */
-static __always_inline int come_in_error(struct __sk_buff *skb, const struct fields *found, int family)
+static __always_inline int handle_icmp_error(struct __sk_buff *skb, const struct fields *found, int family)
 {
 	__be32 was[4] = {}, now[4] = {};
 	struct fields quoted = {};
@@ -338,10 +338,10 @@ static __always_inline int come_in_error(struct __sk_buff *skb, const struct fie
 	if (family == AF_INET ? bpf_skb_store_bytes(skb, quoted.destination, now, 4, BPF_F_RECOMPUTE_CSUM)
 			      : bpf_skb_store_bytes(skb, quoted.destination, now, 16, BPF_F_RECOMPUTE_CSUM))
 		return TC_ACT_SHOT;
-	return hand_over(skb, found, *number, family);
+	return deliver(skb, found, *number, family);
 }
 
-static __always_inline int come_in(struct __sk_buff *skb, int family)
+static __always_inline int handle_answer(struct __sk_buff *skb, int family)
 {
 	struct fields found = {};
 	__u32 *number;
@@ -349,11 +349,11 @@ static __always_inline int come_in(struct __sk_buff *skb, int family)
 	if (read_fields(skb, &found, family, L3))
 		return TC_ACT_OK;
 	if (found.protocol == (family == AF_INET ? IPPROTO_ICMP : IPPROTO_ICMPV6))
-		return come_in_error(skb, &found, family);
+		return handle_icmp_error(skb, &found, family);
 	if (found.protocol != IPPROTO_TCP && found.protocol != IPPROTO_UDP)
 		return TC_ACT_OK;
 	number = target_of(skb, &found, found.source, found.destination, 0, family);
-	return number ? hand_over(skb, &found, *number, family) : TC_ACT_OK;
+	return number ? deliver(skb, &found, *number, family) : TC_ACT_OK;
 }
 
 /* Where the backends' answers arrive. All else goes on as if this were not there. */
@@ -361,8 +361,8 @@ SEC("tc")
 int check_in(struct __sk_buff *skb)
 {
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return come_in(skb, AF_INET);
-	return skb->protocol == bpf_htons(ETH_P_IPV6) ? come_in(skb, AF_INET6) : TC_ACT_OK;
+		return handle_answer(skb, AF_INET);
+	return skb->protocol == bpf_htons(ETH_P_IPV6) ? handle_answer(skb, AF_INET6) : TC_ACT_OK;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

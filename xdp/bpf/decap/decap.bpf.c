@@ -174,7 +174,7 @@ static __always_inline enum decap_reason parse_tunnel(struct tunnel *tunnel)
 	return why || tunnel->inner_protocol != IPPROTO_UDP ? why : parse_gue(tunnel);
 }
 
-static __always_inline int may_send(const struct tunnel *tunnel)
+static __always_inline int outer_source_allowed(const struct tunnel *tunnel)
 {
 	void *outer = outer_header(tunnel);
 
@@ -199,7 +199,7 @@ static __always_inline int merged_ecn(int inner, int outer)
 	return inner == ECT_0 && outer == ECT_1 ? ECT_1 : inner;
 }
 
-static __always_inline enum decap_reason take_over_ecn4(struct iphdr *ip, int outer)
+static __always_inline enum decap_reason merge_ecn4(struct iphdr *ip, int outer)
 {
 	int ecn = merged_ecn(ip->tos & 3, outer);
 	__u16 *word = (__u16 *)ip, before = *word;
@@ -211,7 +211,7 @@ static __always_inline enum decap_reason take_over_ecn4(struct iphdr *ip, int ou
 	return GO_ON;
 }
 
-static __always_inline enum decap_reason take_over_ecn6(struct ipv6hdr *ip, int outer)
+static __always_inline enum decap_reason merge_ecn6(struct ipv6hdr *ip, int outer)
 {
 	int ecn = merged_ecn(ip->flow_lbl[0] >> 4 & 3, outer);
 
@@ -270,7 +270,7 @@ static __always_inline enum decap_reason check_inner4(struct tunnel *tunnel)
 		return PASS_MALFORMED;
 	if (!holds4(&config.destination4, &destinations4, ip->daddr))
 		return PASS_NOT_CONFIGURED;
-	if (!may_send(tunnel))
+	if (!outer_source_allowed(tunnel))
 		return DROP_OUTER_SOURCE;
 	tunnel->inner_bytes = bpf_ntohs(ip->tot_len);
 	if (ip->ihl < 5 || tunnel->inner_bytes < ip->ihl * 4 || tunnel->inner_bytes > tunnel->inner_room)
@@ -278,7 +278,7 @@ static __always_inline enum decap_reason check_inner4(struct tunnel *tunnel)
 	why = check_source4(ip->saddr, ip->daddr);
 	if (why || !tunnel->outer_ecn)
 		return why;
-	return take_over_ecn4(ip, tunnel->outer_ecn);
+	return merge_ecn4(ip, tunnel->outer_ecn);
 }
 
 static __always_inline enum decap_reason check_inner6(struct tunnel *tunnel)
@@ -290,7 +290,7 @@ static __always_inline enum decap_reason check_inner6(struct tunnel *tunnel)
 		return PASS_MALFORMED;
 	if (!holds6(&config.destination6, &destinations6, &ip->daddr))
 		return PASS_NOT_CONFIGURED;
-	if (!may_send(tunnel))
+	if (!outer_source_allowed(tunnel))
 		return DROP_OUTER_SOURCE;
 	tunnel->inner_bytes = sizeof(*ip) + bpf_ntohs(ip->payload_len);
 	if (tunnel->inner_bytes > tunnel->inner_room)
@@ -298,7 +298,7 @@ static __always_inline enum decap_reason check_inner6(struct tunnel *tunnel)
 	why = check_source6(&ip->saddr, &ip->daddr);
 	if (why || !tunnel->outer_ecn)
 		return why;
-	return take_over_ecn6(ip, tunnel->outer_ecn);
+	return merge_ecn6(ip, tunnel->outer_ecn);
 }
 
 /* The way out */

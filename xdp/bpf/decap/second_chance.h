@@ -32,7 +32,7 @@ struct old_headers {
 
 /* Is the flow a socket's of this host, or (at a listener) a new one, or one that a SYN cookie stands for? */
 static __always_inline int has_socket(struct xdp_md *ctx, struct bpf_sock_tuple *tuple, __u32 tuple_size, void *ip,
-				 __u32 ip_size, struct tcphdr *tcp)
+				      __u32 ip_size, struct tcphdr *tcp)
 {
 	struct bpf_sock *sk = bpf_skc_lookup_tcp(ctx, tuple, tuple_size, BPF_F_CURRENT_NETNS, 0);
 	int ours = 1;

@@ -41,7 +41,7 @@ SLOW_PATH __u32 service_of_source(const struct service *service, struct flow_key
  * The generic cell rate algorithm (ITU-T I.371): `time` is when the next opening would be in time if they came evenly; a
  * second's worth of them may come early. Where two CPUs meet, one goes uncounted.
  */
-static __always_inline int too_early(__u64 *time, __u32 per_s, __u64 now)
+static __always_inline int exceeds_rate(__u64 *time, __u32 per_s, __u64 now)
 {
 	__u64 due = *time;
 	__u64 next = (due > now ? due : now) + 1000000000ull / per_s;
@@ -52,7 +52,7 @@ static __always_inline int too_early(__u64 *time, __u32 per_s, __u64 now)
 	return 0;
 }
 
-static __always_inline int over_limit_of_source(const struct service *service, const struct flow_key *flow, __u64 now,
+static __always_inline int exceeds_source_limit(const struct service *service, const struct flow_key *flow, __u64 now,
 						int family)
 {
 	struct source_prefix key = { .service = service->number };
@@ -62,7 +62,7 @@ static __always_inline int over_limit_of_source(const struct service *service, c
 	key.address[1] = family == AF_INET ? 0 : flow->address[1];
 	time = bpf_map_lookup_elem(&source_syn_times, &key);
 	if (time)
-		return too_early(time, service->syn_limit_of_source, now);
+		return exceeds_rate(time, service->syn_limit_of_source, now);
 	bpf_map_update_elem(&source_syn_times, &key, &start, BPF_ANY);
 	return 0;
 }
@@ -73,12 +73,12 @@ static __always_inline int check_syn_limits(const struct service *service, struc
 	__u32 number = service->number;
 	__u64 *time, now = now_ns();
 
-	if (service->options & OPTION_SYN_LIMIT_OF_SOURCE && over_limit_of_source(service, flow, now, family))
+	if (service->options & OPTION_SYN_LIMIT_OF_SOURCE && exceeds_source_limit(service, flow, now, family))
 		return DROP_SYN_LIMIT_OF_SOURCE;
 	if (!(service->options & OPTION_SYN_LIMIT))
 		return GO_ON;
 	time = bpf_map_lookup_elem(&syn_times, &number);
-	return time && too_early(time, service->syn_limit, now) ? DROP_SYN_LIMIT : GO_ON;
+	return time && exceeds_rate(time, service->syn_limit, now) ? DROP_SYN_LIMIT : GO_ON;
 }
 
 /*

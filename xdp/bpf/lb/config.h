@@ -57,7 +57,7 @@ static __always_inline __u64 now_ns(void)
  * Maps are being handed on from one program to the next: a flow that is not there may come yet, its packets are sent again.
  * Nor does one that has ended tell anything, where a later connection between the same ports may have come meanwhile.
  */
-static __always_inline int may_be_missing(void)
+static __always_inline int flow_may_be_missing(void)
 {
 	return control.whole_ns && now_ns() < control.whole_ns;
 }

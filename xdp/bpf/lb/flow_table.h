@@ -28,23 +28,23 @@ static __always_inline int belongs_to_previous(const struct service *service, co
 }
 
 /* What is recorded of a client that has affinity outlives each of its connections. */
-static __always_inline int closes(const struct service *service, const struct packet *pkt)
+static __always_inline int closes_flow(const struct service *service, const struct packet *pkt)
 {
 	return pkt->tcp_flags & (TCP_FIN | TCP_RST) && !(service->options & OPTION_AFFINITY);
 }
 
-static __always_inline void touch(struct flow *flow, const struct service *service, const struct packet *pkt, __u64 now)
+static __always_inline void refresh_flow(struct flow *flow, const struct service *service, const struct packet *pkt, __u64 now)
 {
 	if (now - flow->seen_ns >= config.refresh_ns)
 		flow->seen_ns = now;
-	if (closes(service, pkt))
+	if (closes_flow(service, pkt))
 		flow->closing = 1;
 }
 
-static __always_inline int has_ended(const struct flow *flow, const struct service *service, const struct packet *pkt,
-				   __u64 now)
+static __always_inline int flow_ended(const struct flow *flow, const struct service *service, const struct packet *pkt,
+				      __u64 now)
 {
-	if (flow->closing && (opens_connection(pkt) || may_be_missing()))
+	if (flow->closing && (opens_connection(pkt) || flow_may_be_missing()))
 		return 1;
 	if (opens_connection(pkt) && service->options & OPTION_AFFINITY && older_than(flow->seen_ns, now, service->affinity_s))
 		return 1;
@@ -52,22 +52,22 @@ static __always_inline int has_ended(const struct flow *flow, const struct servi
 }
 
 /* A flood of SYNs must not push what is recorded out of the table. */
-static __always_inline int may_record(const struct packet *pkt, __u64 now)
+static __always_inline int may_record_flow(const struct packet *pkt, __u64 now)
 {
-	return !opens_connection(pkt) || may_do(PACED_RECORDS, config.recorded_syns_per_s, now);
+	return !opens_connection(pkt) || within_pace(PACED_RECORDS, config.recorded_syns_per_s, now);
 }
 
-static __always_inline void record(const struct service *service, struct packet *pkt, const struct member *member, __u64 now,
-				   int family)
+static __always_inline void record_flow(const struct service *service, struct packet *pkt, const struct member *member, __u64 now,
+					int family)
 {
 	struct flow flow = {
 		.seen_ns = now,
 		.uid = member->uid,
 		.member = member->index - service->member_base,
-		.closing = closes(service, pkt),
+		.closing = closes_flow(service, pkt),
 	};
 
-	if (!may_record(pkt, now)) {
+	if (!may_record_flow(pkt, now)) {
 		count_reason(NOTED_SYN_NOT_RECORDED);
 		return;
 	}
@@ -90,17 +90,17 @@ static __always_inline struct member *tracked_member_in(const struct service *se
 	struct member *member = NULL;
 	__u64 now = now_ns();
 
-	if (flow && !has_ended(flow, service, pkt, now))
+	if (flow && !flow_ended(flow, service, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);
 	if (member) {
-		touch(flow, service, pkt, now);
+		refresh_flow(flow, service, pkt, now);
 		return member;
 	}
-	if (pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt) && may_be_missing())
+	if (pkt->flow->protocol == IPPROTO_TCP && !opens_connection(pkt) && flow_may_be_missing())
 		return NULL;
 	member = first_seen_member(service, pkt, now);
 	if (member && (flow || RING_PREVIOUS(pkt->word)) && pkt->l4_kind != L4_ICMP_ERROR)
-		record(service, pkt, member, now, family);
+		record_flow(service, pkt, member, now, family);
 	return member;
 }
 

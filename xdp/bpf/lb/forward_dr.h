@@ -6,7 +6,7 @@
 #include "next_hop.h"
 #include "verdict.h"
 
-static __always_inline enum reason send_direct(struct xdp_md *ctx, struct packet *pkt, const struct member *member, int family)
+static __always_inline enum reason forward_dr(struct xdp_md *ctx, struct packet *pkt, const struct member *member, int family)
 {
 	struct hop found = {};
 	const struct hop *hop = hop_to(ctx, member, &found, family);

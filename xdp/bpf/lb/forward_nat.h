@@ -32,16 +32,16 @@ static __always_inline void rewrite(struct packet *pkt, const struct rewrite *ne
 	set_addresses(pkt->ip, new->source, new->destination, family);
 }
 
-static __always_inline int is_over(const struct nat_flow *flow, const struct packet *pkt, __u64 now)
+static __always_inline int nat_flow_ended(const struct nat_flow *flow, const struct packet *pkt, __u64 now)
 {
 	if (older_than(flow->seen_ns, now, flow->timeout_s))
 		return 1;
-	return flow->state & (NAT_CLIENT_FIN | NAT_RESET) && (opens_connection(pkt) || may_be_missing());
+	return flow->state & (NAT_CLIENT_FIN | NAT_RESET) && (opens_connection(pkt) || flow_may_be_missing());
 }
 
 /* Returns nonzero where the flow has lost its port. */
-static __always_inline int refresh(struct xdp_md *ctx, const struct service *service, const struct member *member,
-				   struct packet *pkt, struct nat_flow *flow, __u64 now, int family)
+static __always_inline int refresh_nat_flow(struct xdp_md *ctx, const struct service *service, const struct member *member,
+					    struct packet *pkt, struct nat_flow *flow, __u64 now, int family)
 {
 	__u32 state = state_after_request(flow->state, pkt);
 
@@ -55,8 +55,8 @@ static __always_inline int refresh(struct xdp_md *ctx, const struct service *ser
 	return refresh_reply(ctx, member, pkt->flow, flow, family);
 }
 
-static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
-					     const struct hop *hop, __be16 port, int opens, int family)
+static __always_inline enum reason send_to_member(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
+						  const struct hop *hop, __be16 port, int opens, int family)
 {
 	struct rewrite new = {
 		.source = member->source,
@@ -71,8 +71,8 @@ static __always_inline enum reason to_member(struct xdp_md *ctx, struct packet *
 	return count_request(ctx, member, pkt, opens, 0, family);
 }
 
-static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
-					       int family)
+static __always_inline enum reason forward_new_flow(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
+						    int family)
 {
 	struct hop found = {};
 	const struct hop *hop;
@@ -83,7 +83,7 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 		return PASS_ICMP_NO_FLOW;
 	if (pkt->tcp_flags & TCP_RST)
 		return DROP_NAT_NO_FLOW;
-	if (pkt->l4_kind == L4_TCP && !opens_connection(pkt) && may_be_missing())
+	if (pkt->l4_kind == L4_TCP && !opens_connection(pkt) && flow_may_be_missing())
 		return DROP_NAT_NO_FLOW;
 	member = select_member_untracked(ctx, service, pkt, family);
 	if (!member)
@@ -94,12 +94,12 @@ static __always_inline enum reason forward_new(struct xdp_md *ctx, const struct 
 	port = open_reply(ctx, member, pkt->flow, family);
 	if (!port || open_request(member, service->member_base, pkt->flow, port, family))
 		return DROP_NAT_NO_PORT;
-	return to_member(ctx, pkt, member, hop, port, 1, family);
+	return send_to_member(ctx, pkt, member, hop, port, 1, family);
 }
 
 /* A connection may have moved to a port of the client's whose last one has its translation still: the ID decides. */
-static __always_inline int names_another(struct xdp_md *ctx, const struct service *service, const struct packet *pkt,
-					 const struct member *member, int family)
+static __always_inline int names_other_member(struct xdp_md *ctx, const struct service *service, const struct packet *pkt,
+					      const struct member *member, int family)
 {
 	struct member *named = named_member(ctx, service, pkt, family);
 
@@ -116,15 +116,15 @@ static __always_inline enum reason forward_nat(struct xdp_md *ctx, const struct 
 	__u64 now = now_ns();
 
 	flow = bpf_map_lookup_elem(MAP(nat_flows, family), pkt->flow);
-	if (flow && !is_over(flow, pkt, now))
+	if (flow && !nat_flow_ended(flow, pkt, now))
 		member = recorded_member(service, flow->member, flow->uid);
-	if (!member || names_another(ctx, service, pkt, member, family) ||
-	    refresh(ctx, service, member, pkt, flow, now, family))
-		return forward_new(ctx, service, pkt, family);
+	if (!member || names_other_member(ctx, service, pkt, member, family) ||
+	    refresh_nat_flow(ctx, service, member, pkt, flow, now, family))
+		return forward_new_flow(ctx, service, pkt, family);
 	hop = hop_to(ctx, member, &found, family);
 	if (!hop)
 		return DROP_NO_NEIGHBOUR;
-	return to_member(ctx, pkt, member, hop, flow->port, 0, family);
+	return send_to_member(ctx, pkt, member, hop, flow->port, 0, family);
 }
 
 static __always_inline void refresh_from_reply(struct packet *pkt, struct nat_reply *reply, int family)
@@ -143,13 +143,13 @@ static __always_inline int may_be_reply(const struct flow_key *flow)
 {
 	__u16 port = bpf_ntohs(flow->destination_port);
 
-	return port >= config.nat_port_first && port < config.nat_port_first + config.nat_port_count && may_be_missing();
+	return port >= config.nat_port_first && port < config.nat_port_first + config.nat_port_count && flow_may_be_missing();
 }
 
 /* Its port may belong to a later flow by now: the client that had it before would reset that one's connection. */
-static SLOW_PATH struct nat_reply *unless_over(struct nat_reply *reply)
+static SLOW_PATH struct nat_reply *live_reply(struct nat_reply *reply)
 {
-	if (!reply || !may_be_missing())
+	if (!reply || !flow_may_be_missing())
 		return reply;
 	return NAT_CLOSED(reply->state) || older_than(reply->seen_ns, now_ns(), reply->timeout_s) ? NULL : reply;
 }
@@ -161,7 +161,7 @@ static __always_inline enum reason forward_reply(struct packet *pkt, int family)
 	struct rewrite new;
 
 	if (control.whole_ns)
-		reply = unless_over(reply);
+		reply = live_reply(reply);
 	if (!reply && may_be_reply(pkt->flow)) /* the host would reset the connection */
 		return DROP_NAT_NO_FLOW;
 	if (!reply)

@@ -120,8 +120,8 @@ static __always_inline enum reason encapsulate(struct xdp_md *ctx, struct packet
 	return count_request(ctx, tunnel->member, pkt, opens_connection(pkt), overhead, family);
 }
 
-static __always_inline enum reason send_through_tunnel(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
-						       const struct member *member, int family)
+static __always_inline enum reason forward_tunnel(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
+						  const struct member *member, int family)
 {
 	struct tunnel tunnel = {
 		.service = service,

@@ -16,7 +16,7 @@ static __always_inline void set_datagram(struct flow_key *key, __be32 id)
 	key->destination_port = id >> 16;
 }
 
-static __always_inline int follow_first(struct flow_key *key, __be32 id, struct fragment *found)
+static __always_inline int follow_first_fragment(struct flow_key *key, __be32 id, struct fragment *found)
 {
 	struct fragment *first;
 
@@ -37,8 +37,8 @@ static __always_inline struct service *fragment_service(struct flow_key *flow, i
 	return service && service->mode != MODE_NAT ? service : NULL;
 }
 
-static __always_inline int send_first(struct flow_key *flow, const struct udphdr *udp, __be32 id, struct fragment *found,
-				      int family)
+static __always_inline int send_first_fragment(struct flow_key *flow, const struct udphdr *udp, __be32 id, struct fragment *found,
+					       int family)
 {
 	struct packet pkt = { .flow = flow, .l4_kind = L4_UDP };
 	struct member *member = NULL;
@@ -73,10 +73,10 @@ static __always_inline int find_fragment4(struct xdp_md *ctx, struct flow_key *f
 		return PASS_FRAGMENT;
 	flow->protocol = ip->protocol;
 	if (ip->frag_off & IP_OFFSET)
-		return follow_first(flow, ip->id, found);
+		return follow_first_fragment(flow, ip->id, found);
 	if ((void *)(udp + 1) > frame_end(ctx))
 		return PASS_FRAGMENT;
-	return ip->protocol == IPPROTO_UDP ? send_first(flow, udp, ip->id, found, AF_INET) : DROP_FRAGMENT;
+	return ip->protocol == IPPROTO_UDP ? send_first_fragment(flow, udp, ip->id, found, AF_INET) : DROP_FRAGMENT;
 }
 
 static __always_inline int find_fragment6(struct xdp_md *ctx, struct flow_key *flow, struct fragment *found)
@@ -89,10 +89,10 @@ static __always_inline int find_fragment6(struct xdp_md *ctx, struct flow_key *f
 		return PASS_FRAGMENT;
 	flow->protocol = header->next;
 	if (header->offset & IP6_OFFSET)
-		return follow_first(flow, header->id, found);
+		return follow_first_fragment(flow, header->id, found);
 	if ((void *)(udp + 1) > frame_end(ctx))
 		return PASS_FRAGMENT;
-	return header->next == IPPROTO_UDP ? send_first(flow, udp, header->id, found, AF_INET6) : DROP_FRAGMENT;
+	return header->next == IPPROTO_UDP ? send_first_fragment(flow, udp, header->id, found, AF_INET6) : DROP_FRAGMENT;
 }
 
 /* Fills in where the fragment goes, and returns GO_ON, or the reason why it goes nowhere. flow: its addresses. */

@@ -22,7 +22,7 @@
 #define QUOTED4 128
 #define QUOTED6 256
 
-static __always_inline void turn_ethernet(struct ethhdr *to, const struct ethhdr *from)
+static __always_inline void swap_ethernet(struct ethhdr *to, const struct ethhdr *from)
 {
 	struct ethhdr old = *from;
 
@@ -31,7 +31,7 @@ static __always_inline void turn_ethernet(struct ethhdr *to, const struct ethhdr
 	to->h_proto = old.h_proto;
 }
 
-static __always_inline void turn_ip4(struct iphdr *ip)
+static __always_inline void swap_ip4(struct iphdr *ip)
 {
 	__be32 source = ip->saddr;
 	__u16 before, after;
@@ -44,7 +44,7 @@ static __always_inline void turn_ip4(struct iphdr *ip)
 	ip->check = updated_checksum(ip->check, replaced16(0, before, after));
 }
 
-static __always_inline void turn_ip6(struct ipv6hdr *ip)
+static __always_inline void swap_ip6(struct ipv6hdr *ip)
 {
 	struct in6_addr source = ip->saddr;
 
@@ -64,11 +64,11 @@ static __always_inline enum reason answer_echo_in(struct xdp_md *ctx, struct flo
 		return PASS_ICMP;
 	if (!exact_service(flow_destination(flow, family), 0, protocol, family))
 		return PASS_ICMP;
-	turn_ethernet(data, data);
+	swap_ethernet(data, data);
 	if (family == AF_INET)
-		turn_ip4(data + sizeof(struct ethhdr));
+		swap_ip4(data + sizeof(struct ethhdr));
 	else
-		turn_ip6(data + sizeof(struct ethhdr));
+		swap_ip6(data + sizeof(struct ethhdr));
 	icmp->type = family == AF_INET ? ICMP4_ECHO_REPLY : ICMP6_ECHO_REPLY;
 	icmp->checksum = updated_checksum(icmp->checksum, replaced16(0, request, icmp->type));
 	return ANSWERED_ECHO;
@@ -105,7 +105,7 @@ static __always_inline enum reason too_big4(struct xdp_md *ctx, __u32 mtu)
 		return why;
 	if ((void *)quoted + QUOTED4 > end)
 		return DROP_TOO_BIG;
-	turn_ethernet(data, (void *)quoted - sizeof(struct ethhdr));
+	swap_ethernet(data, (void *)quoted - sizeof(struct ethhdr));
 	*ip = (struct iphdr){
 		.version = 4,
 		.ihl = 5,
@@ -136,7 +136,7 @@ static __always_inline enum reason too_big6(struct xdp_md *ctx, __u32 mtu)
 		return why;
 	if ((void *)quoted + QUOTED6 > end)
 		return DROP_TOO_BIG;
-	turn_ethernet(data, (void *)quoted - sizeof(struct ethhdr));
+	swap_ethernet(data, (void *)quoted - sizeof(struct ethhdr));
 	*(__be32 *)ip = bpf_htonl(0x60000000);
 	ip->payload_len = bpf_htons(bytes);
 	ip->nexthdr = IPPROTO_ICMPV6;
@@ -153,7 +153,7 @@ static __always_inline enum reason too_big6(struct xdp_md *ctx, __u32 mtu)
 /* mtu: what fits into the tunnel. So many a second are told; the packet is unchanged until then. */
 SLOW_PATH int answer_too_big(struct xdp_md *ctx, __u32 mtu, int family)
 {
-	if (!may_do(PACED_TOO_BIG, config.too_big_per_s, now_ns()))
+	if (!within_pace(PACED_TOO_BIG, config.too_big_per_s, now_ns()))
 		return DROP_TOO_BIG;
 	return family == AF_INET ? too_big4(ctx, mtu) : too_big6(ctx, mtu);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * The balancer: a packet's story. Parsed once, it finds its service, the service's mode sends it on; what is for no
- * service is a reply of a translated flow, or the host's. Each step returns a reason or goes on, and all leave through
- * verdict(). The story is compiled once for each address family.
+ * The balancer: a packet's way. It is parsed once, its service is looked up, and forwarded in the service's mode; what is
+ * for no service is a reply of a translated flow, or the host's. Each step returns a reason or goes on, and all leave
+ * through verdict(). All of it is compiled once for each address family.
  */
 #include "admission.h"
 #include "icmp_reply.h"
@@ -67,14 +67,14 @@ SLOW_PATH int refuse(struct xdp_md *ctx, int why, int family)
 	return family == AF_INET ? refuse_in(ctx, why, AF_INET) : refuse_in(ctx, why, AF_INET6);
 }
 
-/* GO_ON: the packet goes to the member as it is. Anything else: it is done with. */
-static __always_inline enum reason find_target(struct xdp_md *ctx, struct packet *pkt, struct service **service,
-					       struct member **member, int family)
+/* GO_ON: it is for *service. Anything else: it is done with, as a reply of nat's or for this reason. */
+static __always_inline enum reason find_service_of_packet(struct xdp_md *ctx, struct packet *pkt, struct service **service,
+							  int family)
 {
 	int number;
 
-	*service = find_known_service(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol,
-				      family);
+	*service = find_service_cached(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol,
+				       family);
 	if (!*service)
 		return forward_reply(pkt, family);
 	if ((*service)->options & OPTIONS_OF_ADMISSION) {
@@ -85,15 +85,11 @@ static __always_inline enum reason find_target(struct xdp_md *ctx, struct packet
 		if (!*service)
 			return DROP_NO_BACKEND;
 	}
-	if (ttl_expired(pkt, family))
-		return DROP_TTL_EXPIRED;
-	if ((*service)->mode == MODE_NAT)
-		return forward_nat(ctx, *service, pkt, family);
-	*member = select_member(ctx, *service, pkt, family);
-	return *member ? GO_ON : DROP_NO_BACKEND;
+	return ttl_expired(pkt, family) ? DROP_TTL_EXPIRED : GO_ON;
 }
 
-static __always_inline enum reason find_target_of_fragment(struct xdp_md *ctx, struct packet *pkt, struct service **service,
+/* GO_ON: it goes where the first fragment of its datagram went. */
+static __always_inline enum reason find_member_of_fragment(struct xdp_md *ctx, struct packet *pkt, struct service **service,
 							   struct member **member, int family)
 {
 	struct fragment found = {};
@@ -112,8 +108,24 @@ static __always_inline enum reason find_target_of_fragment(struct xdp_md *ctx, s
 	return *member ? GO_ON : DROP_NO_BACKEND;
 }
 
+/* In the mode of the service. member: a fragment's, which are none of mode nat's; otherwise it is to be selected. */
+static __always_inline enum reason forward(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
+					   const struct member *member, int family)
+{
+	if (pkt->l4_kind != L4_FRAGMENT) {
+		if (service->mode == MODE_NAT)
+			return forward_nat(ctx, service, pkt, family);
+		member = select_member(ctx, service, pkt, family);
+	}
+	if (!member)
+		return DROP_NO_BACKEND;
+	if (service->mode == MODE_DR)
+		return forward_dr(ctx, pkt, member, family);
+	return forward_tunnel(ctx, service, pkt, member, family);
+}
+
 /* What belongs to no flow. */
-static __always_inline enum reason handle_odd(struct xdp_md *ctx, struct packet *pkt, enum reason why, int family)
+static __always_inline enum reason handle_without_flow(struct xdp_md *ctx, struct packet *pkt, enum reason why, int family)
 {
 	if (why == PASS_ICMP && control.echo_addresses)
 		return answer_echo(ctx, pkt->flow, family);
@@ -127,17 +139,12 @@ static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pk
 	struct member *member = NULL;
 
 	if (!why)
-		why = find_target(ctx, pkt, &service, &member, family);
+		why = find_service_of_packet(ctx, pkt, &service, family);
 	else if (why == PASS_FRAGMENT || why == DROP_FRAGMENT)
-		why = find_target_of_fragment(ctx, pkt, &service, &member, family);
+		why = find_member_of_fragment(ctx, pkt, &service, &member, family);
 	else
-		return handle_odd(ctx, pkt, why, family);
-	if (why || !member || !service)
-		return why;
-	/* Modes that leave the packet's own addresses: the backend answers the client itself. */
-	if (service->mode == MODE_DR)
-		return send_direct(ctx, pkt, member, family);
-	return send_through_tunnel(ctx, service, pkt, member, family);
+		return handle_without_flow(ctx, pkt, why, family);
+	return why || !service ? why : forward(ctx, service, pkt, member, family);
 }
 
 static __always_inline enum reason balance_untagged(struct xdp_md *ctx, struct packet *pkt)
@@ -161,7 +168,7 @@ static __always_inline int balance_frame(struct xdp_md *ctx)
 
 	if ((void *)(eth + 1) > frame_end(ctx))
 		why = PASS_MALFORMED;
-	else if (!is_tag(eth->h_proto) || !set_tags_aside(ctx, &tags))
+	else if (!is_tag(eth->h_proto) || !remove_vlan_tags(ctx, &tags))
 		why = balance_untagged(ctx, &pkt);
 	return verdict(ctx, &pkt, &tags, why);
 }
@@ -169,7 +176,7 @@ static __always_inline int balance_frame(struct xdp_md *ctx)
 SEC("xdp")
 int xdp_lb(struct xdp_md *ctx)
 {
-	go_through_front(ctx);
+	run_front_stages(ctx);
 	return balance_frame(ctx);
 }
 

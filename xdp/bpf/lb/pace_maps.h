@@ -26,7 +26,7 @@ struct {
 } paces SEC(".maps");
 
 /* Whether this CPU may do it once more in this second. */
-static __always_inline int may_do(__u32 what, __u32 per_s, __u64 now)
+static __always_inline int within_pace(__u32 what, __u32 per_s, __u64 now)
 {
 	struct pace *pace = bpf_map_lookup_elem(&paces, &what);
 	__u64 second = now / 1000000000;

@@ -106,7 +106,7 @@ static __always_inline int opens_connection(const struct packet *pkt)
 }
 
 /* What a header is that is not the plain one. */
-static __always_inline enum reason odd_ip4(const struct iphdr *ip)
+static __always_inline enum reason reject_ip4(const struct iphdr *ip)
 {
 	if (ip->version != 4 || ip->ihl < 5)
 		return PASS_MALFORMED;
@@ -119,7 +119,7 @@ static __always_inline enum reason parse_ip4(struct packet *pkt, __u8 *protocol)
 	__u32 total = bounded_length(ip->tot_len);
 
 	if (*(__u8 *)ip != 0x45)
-		return odd_ip4(ip);
+		return reject_ip4(ip);
 	if (total < sizeof(*ip) || pkt->ip + total > pkt->end)
 		return DROP_MALFORMED;
 	pkt->l4_bytes = total - sizeof(*ip);
@@ -230,7 +230,7 @@ static __always_inline enum reason parse_icmp(struct packet *pkt, __u8 *protocol
 	return GO_ON;
 }
 
-static __always_inline enum reason other_header(struct packet *pkt, __u8 next)
+static __always_inline enum reason reject_ip6_next_header(struct packet *pkt, __u8 next)
 {
 	struct fragment_header *fragment = pkt->l4;
 
@@ -258,7 +258,7 @@ static __always_inline enum reason parse_l4(struct packet *pkt, int family)
 	else if (protocol == (family == AF_INET ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		why = parse_icmp(pkt, &protocol, family);
 	else
-		why = family == AF_INET ? PASS_NOT_TCP_OR_UDP : other_header(pkt, protocol);
+		why = family == AF_INET ? PASS_NOT_TCP_OR_UDP : reject_ip6_next_header(pkt, protocol);
 	return why;
 }
 

@@ -12,25 +12,25 @@
 #include "service.h"
 
 /* Fibonacci hashing (Knuth, TAOCP, 6.4). */
-static __always_inline __u32 known_place(const __be32 *address, __u32 ends, int family)
+static __always_inline __u32 cache_index(const __be32 *address, __u32 ends, int family)
 {
 	__u32 word = family == AF_INET ? address[0] : address[1] ^ address[3];
 
 	return ((__u64)ends << 32 | word) * 0x9e3779b97f4a7c15 >> (64 - KNOWN_BITS);
 }
 
-static __always_inline void know4(const __be32 *address, __u32 ends, __u32 number, __u32 epoch)
+static __always_inline void cache_service4(const __be32 *address, __u32 ends, __u32 number, __u32 epoch)
 {
-	__u32 place = known_place(address, ends, AF_INET);
+	__u32 place = cache_index(address, ends, AF_INET);
 	struct known_service4 *known = bpf_map_lookup_elem(&known4, &place);
 
 	if (known)
 		*known = (struct known_service4){ address[0] | (__u64)ends << 32, number, epoch };
 }
 
-static __always_inline void know6(const __be32 *address, __u32 ends, __u32 number, __u32 epoch)
+static __always_inline void cache_service6(const __be32 *address, __u32 ends, __u32 number, __u32 epoch)
 {
-	__u32 place = known_place(address, ends, AF_INET6);
+	__u32 place = cache_index(address, ends, AF_INET6);
 	struct known_service6 *known = bpf_map_lookup_elem(&known6, &place);
 
 	if (!known)
@@ -42,7 +42,7 @@ static __always_inline void know6(const __be32 *address, __u32 ends, __u32 numbe
 }
 
 /* What find_service() finds, by its number. A VIP prefix or a range of ports would have too many keys to know them. */
-SLOW_PATH __u32 get_to_know_service(const struct address *address, __u16 port, __u8 protocol, int family)
+SLOW_PATH __u32 look_up_and_cache(const struct address *address, __u16 port, __u8 protocol, int family)
 {
 	__u32 epoch = control.epoch, *number;
 
@@ -53,15 +53,15 @@ SLOW_PATH __u32 get_to_know_service(const struct address *address, __u16 port, _
 	if (!number)
 		return control.wide_services ? wide_service(address, port, protocol, family) : NO_SERVICE;
 	if (family == AF_INET)
-		know4(address->words, key_word(port, protocol), *number, epoch);
+		cache_service4(address->words, key_word(port, protocol), *number, epoch);
 	else
-		know6(address->words, key_word(port, protocol), *number, epoch);
+		cache_service6(address->words, key_word(port, protocol), *number, epoch);
 	return *number;
 }
 
-static __always_inline __u32 known_service(const __be32 *address, __u32 ends, int family)
+static __always_inline __u32 cached_service(const __be32 *address, __u32 ends, int family)
 {
-	__u32 place = known_place(address, ends, family);
+	__u32 place = cache_index(address, ends, family);
 
 	if (family == AF_INET) {
 		struct known_service4 *known = bpf_map_lookup_elem(&known4, &place);
@@ -79,11 +79,11 @@ static __always_inline __u32 known_service(const __be32 *address, __u32 ends, in
 }
 
 /* find_service(), for the plain path. */
-static __always_inline struct service *find_known_service(const __be32 *address, __be16 port, __u8 protocol, int family)
+static __always_inline struct service *find_service_cached(const __be32 *address, __be16 port, __u8 protocol, int family)
 {
-	__u32 number = known_service(address, key_word(port, protocol), family);
+	__u32 number = cached_service(address, key_word(port, protocol), family);
 
 	if (number == NO_SERVICE)
-		number = get_to_know_service((const struct address *)address, port, protocol, family);
+		number = look_up_and_cache((const struct address *)address, port, protocol, family);
 	return service_numbered(number);
 }

@@ -13,7 +13,7 @@
  * Does not come back where there is a stage: the last one in front tail-calls the balancer. Nor where another balancer takes
  * over: it has all packets from one moment on, whichever of the two their interface runs.
  */
-static __always_inline void go_through_front(struct xdp_md *ctx)
+static __always_inline void run_front_stages(struct xdp_md *ctx)
 {
 	if (!(control.stages & (STAGES_IN_FRONT | STAGES_RELAY)))
 		return;
@@ -40,7 +40,7 @@ static __always_inline void record_verdict(struct xdp_md *ctx, __u32 egress, enu
 }
 
 /* The last stage behind returns the recorded action, or drops the packet. */
-static __always_inline int leave_through_stages(struct xdp_md *ctx, __u32 egress, enum reason why, int action)
+static __always_inline int run_exit_stages(struct xdp_md *ctx, __u32 egress, enum reason why, int action)
 {
 	if (!control.stages)
 		return action;

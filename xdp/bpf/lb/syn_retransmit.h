@@ -28,8 +28,8 @@ static __always_inline int seen_before(__u64 hash)
 	return before;
 }
 
-static __always_inline int is_repetition(struct xdp_md *ctx, const struct member *member, const struct flow_key *flow,
-					 __u32 outer_bytes, int family)
+static __always_inline int is_syn_retransmit(struct xdp_md *ctx, const struct member *member, const struct flow_key *flow,
+					     __u32 outer_bytes, int family)
 {
 	void *ip = (void *)(long)ctx->data + sizeof(struct ethhdr) + (outer_bytes & MOST_OUTER_BYTES);
 	struct tcphdr *tcp = ip + ip_header_size(family);
@@ -43,16 +43,16 @@ static __always_inline int is_repetition(struct xdp_md *ctx, const struct member
  * For a SYN on its way to the member, behind so many bytes of a tunnel's headers. It finds the sequence number by itself:
  * Linux 6.1 has no room left on its callers' stack.
  */
-SLOW_PATH int count_repetition(struct xdp_md *ctx, const struct member *member, const struct flow_key *flow, __u32 outer_bytes,
-			       int family)
+SLOW_PATH int count_syn_retransmit(struct xdp_md *ctx, const struct member *member, const struct flow_key *flow, __u32 outer_bytes,
+				   int family)
 {
 	struct counter *counter;
 	int repeated;
 
 	if (!member || !flow)
 		return 0;
-	repeated = family == AF_INET ? is_repetition(ctx, member, flow, outer_bytes, AF_INET)
-				     : is_repetition(ctx, member, flow, outer_bytes, AF_INET6);
+	repeated = family == AF_INET ? is_syn_retransmit(ctx, member, flow, outer_bytes, AF_INET)
+				     : is_syn_retransmit(ctx, member, flow, outer_bytes, AF_INET6);
 	counter = repeated ? counter_of(member->index) : NULL;
 	if (counter)
 		counter->repeated_syns++;

@@ -15,7 +15,7 @@ static __always_inline enum reason count_request(struct xdp_md *ctx, const struc
 	struct counter *counter;
 
 	if (opens_connection(pkt))
-		count_repetition(ctx, member, pkt->flow, outer_bytes, family);
+		count_syn_retransmit(ctx, member, pkt->flow, outer_bytes, family);
 	counter = counter_of(member->index);
 	if (counter) {
 		counter->packets++;
@@ -48,7 +48,7 @@ static __always_inline int action_of(struct xdp_md *ctx, const struct packet *pk
 
 static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, struct tags *tags, enum reason why)
 {
-	if (tags->words[0] && put_tags_back(ctx, tags))
+	if (tags->words[0] && restore_vlan_tags(ctx, tags))
 		why = DROP_NO_HEADROOM;
-	return leave_through_stages(ctx, pkt->egress, why, action_of(ctx, pkt, why));
+	return run_exit_stages(ctx, pkt->egress, why, action_of(ctx, pkt, why));
 }

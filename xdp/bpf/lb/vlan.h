@@ -38,7 +38,7 @@ static __always_inline __u32 *move_addresses(struct xdp_md *ctx, int tags)
 }
 
 /* Returns nonzero where there is nothing behind the tags, or a third one: that frame is left as it is. */
-SLOW_PATH int set_tags_aside(struct xdp_md *ctx, struct tags *tags)
+SLOW_PATH int remove_vlan_tags(struct xdp_md *ctx, struct tags *tags)
 {
 	__u32 *frame = (void *)(long)ctx->data;
 	int two;
@@ -56,7 +56,7 @@ SLOW_PATH int set_tags_aside(struct xdp_md *ctx, struct tags *tags)
 	return -1;
 }
 
-SLOW_PATH int put_tags_back(struct xdp_md *ctx, struct tags *tags)
+SLOW_PATH int restore_vlan_tags(struct xdp_md *ctx, struct tags *tags)
 {
 	__u32 *frame;
 
