@@ -15,5 +15,5 @@ static __always_inline enum reason forward_dr(struct xdp_md *ctx, struct packet 
 		return DROP_NO_NEIGHBOUR;
 	set_hop(pkt, hop);
 	decrement_ttl(pkt, family);
-	return count_request(ctx, member, pkt, opens_connection(pkt), 0, family);
+	return forwarded_request(ctx, pkt, member, opens_connection(pkt), 0, family);
 }

@@ -68,7 +68,7 @@ static __always_inline enum reason send_to_member(struct xdp_md *ctx, struct pac
 	rewrite(pkt, &new, family);
 	decrement_ttl(pkt, family);
 	set_hop(pkt, hop);
-	return count_request(ctx, member, pkt, opens, 0, family);
+	return forwarded_request(ctx, pkt, member, opens, 0, family);
 }
 
 static __always_inline enum reason forward_new_flow(struct xdp_md *ctx, const struct service *service, struct packet *pkt,
@@ -178,5 +178,5 @@ static __always_inline enum reason forward_reply(struct packet *pkt, int family)
 	rewrite(pkt, &new, family);
 	decrement_ttl(pkt, family);
 	set_hop(pkt, &reply->hop);
-	return count_reply(reply, pkt);
+	return forwarded_reply(pkt, reply);
 }

@@ -117,7 +117,7 @@ static __always_inline enum reason encapsulate(struct xdp_md *ctx, struct packet
 	why = write_headers(ctx, pkt, hop, tunnel, outer_family);
 	if (why)
 		return why;
-	return count_request(ctx, tunnel->member, pkt, opens_connection(pkt), overhead, family);
+	return forwarded_request(ctx, pkt, tunnel->member, opens_connection(pkt), overhead, family);
 }
 
 static __always_inline enum reason forward_tunnel(struct xdp_md *ctx, const struct service *service, struct packet *pkt,

@@ -55,6 +55,9 @@ struct packet {
 	__u32 hash;   /* of its flow, for what else is to vary by flow */
 	__u32 tcp_flags;
 	enum l4_kind l4_kind;
+	__u32 counter; /* once FORWARDED: of the member that it goes to or comes from */
+	int is_reply;
+	int opens; /* counted as a connection */
 	struct flow_key *flow; /* apart, since maps want its address: the rest stays in registers */
 };
 

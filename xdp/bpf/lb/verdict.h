@@ -1,46 +1,68 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The one exit: a forwarded packet is counted for its member, every other one for its reason. Tags are put back. */
+/*
+ * The one exit: tags are put back, and what became of the packet is counted, for its member where it is forwarded, else
+ * for its reason.
+ */
 #pragma once
 
 #include "maps.h"
-#include "syn_retransmit.h"
 #include "packet.h"
 #include "stage.h"
+#include "syn_retransmit.h"
 #include "vlan.h"
 
 /* outer_bytes: of the tunnel's headers that the packet is behind. */
-static __always_inline enum reason count_request(struct xdp_md *ctx, const struct member *member, const struct packet *pkt,
-						 int opens, __u32 outer_bytes, int family)
+static __always_inline enum reason forwarded_request(struct xdp_md *ctx, struct packet *pkt, const struct member *member,
+						     int opens, __u32 outer_bytes, int family)
 {
-	struct counter *counter;
-
 	if (opens_connection(pkt))
 		count_syn_retransmit(ctx, member, pkt->flow, outer_bytes, family);
-	counter = counter_of(member->index);
-	if (counter) {
-		counter->packets++;
-		counter->bytes += pkt->bytes;
-		counter->connections += opens;
-	}
+	pkt->counter = member->index;
+	pkt->opens = opens;
 	return FORWARDED;
 }
 
-static __always_inline enum reason count_reply(const struct nat_reply *reply, const struct packet *pkt)
+static __always_inline enum reason forwarded_reply(struct packet *pkt, const struct nat_reply *reply)
 {
-	struct counter *counter = counter_of(reply->counter);
-
-	if (counter) {
-		counter->reply_packets++;
-		counter->reply_bytes += pkt->bytes;
-	}
+	pkt->counter = reply->counter;
+	pkt->is_reply = 1;
 	return FORWARDED;
+}
+
+static __always_inline void count_request(struct counter *counter, const struct packet *pkt)
+{
+	counter->packets++;
+	counter->bytes += pkt->bytes;
+	counter->connections += pkt->opens;
+}
+
+static __always_inline void count_reply(struct counter *counter, const struct packet *pkt)
+{
+	counter->reply_packets++;
+	counter->reply_bytes += pkt->bytes;
+}
+
+static __always_inline void count(const struct packet *pkt, enum reason why)
+{
+	struct counter *counter;
+
+	if (why != FORWARDED) {
+		count_reason(why);
+		return;
+	}
+	counter = counter_of(pkt->counter);
+	if (!counter)
+		return;
+	if (pkt->is_reply)
+		count_reply(counter, pkt);
+	else
+		count_request(counter, pkt);
 }
 
 static __always_inline int action_of(struct xdp_md *ctx, const struct packet *pkt, enum reason why)
 {
 	if (why == FORWARDED)
 		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
-	count_reason(why);
 	if (why == ANSWERED_ECHO || why == ANSWERED_TOO_BIG)
 		return XDP_TX;
 	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
@@ -50,5 +72,6 @@ static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt,
 {
 	if (tags->words[0] && restore_vlan_tags(ctx, tags))
 		why = DROP_NO_HEADROOM;
+	count(pkt, why);
 	return run_exit_stages(ctx, pkt->egress, why, action_of(ctx, pkt, why));
 }
