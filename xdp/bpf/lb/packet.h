@@ -44,6 +44,13 @@ enum l4_kind {
 	L4_FRAGMENT,
 };
 
+/* What a packet that is FORWARDED is counted as. */
+enum counted_as {
+	COUNTED_REQUEST,
+	COUNTED_OPENING, /* the first request of a connection */
+	COUNTED_REPLY,
+};
+
 struct packet {
 	void *ip;   /* struct iphdr or struct ipv6hdr, right behind a struct ethhdr */
 	void *l4;   /* TCP, UDP, ICMP or ICMPv6 */
@@ -56,8 +63,7 @@ struct packet {
 	__u32 tcp_flags;
 	enum l4_kind l4_kind;
 	__u32 counter; /* once FORWARDED: of the member that it goes to or comes from */
-	int is_reply;
-	int opens; /* counted as a connection */
+	enum counted_as counted_as;
 	struct flow_key *flow; /* apart, since maps want its address: the rest stays in registers */
 };
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * The one exit: tags are put back, and what became of the packet is counted, for its member where it is forwarded, else
- * for its reason.
+ * The one exit: what became of the packet is counted, for its member where it is forwarded, else for its reason, and its
+ * VLAN tags are put back. Counted first: what says whose counter it is must not outlive another call on a stack that Linux
+ * 6.1 has no room left on.
  */
 #pragma once
 
@@ -18,14 +19,14 @@ static __always_inline enum reason forwarded_request(struct xdp_md *ctx, struct 
 	if (opens_connection(pkt))
 		count_syn_retransmit(ctx, member, pkt->flow, outer_bytes, family);
 	pkt->counter = member->index;
-	pkt->opens = opens;
+	pkt->counted_as = opens ? COUNTED_OPENING : COUNTED_REQUEST;
 	return FORWARDED;
 }
 
 static __always_inline enum reason forwarded_reply(struct packet *pkt, const struct nat_reply *reply)
 {
 	pkt->counter = reply->counter;
-	pkt->is_reply = 1;
+	pkt->counted_as = COUNTED_REPLY;
 	return FORWARDED;
 }
 
@@ -33,7 +34,7 @@ static __always_inline void count_request(struct counter *counter, const struct 
 {
 	counter->packets++;
 	counter->bytes += pkt->bytes;
-	counter->connections += pkt->opens;
+	counter->connections += pkt->counted_as == COUNTED_OPENING;
 }
 
 static __always_inline void count_reply(struct counter *counter, const struct packet *pkt)
@@ -53,7 +54,7 @@ static __always_inline void count(const struct packet *pkt, enum reason why)
 	counter = counter_of(pkt->counter);
 	if (!counter)
 		return;
-	if (pkt->is_reply)
+	if (pkt->counted_as == COUNTED_REPLY)
 		count_reply(counter, pkt);
 	else
 		count_request(counter, pkt);
@@ -70,8 +71,10 @@ static __always_inline int action_of(struct xdp_md *ctx, const struct packet *pk
 
 static __always_inline int verdict(struct xdp_md *ctx, const struct packet *pkt, struct tags *tags, enum reason why)
 {
-	if (tags->words[0] && restore_vlan_tags(ctx, tags))
-		why = DROP_NO_HEADROOM;
 	count(pkt, why);
+	if (tags->words[0] && restore_vlan_tags(ctx, tags)) {
+		why = DROP_NO_HEADROOM;
+		count_reason(why);
+	}
 	return run_exit_stages(ctx, pkt->egress, why, action_of(ctx, pkt, why));
 }
