@@ -10,7 +10,7 @@
 /* The program itself, inlined: what runs is what is attached, without a call more. */
 __attribute__((always_inline)) int xdp_lb(struct xdp_md *ctx);
 
-#include "../xdp/bpf/lb.bpf.c"
+#include "../xdp/bpf/lb/lb.bpf.c"
 
 #include "traffic.h"
 

@@ -9,7 +9,7 @@
 
 __attribute__((always_inline)) int xdp_decap(struct xdp_md *ctx);
 
-#include "../xdp/bpf/decap.bpf.c"
+#include "../xdp/bpf/decap/decap.bpf.c"
 
 #include "traffic.h"
 

@@ -10,12 +10,7 @@
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
-
-#ifndef AF_INET
-#define AF_INET 2
-#endif
+#include "ip.h"
 
 #define MAC_WORDS 3
 #define IP4_SOURCE 3 /* words from the IP header on */

@@ -28,7 +28,7 @@ from xdp.errors import XdpError
 from xdp.features import verified
 from xdp.object import BpfObject, Program
 
-OBJECTS = sorted((REPOSITORY / "xdp" / "bpf").glob("*.bpf.o"))
+OBJECTS = sorted((REPOSITORY / "xdp" / "bpf").glob("*/*.bpf.o"))
 PROGRAM_TESTS = (*sorted(map(str, Path(__file__).parent.glob("test_program*.py"))), "netns_tests/test_decap.py")
 CAPTURE_TESTS = ("filters/tests/test_traced.py", "netns_tests/test_dump_beside.py")
 TRAFFIC_TESTS = ("netns_tests/test_traffic.py", "netns_tests/test_decap_command.py")

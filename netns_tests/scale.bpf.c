@@ -10,7 +10,7 @@
 /* The program itself, inlined. */
 __attribute__((always_inline)) int xdp_lb(struct xdp_md *ctx);
 
-#include "../xdp/bpf/lb.bpf.c"
+#include "../xdp/bpf/lb/lb.bpf.c"
 
 /* Clients share their addresses among 2^15 ports each. */
 #define CLIENT_PORT_BITS 15

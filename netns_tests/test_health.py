@@ -19,7 +19,7 @@ import pytest
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
 from lb.health.checker import Checker, CheckPath
-from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
+from lb.health.path import FAR, NEAR, NETWORK4, RealPath
 from lb.health.probes import Target, probe
 from lb.host.events import Changes, HostEvents
 from lb.host.neighbours import Network
@@ -39,7 +39,7 @@ from netns_tests.tunnelled import run_on
 from netns_tests.tunnels import GUE_PORT
 from xdp import tc
 from xdp.netlink import route_socket
-from xdp.object import BpfObject
+from xdp.object import CHECK_OBJECT, BpfObject
 
 every_lane = pytest.mark.parametrize("lane", LANES, ids=lanes.name, indirect=True)
 STRICT = ("net.ipv4.conf.all.rp_filter", "net.ipv4.conf.default.rp_filter")
@@ -154,7 +154,7 @@ def test_the_hosts_other_traffic_is_left_alone_by_checks(lanes_bed: Bed) -> None
 def test_a_program_that_a_killed_process_left_at_tc_is_taken_off_and_those_of_others_stay(lanes_bed: Bed) -> None:
     """As it is before Linux 6.6, where no link takes it off."""
     host = lanes_bed.lb
-    with BpfObject.open(OBJECT) as obj, host.entered():
+    with BpfObject.open(CHECK_OBJECT) as obj, host.entered():
         obj.load()
         ours, other = obj.program("check_in"), obj.program("check_out")
         for name in ("eth0", "eth1"):

@@ -16,7 +16,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from lb.decap.kernel import OBJECT, PROGRAM, load
+from lb.decap.kernel import PROGRAM, load
 from lb.decap.values import DecapConfig
 from lb.model.options import parse_network
 from netns_tests.packets import (
@@ -36,7 +36,7 @@ from netns_tests.packets import (
     ip6,
     tcp,
 )
-from xdp.object import BpfObject
+from xdp.object import DECAP_OBJECT, BpfObject
 
 OTHER_VIP4, OTHER_VIP6 = "203.0.113.2", "2001:db8:2::2"
 MARK = "0a:bb:cc:dd:ee:ff"
@@ -78,7 +78,7 @@ def loaded(
         tuple(parse_network(text, "source") for text in sources),
         gue_port,
     )
-    with BpfObject.open(OBJECT) as bpf:
+    with BpfObject.open(DECAP_OBJECT) as bpf:
         addresses = {4: ip_address(BACKEND4[0]), 6: ip_address(BACKEND6[0])} if own else {}
         load(bpf, config, addresses, bytes.fromhex(MARK.replace(":", "")))
         yield Loaded(bpf)

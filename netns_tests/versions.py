@@ -1,6 +1,6 @@
 """Other versions of xdp-lb, as an upgrade finds them: the same Python code over programs whose sources were patched.
 
-Enters: what to replace in the files of xdp/bpf, and a version number. Leaves: a folder as of an installation, really
+Enters: what to replace in the files of xdp/bpf/lb, and a version number. Leaves: a folder as of an installation, really
 compiled, whose `xdp-lb` runs on the balancer of a bed; also so that a signal reaches it at given calls.
 `python netns_tests/versions.py SIGNAL FUNCTION:N,... WORD...` is that: `xdp-lb WORD...`, which has this signal, by its
 number, as it calls a function of this name for the N-th time.
@@ -22,7 +22,7 @@ from types import FrameType
 REPOSITORY = Path(__file__).resolve().parent.parent
 XDP_LB = Path(sys.executable).with_name("xdp-lb")
 
-# File of xdp/bpf -> what it says -> what it shall say.
+# File of xdp/bpf/lb -> what it says -> what it shall say.
 Patches = Mapping[str, Mapping[str, str]]
 
 # Constants only: all maps stay of the shape that they have.
@@ -30,17 +30,19 @@ ALIKE: Patches = {"config.h": {".recorded_syns_per_s = 10000,": ".recorded_syns_
 
 # What programs count and what they know of flows has another layout, reasons have other numbers; there is one map more.
 GROWN: Patches = {
-    "types.h": {
+    "counter_maps.h": {
         "struct counter {\n": "struct counter {\n\t__u64 unheard_of;\n",
-        "struct flow {\n\t__u64 seen_ns;": "struct flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;",
+        "\tDROP_FRAGMENT,\n": "\tDROP_UNHEARD_OF,\n\tDROP_FRAGMENT,\n",
+    },
+    "flow_types.h": {"struct flow {\n\t__u64 seen_ns;": "struct flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;"},
+    "nat_maps.h": {
         "struct nat_flow {\n\t__u64 seen_ns;\n\t__u32 uid;\n\t__u16 member;": (
             "struct nat_flow {\n\t__u64 first_ns;\n\t__u64 seen_ns;\n\t__u32 uid;\n\t__u16 zeros[3];\n\t__u16 member;"
         ),
         "struct nat_reply {\n\t__u64 seen_ns;": "struct nat_reply {\n\t__u64 first_ns;\n\t__u64 seen_ns;",
-        "\tDROP_FRAGMENT,\n": "\tDROP_UNHEARD_OF,\n\tDROP_FRAGMENT,\n",
-        "\t__u64 whole_ns;": "\t__u64 unheard_of;\n\t__u64 whole_ns;",
     },
-    "maps.h": {
+    "config.h": {"\t__u64 whole_ns;": "\t__u64 unheard_of;\n\t__u64 whole_ns;"},
+    "service_maps.h": {
         "#define KNOWN_BITS 8\n": (
             "#define KNOWN_BITS 8\n\nstruct {\n\t__uint(type, BPF_MAP_TYPE_ARRAY);\n\t__uint(max_entries, 4);\n"
             '\t__type(key, __u32);\n\t__type(value, __u64);\n} one_more SEC(".maps");\n'
@@ -72,8 +74,8 @@ class Version:
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: xdp-lb\nVersion: {number}\n")
         for name, replacements in patches.items():
-            _patch(folder / "xdp" / "bpf" / name, replacements)
-        subprocess.run(["make", "-s", "-C", str(folder / "xdp"), "bpf/lb.bpf.o"], check=True)
+            _patch(folder / "xdp" / "bpf" / "lb" / name, replacements)
+        subprocess.run(["make", "-s", "-C", str(folder / "xdp"), "bpf/lb/lb.bpf.o"], check=True)
         return cls(folder)
 
     @property

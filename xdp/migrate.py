@@ -2,7 +2,7 @@
 
 Enters: an object in force, and one that is to take its place. Leaves: maps of the new one with the contents of the old,
 field by field by their names, as BTF has them; what is new is zero, what is gone is left out. A field may become wider,
-not narrower. What shapes do not tell, numbers that mean something else now, enums and `enum schema` in types.h do.
+not narrower. What shapes do not tell, numbers that mean something else now, enums and `enum schema` (names.h) do.
 """
 
 from __future__ import annotations

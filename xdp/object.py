@@ -26,7 +26,10 @@ from xdp.btf import Btf, CType, layout
 from xdp.errors import LoadError, NotPermitted, XdpError
 from xdp.maps import Map, map_info
 
-LB_OBJECT = Path(__file__).with_name("bpf") / "lb.bpf.o"
+_BPF = Path(__file__).with_name("bpf")
+LB_OBJECT = _BPF / "lb" / "lb.bpf.o"
+DECAP_OBJECT = _BPF / "decap" / "decap.bpf.o"
+CHECK_OBJECT = _BPF / "check" / "check.bpf.o"
 
 _LOG_LINES_SHOWN = 12
 _NOT_PERMITTED = "not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)"

@@ -1,7 +1,7 @@
 """Programs of others in a packet's path, in front of the balancer and behind its verdict.
 
-Enters: places of enum stage (xdp/bpf/types.h) and loaded programs. Leaves: entries of the map `stages`, and the flags
-by which the balancer knows of them. A place serves all interfaces: a program that is for one of them looks at
+Enters: places of enum stage (xdp/bpf/lb/stage_maps.h) and loaded programs. Leaves: entries of the map `stages`, and the
+flags by which the balancer knows of them. A place serves all interfaces: a program that is for one of them looks at
 ingress_ifindex itself. One that lets a packet go on tail-calls all places behind its own: in front up to the
 balancer's, behind it up to the end, where it then returns the action in the map `verdicts`.
 """

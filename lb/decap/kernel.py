@@ -26,10 +26,9 @@ from lb.paths import Paths
 from xdp import attach as xdp_attach
 from xdp import tc
 from xdp.errors import LoadError
-from xdp.object import LB_OBJECT, BpfObject, Program, pinned_program, program_name
+from xdp.object import DECAP_OBJECT, BpfObject, Program, pinned_program, program_name
 from xdp.pins import Pins
 
-OBJECT = LB_OBJECT.with_name("decap.bpf.o")
 PROGRAM, SENDER = "xdp_decap", "decap_send"
 COUNTERS = ("reasons", "tunnels")
 LOCALLY_ADMINISTERED, GROUP = 0x02, 0x01  # bits of a MAC address's first byte
@@ -52,7 +51,7 @@ class KernelDecap:
 
         `own`: IP version -> an address of this host, where it has one.
         """
-        with translated(), BpfObject.open(OBJECT) as obj, ExitStack() as undo:
+        with translated(), BpfObject.open(DECAP_OBJECT) as obj, ExitStack() as undo:
             self._load(obj, config, own)
             generation = self._pins.prepare()
             undo.callback(self._discard, generation)
@@ -80,7 +79,7 @@ class KernelDecap:
 
     def _load(self, obj: BpfObject, config: DecapConfig, own: Mapping[int, Address]) -> None:
         """On the counters that are in force, and with the mark: the one program is replaced before the other."""
-        with BpfObject.open(OBJECT) as old:
+        with BpfObject.open(DECAP_OBJECT) as old:
             if not self._adopt(old):
                 load(obj, config, own, _new_mark())
                 return
@@ -158,7 +157,7 @@ class KernelDecap:
 
     def read(self) -> tuple[DecapConfig | None, DecapStatistics | None]:
         """What is in force, and what it has counted; None for both where nothing is."""
-        with translated(), BpfObject.open(OBJECT) as obj:
+        with translated(), BpfObject.open(DECAP_OBJECT) as obj:
             current = self._pins.current()
             if current is None:
                 return None, None

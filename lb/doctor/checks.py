@@ -19,7 +19,7 @@ from lb.doctor.facts import Dataplane, Host, Interface, Refusal
 LEAST_KERNEL = (6, 1)
 
 # What a mode puts in front of a packet at most: IPv6 40; GUE besides UDP 8, its header 4, and on slots in transition 20
-# (xdp/bpf/tunnel.h).
+# (xdp/bpf/common/tunnel.h).
 TUNNEL_BYTES = {"ipip": 40, "gue": 72}
 CLIENT_MTU = 1500
 

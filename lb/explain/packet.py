@@ -1,7 +1,7 @@
 """Frames for `xdp-lb explain`: made of a few words, read as the balancer reads them, and described (pure).
 
 Enters: addresses, ports and flags, or a frame. Leaves: a frame of Ethernet, a Packet with the flow by which the
-programs look it up (xdp/bpf/packet.h), or lines such as tcpdump prints, one for each header from the outermost on.
+programs look it up (xdp/bpf/lb/packet.h), or lines such as tcpdump prints, one for each header from the outermost on.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ def _gue(ip: Ip, gue_port: int) -> tuple[int, bytes] | None:
 
 
 def _other_member(ip: Ip, gue_port: int) -> str:
-    """The second chance, struct second_chance in xdp/bpf/tunnel.h."""
+    """The second chance, struct second_chance in xdp/bpf/common/tunnel.h."""
     if not _gue(ip, gue_port) or ip.payload[12:14] != b"X2" or not ip.payload[8] & 0x1F:
         return ""
     size = 4 if ip.payload[14] == 4 else 16

@@ -2,7 +2,7 @@
 
 Enters: a Packet, the tables that the programs read, and the outcome of a run. Leaves: a Choice, which is where the
 packet goes by the tables, and whether that is where the program has sent it. What the program did is never worked out
-here: only why. The order of the questions is that of xdp/bpf/lb.bpf.c, flow.h, forward_nat.h and fragment.h.
+here: only why. The order of the questions is that of xdp/bpf/lb: lb.bpf.c, flow_table.h, forward_nat.h, fragment.h.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def _belongs_to_previous(packet: Packet, served: FoundService, tables: Tables) -
 
 
 def _named(packet: Packet, served: FoundService, tables: Tables) -> Member | None:
-    """By the plaintext form of QUIC-LB, as xdp/bpf/quic.h."""
+    """By the plaintext form of QUIC-LB, as xdp/bpf/lb/quic.h."""
     if not served.has("quic") or packet.kind is not Kind.UDP or len(packet.payload) < 7:
         return None
     is_long = bool(packet.payload[0] & QUIC_LONG_HEADER)

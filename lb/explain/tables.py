@@ -25,7 +25,7 @@ from xdp.maps import Map
 from xdp.object import BpfObject
 
 MASK = (1 << 64) - 1
-# xdp/bpf/nat.h: the ports that a flow may take from an entry that is there already.
+# xdp/bpf/lb/nat.h: the ports that a flow may take from an entry that is there already.
 NAT_LOOKED_AT = 4
 SOURCE_PREFIX = {4: 24, 6: 64}  # struct source_prefix
 
@@ -235,7 +235,7 @@ class KernelTables:
             yield self.flow_entry("nat_replies", _reply_flow(flow, member, port))
 
     def _first_ports(self, flow: Flow) -> Iterator[int]:
-        """As candidate_port() in xdp/bpf/nat.h."""
+        """As candidate_port() in xdp/bpf/lb/nat.h."""
         words = source_words(flow)
         own = flow_hash(self.seed, flow.protocol, socket.htons(flow.source_port), words)
         value = mix((own + socket.htons(flow.destination_port)) & MASK)

@@ -1,4 +1,4 @@
-"""The hash that gives a flow its slot, as xdp/bpf/ring.h computes it (pure).
+"""The hash that gives a flow its slot, as xdp/bpf/lb/ring.h computes it (pure).
 
 In come the fields of a flow, or entries of the flow table; out go hashes and slots. Integers are as the program sees
 them: 32-bit words and ports loaded from network byte order by a little-endian CPU.

@@ -4,7 +4,7 @@ In come the ring of one service as it is in the kernel, the members that a new t
 slots and the members that still live; out go the words to write, so that a connection stays on its
 member as long as that member lives. Nothing here touches a map.
 
-A slot word is a u32 in host byte order, read by xdp/bpf/ring.h:
+A slot word is a u32 in host byte order, read by xdp/bpf/lb/ring.h:
 
     bits  0-14  current: the member that new flows go to, 0 = none
     bits 15-29  previous: the member of flows older than the change, 0 = none

@@ -2,9 +2,9 @@
 
 Enters: services and the network. Leaves: for each backend an address that stands for it on this host alone, out of
 NETWORK4 or NETWORK6: what is sent there reaches the backend as a client's packet to the VIP does, and it answers to
-this host directly (xdp/bpf/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress of
-each interface towards backends; all of it goes with close(), and what a killed process has left, with the next start.
-A pair that somebody else takes away is made again.
+this host directly (xdp/bpf/check/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress
+of each interface towards backends; all of it goes with close(), and what a killed process has left, with the next
+start. A pair that somebody else takes away is made again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from lb.model.vip import Address
 from xdp import link, tc
 from xdp.errors import NotSupported, XdpError
 from xdp.netlink import NetlinkError, route_socket, translate
-from xdp.object import LB_OBJECT, BpfObject, Program
+from xdp.object import CHECK_OBJECT, BpfObject, Program
 
-OBJECT = LB_OBJECT.with_name("check.bpf.o")
 NEAR, FAR = "xlb-check0", "xlb-check1"  # this host sends to the near end
 NETWORK4 = IPv4Network("240.76.0.0/16")  # of 240.0.0.0/4, reserved since RFC 1112
 NETWORK6 = IPv6Network("100:0:0:1:4c::/112")  # of the dummy prefix, RFC 9780
@@ -176,7 +175,7 @@ class _Bed:
         return all(way.get_attr("RTA_OIF") == self.near for way in ways)
 
     def _load(self) -> None:
-        self._object = self._resources.enter_context(BpfObject.open(OBJECT))
+        self._object = self._resources.enter_context(BpfObject.open(CHECK_OBJECT))
         words = address_words(NETWORK6.network_address)
         self._object.configure(
             "check_config",

@@ -22,7 +22,7 @@ DEFAULT_FUNCTION = "stage"
 EXAMPLES = Path(__file__).with_name("examples")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# struct verdict of xdp/bpf/types.h, under a name that no user's file has
+# struct verdict of xdp/bpf/lb/stage_maps.h, under a name that no user's file has
 _VERDICT = "struct xdp_lb_verdict { u32 action; u32 reason; u32 egress; u32 bytes; };"
 _OWN_VERDICT = """\
 static __always_inline struct xdp_lb_verdict *xdp_lb_verdict(void)

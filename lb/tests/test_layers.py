@@ -147,7 +147,9 @@ def reexports(root: Path) -> list[str]:
 
 
 def own_names_imported_by(path: Path, root: Path) -> set[str]:
-    return {name for _, module, name in imports(path, root) if module.partition(".")[0] in TOP_LEVEL}
+    """At the top level: what a function imports is a name of its own."""
+    top = {node.lineno for node in parsed(path).body if isinstance(node, ast.ImportFrom)}
+    return {name for line, module, name in imports(path, root) if line in top and module.partition(".")[0] in TOP_LEVEL}
 
 
 def circles(root: Path) -> list[str]:

@@ -11,7 +11,7 @@ from xdp import attach, tc
 from xdp.errors import AttachError, NoSuchInterface, NotSupported, Occupied
 from xdp.link import hold_at_tc, hold_at_xdp
 from xdp.netlink import route_socket
-from xdp.object import LB_OBJECT, BpfObject, Program
+from xdp.object import DECAP_OBJECT, BpfObject, Program
 from xdp.tests.kernels import TCX
 from xdp.tests.namespaces import NEAR, namespace_with_veth
 
@@ -28,7 +28,7 @@ def near() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[BpfObject]:
-    with BpfObject.open(LB_OBJECT.with_name("decap.bpf.o")) as obj:
+    with BpfObject.open(DECAP_OBJECT) as obj:
         obj.load()
         yield obj
 

@@ -11,7 +11,7 @@ import pytest
 from xdp import tc
 from xdp.errors import XdpError
 from xdp.netlink import route_socket
-from xdp.object import LB_OBJECT, BpfObject, Program
+from xdp.object import DECAP_OBJECT, BpfObject, Program
 from xdp.tests.namespaces import NEAR, namespace_with_veth
 
 NAME = "decap_send"
@@ -27,7 +27,7 @@ def near() -> Iterator[int]:
 
 @pytest.fixture
 def program() -> Iterator[Program]:
-    with BpfObject.open(LB_OBJECT.with_name("decap.bpf.o")) as obj:
+    with BpfObject.open(DECAP_OBJECT) as obj:
         obj.load()
         yield obj.program(NAME)
 

@@ -11,7 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "types.h"
+#include "flow_types.h"
+#include "slot_word.h"
 
 #define NUMBERS (1u << 15) /* 0 and the members of a service */
 #define PREVIOUS_SHIFT 15
