@@ -48,7 +48,7 @@ from filters.pcap import file_header
 from filters.program import Drop, Rule, assemble, load
 from filters.ring import Rings
 from filters.translate import translate
-from netns_tests.topology import Host, wait_until
+from netns_tests.bed.topology import Host, wait_until
 from xdp.link import hold_at_tc
 
 PORT = 80

@@ -39,7 +39,7 @@ from lb.options import Options
 from lb.paths import Paths
 from lb.remote import daemon_listens
 from lb.vip import Vip
-from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
+from netns_tests.bed.topology import PREFIX, XDP_LB, Host, wait_until
 from xdp import libbpf
 from xdp.pins import Pins
 

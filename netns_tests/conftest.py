@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from netns_tests.lanes import open_lanes
-from netns_tests.servers import start_http, start_udp_echo
-from netns_tests.topology import Bed, own_prefix, remaining_namespaces
-from netns_tests.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
+from netns_tests.bed.lanes import open_lanes
+from netns_tests.bed.servers import start_http, start_udp_echo
+from netns_tests.bed.topology import Bed, own_prefix, remaining_namespaces
+from netns_tests.bed.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
 
 PR_SET_CHILD_SUBREAPER = 36
 

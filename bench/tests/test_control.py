@@ -14,7 +14,7 @@ from bench import control, ring
 from bench.control import Scale
 from bench.report import BenchError
 from lb import config, native
-from netns_tests.topology import remaining_namespaces
+from netns_tests.bed.topology import remaining_namespaces
 
 ROOT = Path(__file__).parents[2]
 

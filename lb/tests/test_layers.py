@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "lb.tests.test_dataplane": ("filters", "xdp"),
     "lb.tests.test_doctor_facts": ("filters", "xdp"),
     "netns_tests": ("lb", "filters", "xdp"),
-    "bench": ("lb", "filters", "xdp", "netns_tests.topology"),
+    "bench": ("lb", "filters", "xdp", "netns_tests.bed.topology"),
 }
 
 
@@ -92,10 +92,10 @@ def test_this_tree_is_where_the_packages_are() -> None:
         ("lb/balancer.py", "from xdp import maps", "xdp.maps"),
         ("lb/web/dataplane.py", "import xdp", "xdp"),
         ("lb/cli.py", "def main():\n    from xdp.attach import attach", "xdp.attach.attach"),
-        ("lb/store.py", "from netns_tests.topology import Bed", "netns_tests.topology.Bed"),
+        ("lb/store.py", "from netns_tests.bed.topology import Bed", "netns_tests.bed.topology.Bed"),
         ("netns_tests/demo.py", "import bench.dataplane", "bench.dataplane"),
-        ("bench/live.py", "from netns_tests import packets", "netns_tests.packets"),
-        ("bench/live.py", "import netns_tests.topology_extra", "netns_tests.topology_extra"),
+        ("bench/live.py", "from netns_tests.oracle import packets", "netns_tests.oracle.packets"),
+        ("bench/live.py", "import netns_tests.bed.topology_extra", "netns_tests.bed.topology_extra"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str, imported: str) -> None:
@@ -112,7 +112,7 @@ def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str
         ("lb/dataplane.py", "from xdp import maps"),
         ("lb/cli.py", "import filters\nimport lbx\nfrom lb.model import Service"),
         ("netns_tests/conftest.py", "import lb.cli\nfrom xdp.object import load"),
-        ("bench/live.py", "from netns_tests.topology import Bed\nfrom netns_tests import topology"),
+        ("bench/live.py", "from netns_tests.bed.topology import Bed\nfrom netns_tests.bed import topology"),
     ],
 )
 def test_an_import_the_right_way_is_not_reported(tmp_path: Path, file: str, source: str) -> None:
