@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from netns_tests.bed.commands import Server, serving
 from netns_tests.bed.lanes import open_lanes
 from netns_tests.bed.servers import start_http, start_udp_echo
 from netns_tests.bed.topology import Bed, own_prefix, remaining_namespaces
@@ -41,6 +42,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG) + (item.path.parent.name == "tests")))
+
+
+@pytest.fixture(scope="module")
+def console_script() -> Iterator[None]:
+    """Commands start as a user starts them, none as a fork of one that has been prepared."""
+    with serving(None):
+        yield
 
 
 @pytest.fixture
@@ -86,7 +94,10 @@ def nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     children = _children()
     # Processes whose parent ended become children of this one, not of init: none escapes the count.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    yield
+    server = Server()
+    with serving(server):
+        yield
+    server.close()
     left = [
         *remaining_namespaces(),
         *(f"bpffs at {mount}" for mount in _bpffs_mounts() if any(place in mount for place in ours)),

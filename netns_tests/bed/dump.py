@@ -51,8 +51,9 @@ def send(host: Host, frames: Sequence[bytes], interface: str = NEAR) -> None:
 class Dump:
     """A running xdp-dump or tcpdump that has begun to listen."""
 
-    def __init__(self, host: Host, program: Path | str, words: Sequence[str], cwd: Path | None) -> None:
-        self.process = host.popen([str(program), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd)
+    def __init__(self, host: Host, program: Path | str, words: Sequence[str], **options: Any) -> None:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = host.popen([str(program), *words], **pipes, **options)
         self.errors = ""
         assert self.process.stderr
         while "listening on" not in self.errors:
@@ -70,7 +71,7 @@ class Dump:
 
 @contextmanager
 def running(host: Host, program: Path | str, *words: str, cwd: Path | None = None) -> Iterator[Dump]:
-    dump = Dump(host, program, words, cwd)
+    dump = Dump(host, program, words, cwd=cwd)
     try:
         yield dump
     finally:

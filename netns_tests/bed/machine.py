@@ -19,8 +19,9 @@ import sysconfig
 from pathlib import Path
 from typing import Self
 
+from netns_tests.bed.commands import scripts
 from netns_tests.bed.servers import REPOSITORY
-from netns_tests.bed.topology import Host, wait_until
+from netns_tests.bed.topology import XDP_LB, Host, wait_until
 
 PROGRAM = "/usr/local/bin/xdp-lb"
 UNIT = "/etc/systemd/system/xdp-lb.service"
@@ -86,7 +87,8 @@ exec chroot . sh -c 'umount --lazy /old && rmdir /old && exec env -i "$@"' sh {e
 ENTRY = """\
 #!/bin/sh
 export LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/xdp-lb:/opt/packages
-exec /opt/python/bin/python{version} -c 'import sys; sys.argv[0] = "{program}"; from lb.cli import main; main()' "$@"
+code='import sys; sys.argv[0] = "{program}"; from {module} import {function}; {function}()'
+exec /opt/python/bin/python{version} -c "$code" "$@"
 """
 
 
@@ -163,8 +165,11 @@ class Machine:
         return self._root.with_suffix(f".{suffix}")
 
     def _filled(self, template: str) -> str:
+        entry = scripts()[str(XDP_LB)]
         return template.format(
             environment=shlex.join(ENVIRONMENT),
+            function=entry.attr,
+            module=entry.module,
             name=self._host.name,
             packages=shlex.quote(sysconfig.get_path("purelib")),
             program=PROGRAM,

@@ -17,6 +17,8 @@ from pyroute2 import netns
 from netns_tests.bed.servers import REPOSITORY, big_file, start_http, start_udp_echo
 from netns_tests.bed.topology import Bed, Host, remaining_namespaces
 
+pytestmark = pytest.mark.usefixtures("console_script")
+
 MakeBed = Callable[..., Bed]
 LAYOUTS = [{"one_arm": one_arm, "router": router} for one_arm in (True, False) for router in (True, False)]
 

@@ -37,6 +37,8 @@ from typing import Any, Self
 from pyroute2 import IPRoute, netns
 from pyroute2.ethtool.ioctl import IoctlEthtool
 
+from netns_tests.bed import commands
+
 PREFIX = "xlb"
 XDP_LB = Path(sys.executable).with_name("xdp-lb")  # the console script, as the package installed it
 CLONE_NEWNET = 0x40000000
@@ -46,13 +48,15 @@ BPF_PROG_TYPE_XDP = 6
 R0_IS_XDP_PASS, EXIT = 0x00000002_000000B7, 0x95  # struct bpf_insn, little endian
 
 # No duplicate address detection, no router advertisements: an address is usable as soon as it is
-# set. No reverse path filter: direct return sends a reply another way than its request came.
+# set. No reverse path filter: direct return sends a reply another way than its request came. Multicast listener reports
+# are repeated at once: a second later they would come into the counters that a test compares.
 HOST_SYSCTLS: dict[str, int | str] = {
     "net.ipv4.conf.all.rp_filter": 0,
     "net.ipv4.conf.default.rp_filter": 0,
     "net.ipv6.conf.all.accept_dad": 0,
     "net.ipv6.conf.default.accept_dad": 0,
     "net.ipv6.conf.default.accept_ra": 0,
+    "net.ipv6.conf.default.mldv2_unsolicited_report_interval": 1,
     "net.ipv4.ping_group_range": "0 0",  # ICMP echo sockets for root, of both families
 }
 _bed_numbers = itertools.count()
@@ -168,14 +172,14 @@ class Host:
         """
         defaults = {"check": True, "capture_output": True, "text": True, "timeout": 60}
         try:
-            return subprocess.run(self._command(argv), **(defaults | options))
+            return commands.run(self.name, argv, **(defaults | options))
         except subprocess.CalledProcessError as error:
             error.add_note(f"{self.label}: {error.stderr}")
             raise
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command here; it is ended with the host. `options` go to `subprocess.Popen`."""
-        process = subprocess.Popen(self._command(argv), **({"text": True} | options))
+        process = commands.popen(self.name, argv, **({"text": True} | options))
         self._processes.append(process)
         return process
 
@@ -204,9 +208,6 @@ class Host:
     def forget_mtus(self) -> None:
         for family in ("-4", "-6"):
             self.run(["ip", family, "route", "flush", "cache"])
-
-    def _command(self, argv: Sequence[str]) -> list[str]:
-        return ["ip", "netns", "exec", self.name, *argv]
 
     def close(self) -> None:
         _end_processes(self._processes)

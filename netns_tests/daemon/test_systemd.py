@@ -14,6 +14,8 @@ from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, wait_until
 from netns_tests.bed.traffic import curl
 
+pytestmark = pytest.mark.usefixtures("console_script")
+
 WEB, DIRECT = "10.99.1.100:80", "10.99.1.100:8080"
 SOCKET = "/run/xdp-lb/default/api.sock"
 DROP_IN = f"{UNIT}.d/test.conf"

@@ -30,6 +30,8 @@ from netns_tests.bed.topology import Bed, wait_until
 from netns_tests.bed.traffic import HttpConnection, RunningLoad, connections, go_on, loading
 from netns_tests.bed.versions import ALIKE, GROWN, REFUSED, XDP_LB, Version
 
+pytestmark = pytest.mark.usefixtures("console_script")
+
 NAT, DIRECT = "10.99.1.100:80", "10.99.1.100:8080"
 SERVICES = f"""
 [[service]]

@@ -57,7 +57,7 @@ def ask(bed: Bed) -> None:
 
 @contextmanager
 def dumping(bed: Bed, *words: str) -> Iterator[Dump]:
-    dump = Dump(bed.lb, "env", [f"XDP_LB_RUN_DIR={bed.directory / 'run'}", str(XDP_DUMP), *words], None)
+    dump = Dump(bed.lb, XDP_DUMP, words, env=os.environ | {"XDP_LB_RUN_DIR": str(bed.directory / "run")})
     try:
         yield dump
     finally:

@@ -27,6 +27,8 @@ from netns_tests.bed.servers import REPOSITORY, start_http
 from netns_tests.bed.topology import Bed
 from netns_tests.bed.traffic import connections, curl, go_on, loading
 
+pytestmark = pytest.mark.usefixtures("console_script")
+
 MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
 WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
 POINTS = 4  # spread evenly over a change, its ends included
