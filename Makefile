@@ -23,7 +23,7 @@ CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
 PACKAGES := clang curl ethtool haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make nftables nginx python3-bpfcc \
 	python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz scale soak test-kernels wheel clean
+.PHONY: help setup system apt-install build lint test durations demo bench fuzz scale soak test-kernels wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -87,6 +87,12 @@ lint: setup ## ruff and mypy
 test: setup build lint ## lint, then every test (as root: they make network namespaces)
 	ulimit -S -n 1024 && $(SUDO) $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
+durations: setup build ## run every test and record how long each file takes, by which `make test` orders them
+	report=$$(mktemp)
+	trap 'rm -f "$$report"' EXIT
+	$(SUDO) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --junitxml="$$report"
+	$(BIN)/python -m netns_tests.durations "$$report"
+
 demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
 	$(SUDO) $(BIN)/python -m netns_tests.demo
 
@@ -147,5 +153,5 @@ clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C lb/native clean
 	@$(MAKE) --no-print-directory -C filters/native clean
 	rm -f bench/*.bpf.o netns_tests/*/*.bpf.o
-	$(SUDO) rm -rf .venv .kernels build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	$(SUDO) rm -rf .cache .venv .kernels build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

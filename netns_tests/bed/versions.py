@@ -8,6 +8,7 @@ its number, as it calls a function of this name for the N-th time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CACHE = REPOSITORY / ".cache"
 XDP_LB = Path(sys.executable).with_name("xdp-lb")
 
 # File of xdp/bpf -> what it says -> what it shall say.
@@ -73,7 +75,7 @@ class Version:
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: xdp-lb\nVersion: {number}\n")
         for name, replacements in patches.items():
             _patch(folder / "xdp" / "bpf" / name, replacements)
-        subprocess.run(["make", "-s", "-C", str(folder / "xdp"), "bpf/lb.bpf.o"], check=True)
+        _compile(folder / "xdp", "bpf/lb.bpf.o")
         return cls(folder)
 
     @property
@@ -87,6 +89,25 @@ class Version:
         """The command; `at`: functions, and which of their calls."""
         calls = ",".join(f"{function}:{nth}" for function, nth in at)
         return [sys.executable, str(Path(__file__)), str(number.value), calls, *words]
+
+
+def _compile(folder: Path, name: str) -> None:
+    """By the Makefile; what came of the same sources and the same compiler before is taken again."""
+    kept = CACHE / f"{_digest(folder)}.bpf.o"
+    if not kept.exists():
+        subprocess.run(["make", "-s", "-C", str(folder), name], check=True)
+        CACHE.mkdir(exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        shutil.copy(folder / name, new)
+        new.replace(kept)  # whole, whoever else compiles it at this moment
+    shutil.copy(kept, folder / name)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256(subprocess.run(["clang", "--version"], check=True, capture_output=True).stdout)
+    for path in sorted((folder / "Makefile", *folder.rglob("*.[ch]"))):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _patch(path: Path, replacements: Mapping[str, str]) -> None:

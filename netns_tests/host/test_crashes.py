@@ -1,6 +1,6 @@
 """SIGKILL at any moment of a change, while clients keep asking: the old or the new state is in force, nothing fails.
 
-A command runs under a driver (this file, as a program) that counts what Python calls in the modules that write, from
+A command runs under a driver (netns_tests.bed.killed) that counts what Python calls in the modules that write, from
 the first step of the change to its last, and ends the process at a given one: every run is killed at the same place.
 """
 
@@ -12,25 +12,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
-from lb import cli
 from lb.balancer import open_balancer
 from lb.dataplane import KernelDataplane
 from lb.model import State
 from lb.paths import Paths
 from lb.store import Store
-from lb.writer import Writer
 from netns_tests.bed.servers import REPOSITORY, start_http
 from netns_tests.bed.topology import Bed
 from netns_tests.bed.traffic import connections, curl, go_on, loading
 
 pytestmark = pytest.mark.usefixtures("console_script")
 
-MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
-WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
 POINTS = 4  # spread evenly over a change, its ends included
 WEB = "10.99.1.100:80"
 OTHER = "10.99.1.101:80"
@@ -46,7 +41,7 @@ def run_to(bed: Bed, calls: int, *words: str) -> subprocess.CompletedProcess[str
     """The command, killed after so many calls; it prints how many there were if it comes to its end."""
     paths = paths_of(bed)
     places = {"XDP_LB_STATE_DIR": str(paths.state_dir), "XDP_LB_RUN_DIR": str(paths.run_dir)}
-    driver = [sys.executable, "-m", "netns_tests.host.test_crashes", str(calls), *words]
+    driver = [sys.executable, "-m", "netns_tests.bed.killed", str(calls), *words]
     return bed.lb.run(driver, check=False, cwd=REPOSITORY, env=os.environ | places)
 
 
@@ -174,31 +169,3 @@ def test_killed_detach_is_completed_by_the_next(bed: Bed) -> None:
         assert "10.99.1.100" not in bed.lb.run(["ip", "address"]).stdout
         assert not (bed.directory / "run" / "bpf" / bed.lb.name).exists()
         assert len(stored(bed).services) == 1
-
-
-def die_after(calls: int) -> None:
-    """Have this process killed after so many calls within a change; for -1, print how many there were."""
-    carry_out, seen = Writer._carry_out, 0
-
-    def count(frame: FrameType, event: str, _: object) -> None:
-        nonlocal seen
-        if frame.f_code.co_filename.startswith(written):
-            seen += 1
-            if seen == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def counted(*arguments: object) -> object:
-        sys.setprofile(count)
-        try:
-            return carry_out(*arguments)  # type: ignore[arg-type]
-        finally:
-            sys.setprofile(None)
-            print(seen, file=sys.stderr)
-
-    written = tuple(str(REPOSITORY / path) for path in WRITERS)
-    Writer._carry_out = counted  # type: ignore[assignment,method-assign]
-
-
-if __name__ == "__main__":
-    die_after(int(sys.argv.pop(1)))
-    cli.main()
