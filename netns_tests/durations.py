@@ -29,10 +29,11 @@ def measured(report: Path) -> dict[str, float]:
     """The longest first. A class of tests is part of its module's name in the report."""
     seconds: Counter[str] = Counter()
     for case in ElementTree.parse(report).iter("testcase"):
-        parts = case.attrib["classname"].split(".")
+        parts = case.get("classname", "").split(".")
         while parts and not (REPOSITORY / Path(*parts)).with_suffix(".py").exists():
             parts.pop()
-        seconds["/".join(parts)] += float(case.attrib["time"])  # type: ignore[assignment]
+        if parts:  # else it was interrupted
+            seconds["/".join(parts)] += float(case.attrib["time"])  # type: ignore[assignment]
     return {name: round(each, 1) for name, each in seconds.most_common()}
 
 

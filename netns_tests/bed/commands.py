@@ -37,6 +37,7 @@ from typing import IO, Any, TextIO, cast
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("xdp", "filters", "lb")
+MODULES = ("netns_tests.bed.echo", "netns_tests.bed.load")  # which tests start with `python -m`; each has a main()
 NAMESPACES = Path("/run/netns")
 # Of the environment, what is read once: by the dynamic linker, by Python as it starts, for the encoding of streams.
 READ_AT_START = ("LD_", "PYTHON", "LC_", "LANG")
@@ -60,7 +61,7 @@ class Server:
     """Started with the first command that it is asked for."""
 
     def __init__(self) -> None:
-        self._scripts = scripts()
+        self._programs = {*scripts(), *MODULES}
         self._started_in = _read_at_start(os.environ)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
@@ -70,7 +71,7 @@ class Server:
         """Whether a fork does all that is asked for."""
         environment = options.get("env") or os.environ
         return (
-            argv[0] in self._scripts
+            _program(argv)[0] in self._programs
             and options.keys() <= OPTIONS
             and bool(options.get("text"))
             and _read_at_start(environment) == self._started_in
@@ -175,9 +176,12 @@ class Command(subprocess.Popen[str]):
     ) -> None:
         self.args = argv
         self.returncode: int | None = None  # as it is until the end
+        program, words = _program(argv)
         request = {
             "namespace": namespace,
-            "argv": argv,
+            "name": Path(argv[0]).name,
+            "program": program,
+            "argv": words,
             "environment": dict(os.environ if env is None else env),
             "cwd": str(cwd or Path.cwd()),
             "cpus": list(os.sched_getaffinity(0)),
@@ -286,6 +290,13 @@ def _stream(
     return cast(TextIO, ours.enter_context(open(near, mode))), far
 
 
+def _program(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """What is started, a script or a module, and what it finds in `sys.argv`."""
+    if argv[:2] == [sys.executable, "-m"]:
+        return argv[2], argv[2:]
+    return argv[0], argv
+
+
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_START)}
 
@@ -327,7 +338,8 @@ def import_all() -> dict[str, Main]:
     """Every module of the package, whose functions import from each other as late as they can; what scripts call."""
     for name in modules():
         importlib.import_module(name)
-    return {path: entry.load() for path, entry in scripts().items()}
+    mains = {name: importlib.import_module(name).main for name in MODULES}
+    return mains | {path: entry.load() for path, entry in scripts().items()}
 
 
 def modules() -> Iterator[str]:
@@ -380,10 +392,9 @@ def become(request: Mapping[str, Any], streams: Sequence[int], mains: Mapping[st
     os.environ.update(request["environment"])
     time.tzset()
     sys.argv = request["argv"]
-    script = Path(sys.argv[0])
-    sys.path[0] = str(script.parent)
-    ctypes.CDLL(None).prctl(PR_SET_NAME, script.name.encode())
-    return mains[sys.argv[0]]
+    sys.path[0] = request["cwd"] if request["program"] in MODULES else str(Path(sys.argv[0]).parent)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, request["name"].encode())
+    return mains[request["program"]]
 
 
 def end(main: Main) -> None:

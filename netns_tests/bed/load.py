@@ -107,7 +107,7 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 class UdpClient(asyncio.DatagramProtocol):
-    """Asks the echo of `netns_tests.bed.servers`; a datagram lost either way is a failed request."""
+    """Asks the echo of `netns_tests.bed.echo`; a datagram lost either way is a failed request."""
 
     def __init__(self, url: SplitResult) -> None:
         self._address = (url.hostname or "", url.port or 0)

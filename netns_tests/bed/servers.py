@@ -2,7 +2,6 @@
 
 What enters is a host; when a start function returns, the server answers on all of the host's
 addresses, IPv4 and IPv6, and says in each answer which host it runs on. It ends with the host.
-`python -m netns_tests.bed.servers NAME PORT` is the UDP echo itself.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _directory(bed: Bed, label: str) -> Path:
 def start_udp_echo(host: Host, port: int) -> subprocess.Popen[str]:
     """Answers each datagram with the host's label, a space, and what the datagram held."""
     server = host.popen(
-        [sys.executable, "-m", "netns_tests.bed.servers", host.label, str(port)],
+        [sys.executable, "-m", "netns_tests.bed.echo", host.label, str(port)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
     )
@@ -131,26 +130,3 @@ def _connects(host: Host, address: str, port: int) -> bool:
         connection = socket.socket(family, socket.SOCK_STREAM)
     with connection:
         return connection.connect_ex((address, port)) == 0
-
-
-def echo_udp(name: str, port: int) -> None:
-    """Echo datagrams until killed, each from the address it was sent to (RFC 3542, section 6).
-
-    Under direct return that is the VIP on the loopback, which the kernel would not choose itself.
-    """
-    server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-    server.bind(("::", port))
-    print("ready", flush=True)
-    while True:
-        payload, (packet_info, *_), _, client = server.recvmsg(65535, socket.CMSG_SPACE(20))
-        level, kind, info = packet_info
-        # Interface 0: the route decides where the answer leaves.
-        source = (level, kind, info[:16] + bytes(4))
-        server.sendmsg([f"{name} ".encode() + payload], [source], 0, client)
-
-
-if __name__ == "__main__":
-    echo_udp(sys.argv[1], int(sys.argv[2]))

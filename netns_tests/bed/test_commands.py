@@ -17,7 +17,9 @@ import pytest
 from netns_tests.bed import commands
 from netns_tests.bed.commands import Command, Server, serving
 from netns_tests.bed.dump import XDP_DUMP, Dump
+from netns_tests.bed.servers import start_udp_echo
 from netns_tests.bed.topology import XDP_LB, Bed, wait_until
+from netns_tests.bed.traffic import load
 
 NAMESPACE_FOLDERS = ("/run/netns", "/var/run/netns")
 VIP = "10.99.1.100:80"
@@ -93,6 +95,19 @@ def test_a_forked_process_is_what_a_started_one_is(bed: Bed, server: Server, tmp
         assert seen[-1]["network"] != Path("/proc/self/ns/net").readlink()
         assert Path(f"/proc/{dump.process.pid}/ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink()
         assert dump.end()[0] == 0
+    assert seen[0] == seen[1]
+
+
+def test_a_forked_load_is_what_a_started_one_is(bed: Bed, server: Server) -> None:
+    seen = []
+    for each in (None, server):
+        with serving(each):
+            echo = start_udp_echo(bed.client, 5353)
+        assert isinstance(echo, Command) is bool(each)
+        seen.append(facts(echo.pid))
+        assert load(bed.lb, f"udp://{bed.client.ipv4}:5353", requests=10).requests == 10
+        echo.kill()
+        assert echo.wait(timeout=20) == -signal.SIGKILL
     assert seen[0] == seen[1]
 
 
