@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lb.remote import daemon_listens
+from lb.client.connect import daemon_listens
 from netns_tests.bed.topology import XDP_LB, Bed, wait_until
 
 WEB = "10.99.1.100:80"

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from lb import cli
-from lb.writer import Writer
+from lb.cli import main
+from lb.control.writer import Writer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
@@ -42,4 +42,4 @@ def die_after(calls: int) -> None:
 
 if __name__ == "__main__":
     die_after(int(sys.argv.pop(1)))
-    cli.main()
+    main.main()

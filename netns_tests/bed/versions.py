@@ -139,6 +139,6 @@ WRITERS = ("lb/dataplane.py", "lb/programs.py", "xdp/object.py", "xdp/pins.py", 
 if __name__ == "__main__":
     signal_at(int(sys.argv[1]), sys.argv[2].split(","))
     del sys.argv[1:3]
-    from lb.cli import main
+    from lb.cli.main import main
 
     main()

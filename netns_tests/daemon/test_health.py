@@ -16,18 +16,19 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
-from lb.check_path import FAR, NEAR, NETWORK4, OBJECT, RealPath
-from lb.checker import Checker, Way
-from lb.conditions import Condition, Conditions
-from lb.health_check import HealthCheck
-from lb.host_events import Changes, HostEvents
-from lb.model import Backend, Mode, Service
-from lb.neighbours import Network
-from lb.options import Options
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
+from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
+from lb.health.checker import Checker, CheckPath
+from lb.model.conditions import Condition, Conditions
+from lb.model.health_check import HealthCheck
+from lb.host.events import Changes, HostEvents
+from lb.model.state import Backend, Mode, Service
+from lb.host.neighbours import Network
+from lb.model.options import Options
 from lb.paths import Paths
-from lb.probes import Target, probe
-from lb.vip import Vip
+from lb.health.probes import Target, probe
+from lb.model.vip import Vip
 from netns_tests.bed import lanes
 from netns_tests.bed.daemon import THREE, UNDER, WITHOUT_CODE, effective, end, start
 from netns_tests.bed.lanes import LANES, Lane
@@ -71,7 +72,7 @@ def paths_to(lane: Lane, *, outer_checksum: bool = False) -> Iterator[Callable[[
             ways.close()
 
 
-def answer(check: HealthCheck, way: Way, port: int) -> str:
+def answer(check: HealthCheck, way: CheckPath, port: int) -> str:
     """What is wrong, as this check finds it."""
     target = Target(check, str(way.address), check.port or port, str(way.source or ""))
     return asyncio.run(probe(target)).why

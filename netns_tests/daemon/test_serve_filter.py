@@ -30,12 +30,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lb.client import Client
+from lb.client.client import Client
 from lb.errors import DaemonError, InvalidInput, NotFound
-from lb.explain_packet import SYN, parse_flow
-from lb.filter_report import How, Wish
-from lb.rules import Action, At
-from lb.stage_source import EXAMPLES
+from lb.explain.packet import SYN, parse_flow
+from lb.model.rule_report import ApplyOptions, RuleSpec
+from lb.model.rules import Action, At
+from lb.stages.source import EXAMPLES
 from netns_tests.bed.daemon import UNDER, WITHOUT_CODE, end, places, socket_of, start
 from netns_tests.bed.stage import running
 from netns_tests.bed.topology import XDP_LB, Bed, wait_until
@@ -131,7 +131,7 @@ def packet(bed: Bed, port: int) -> bytes:
 
 
 def capture(frames: list[bytes]) -> bytes:
-    from filters.pcap import file_header, record
+    from filters.records.pcap import file_header, record
 
     return file_header(1, 65535, nano=False) + b"".join(record(1, n, f, len(f)) for n, f in enumerate(frames))
 
@@ -155,9 +155,12 @@ def test_every_command_says_the_same_with_and_without_the_daemon(bed: Bed) -> No
 def test_a_file_larger_than_a_request_is_tested_piece_by_piece(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kept = bed.directory / "large.pcap", bed.directory / "kept.pcap"
     path.write_bytes(capture([packet(bed, 53 + n % 3) for n in range(300)]))
-    monkeypatch.setattr("lb.filter_client.CHUNK", 1000)
+    monkeypatch.setattr("lb.client.filters.CHUNK", 1000)
     with daemon(bed), Client.unix(socket_of(bed)) as client:
-        wishes = [Wish("", Action.DROP, expression="udp port 53"), Wish("", Action.COUNT, expression="udp port 54")]
+        wishes = [
+            RuleSpec("", Action.DROP, expression="udp port 53"),
+            RuleSpec("", Action.COUNT, expression="udp port 54"),
+        ]
         trial = client.filters.test_wishes(wishes, str(path), str(kept))
     assert (trial.packets, trial.dropped, trial.untested) == (300, 100, 0)
     assert list(trial.matched.values()) == [100, 100]
@@ -380,8 +383,8 @@ def test_fault_is_named_with_its_place(http: httpx.Client, body: dict[str, Any],
 
 def test_changes_of_rules_are_events_and_dry_runs_are_none(api: Api, http: httpx.Client) -> None:
     with Client.unix(socket_of(api.bed)) as client:
-        client.filters.add(Wish("eth0", Action.DROP, expression="udp port 1701"), how=How(dry_run=True))
-        client.filters.add(Wish("eth0", Action.DROP, expression="udp port 1702"))
+        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp port 1701"), how=ApplyOptions(dry_run=True))
+        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp port 1702"))
         seen = []
         for event in client.events(after="nothing-0"):
             seen.append(event.document.get("summary", ""))
@@ -427,11 +430,11 @@ def test_rule_that_would_end_the_request_it_comes_by_is_refused(api: Api, http: 
     with api.remote() as client:
         for expression in ("tcp", f"src host {here}", f"tcp dst port {PORT}"):
             with pytest.raises(InvalidInput, match=rf"would drop the connection from {here} port \d+ that this was"):
-                client.filters.add(Wish("eth0", Action.DROP, expression=expression))
+                client.filters.add(RuleSpec("eth0", Action.DROP, expression=expression))
         with pytest.raises(InvalidInput, match="would drop the connection"):
-            client.filters.add(Wish("eth0", Action.DROP, expression=f"tcp src port {PORT}", at=At.TC_OUT))
-        client.filters.add(Wish("eth0", Action.DROP, expression="tcp port 22"))
-        client.filters.add(Wish("eth0", Action.DROP, expression="udp"), how=How(force=True))
+            client.filters.add(RuleSpec("eth0", Action.DROP, expression=f"tcp src port {PORT}", at=At.TC_OUT))
+        client.filters.add(RuleSpec("eth0", Action.DROP, expression="tcp port 22"))
+        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp"), how=ApplyOptions(force=True))
     refused = http.post(ETH0, json={"action": "drop", "expression": "tcp"}, headers={"SSH-Connection": "nonsense"})
     assert problem(refused, 422)[0].startswith("SSH-Connection: not CLIENT PORT SERVER PORT")
     assert [expression for expression, _ in rules(http)] == ["tcp port 22", "udp"]
@@ -444,7 +447,7 @@ def test_no_file_of_the_balancer_is_read_for_who_is_elsewhere(api: Api, http: ht
     assert http.post(ETH0, json=named).json()["changes"][0]["set"]["prefixes"] == 0
     assert http.delete(ETH0).status_code == 200
     with api.remote() as client, pytest.raises(InvalidInput, match="no file of the balancer's is read"):
-        client.filters.add(Wish("eth0", Action.COUNT, set_path=str(secret), set_list="192.0.2.1"))
+        client.filters.add(RuleSpec("eth0", Action.COUNT, set_path=str(secret), set_list="192.0.2.1"))
     wish = {"action": "count", "set": {"path": str(secret)}}
     assert problem(http.put(ETH0, json={"rules": [wish]}), 422)[1] == "/rules/0/set/list"
     assert rules(http) == []
@@ -454,7 +457,7 @@ def test_large_sets_come_from_elsewhere_too_and_other_large_bodies_do_not(api: A
     prefixes = "".join(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}\n" for n in range(1 << 17))
     assert len(prefixes) > 1 << 20
     with api.remote() as client:
-        report = client.filters.add(Wish("eth0", Action.COUNT, set_path="many", set_list=prefixes))
+        report = client.filters.add(RuleSpec("eth0", Action.COUNT, set_path="many", set_list=prefixes))
         assert report.changes[0].rule.set
         assert report.changes[0].rule.set.prefixes == 1 << 17
         with pytest.raises(DaemonError, match="the body is larger than 1048576 bytes"):

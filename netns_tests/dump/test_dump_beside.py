@@ -18,11 +18,11 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapNgReader, RawPcapReader
 
-from filters.ebpf import R0, Assembler
-from filters.hook import XDP
-from filters.program import KernelContext, Pass, load
+from filters.compiler.ebpf import Assembler, R0
+from filters.compiler.hook import XDP
+from filters.programs.program import KernelContext, Pass, load
 from filters.tests.packets import FRAMES
-from filters.traced import BEFORE
+from filters.capture.traced import BEFORE
 from netns_tests.bed.dump import XDP_DUMP, Dump
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, wait_until

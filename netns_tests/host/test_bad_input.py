@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import open_balancer
+from lb.control.open import open_balancer
 from lb.paths import Paths
-from lb.store import SCHEMA_VERSION, writer_lock
+from lb.store.lock import writer_lock
+from lb.store.schema import SCHEMA_VERSION
 from netns_tests.bed.topology import XDP_LB, Bed
 from xdp import attach as xdp_attach
 from xdp.object import LB_OBJECT, BpfObject

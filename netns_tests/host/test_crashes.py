@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from lb.balancer import open_balancer
-from lb.dataplane import KernelDataplane
-from lb.model import State
+from lb.control.open import open_balancer
+from lb.dataplane.dataplane import KernelDataplane
+from lb.model.state import State
 from lb.paths import Paths
-from lb.store import Store
+from lb.store.store import Store
 from netns_tests.bed.servers import REPOSITORY, start_http
 from netns_tests.bed.topology import Bed
 from netns_tests.bed.traffic import connections, curl, go_on, loading

@@ -234,7 +234,7 @@ KILLED = """
 import os
 from xdp.pins import Pins
 Pins.{method} = lambda *_: os._exit(9)
-from lb.cli import main
+from lb.cli.main import main
 main()
 """
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from lb import check_path, doctor_facts
-from lb.doctor import Finding, Severity, findings
-from lb.doctor import Host as HostFacts
+from lb.doctor import collect
+from lb.health import path
+from lb.doctor.checks import Finding, Severity, findings
+from lb.doctor.facts import Host as HostFacts
 from lb.paths import Paths
 from netns_tests.bed.topology import XDP_LB, Bed, Host, own_prefix
 from netns_tests.bed.topology import _attach_pass_program as attach_pass_program
@@ -54,7 +55,7 @@ class Patient:
     def finding_here(self, check: str, host: HostFacts) -> Finding:
         """Of the interface, read by this process: without the second that it takes to load the program."""
         with self.host.entered():
-            interfaces = doctor_facts.read_interfaces(Paths(self.directory, self.directory), [NEAR])
+            interfaces = collect.read_interfaces(Paths(self.directory, self.directory), [NEAR])
         (found,) = (f for f in findings(host, interfaces) if f.check == check)
         return found
 
@@ -68,7 +69,7 @@ def finding(document: str, check: str) -> dict[str, Any]:
 def sound_host(tmp_path_factory: pytest.TempPathFactory) -> HostFacts:
     """This host, as far as it matters for interfaces."""
     nowhere = tmp_path_factory.mktemp("doctor")
-    return replace(doctor_facts.read_host(Paths(nowhere, nowhere)), loopback_addresses=())
+    return replace(collect.read_host(Paths(nowhere, nowhere)), loopback_addresses=())
 
 
 @pytest.fixture
@@ -171,8 +172,8 @@ def test_kernel_refuses_native_xdp_where_the_doctor_says_so(
 def test_without_names_the_ethernet_interfaces_that_are_up_are_looked_at(patient: Patient) -> None:
     """But for those that the daemon makes to check backends through."""
     patient.shell(f"ip link set dev {FAR} down")
-    patient.shell(f"ip link add {check_path.NEAR} up type veth peer name {check_path.FAR}")
-    patient.shell(f"ip link set {check_path.FAR} up")
+    patient.shell(f"ip link add {path.NEAR} up type veth peer name {path.FAR}")
+    patient.shell(f"ip link set {path.FAR} up")
     found = json.loads(patient.doctor("--json").stdout)
     assert {f["interface"] for f in found} == {None, NEAR}
 

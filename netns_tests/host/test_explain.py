@@ -18,13 +18,13 @@ from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
-from filters.hook import XDP
-from filters.program import Drop, assemble, load
-from lb.explain import WORDS, Explanation
-from lb.explain_facts import Explainer, open_explainer
-from lb.explain_packet import ACK, RST, SYN, Flow
+from filters.compiler.hook import XDP
+from filters.programs.program import Drop, assemble, load
+from lb.explain.reasons import Explanation, WORDS
+from lb.explain.explainer import Explainer, open_explainer
+from lb.explain.packet import ACK, Flow, RST, SYN
 from lb.paths import Paths
-from lb.vip import parse_address
+from lb.model.vip import parse_address
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import XDP_LB, Bed, Host
 from netns_tests.bed.traffic import HttpConnection, addresses, bracketed

@@ -22,11 +22,12 @@ from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.filter_report import Wish
-from lb.firewall import Firewall, open_firewall
+from lb.model.rule_report import RuleSpec
+from lb.firewall.firewall import Firewall, open_firewall
 from lb.paths import Paths
-from lb.rules import Action, At
-from lb.store import Store, writer_lock
+from lb.model.rules import Action, At
+from lb.store.store import Store
+from lb.store.lock import writer_lock
 from netns_tests.bed.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc
@@ -516,7 +517,7 @@ def test_rules_of_an_interface_that_is_gone_wait_for_it(wire: Wire) -> None:
     wire.filter("flush", "other")
 
 
-DROP_53 = Wish(FAR, Action.DROP, expression="udp port 53")
+DROP_53 = RuleSpec(FAR, Action.DROP, expression="udp port 53")
 
 
 def test_store_that_cannot_be_written_leaves_the_old_rules_in_force(
@@ -537,7 +538,7 @@ def test_store_that_cannot_be_written_leaves_the_old_rules_in_force(
         with wire.firewall() as firewall, monkeypatch.context() as patch:
             patch.setattr(Store, "_transaction", fails_at_the_end)
             with pytest.raises(StoreError):
-                firewall.add(Wish(FAR, Action.DROP, expression="udp port 53", at=at))
+                firewall.add(RuleSpec(FAR, Action.DROP, expression="udp port 53", at=at))
     assert [wire.arrived(53), wire.arrived(54), wire.arrived(53, towards=NEAR)] == [5, 0, 5]
     assert wire.counts() == [(5, 5)]
 
@@ -563,7 +564,7 @@ def test_kernel_that_refuses_half_way_leaves_the_old_rules_in_force(
 KILLED = """
 import os, signal, sys
 from lb import store
-from lb.cli import main
+from lb.cli.main import main
 store.Store.saving_rules = (lambda saving: lambda *words: Killing(saving(*words)))(store.Store.saving_rules)
 
 class Killing:

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from lb.balancer import Balancer, open_balancer
-from lb.dataplane import KernelDataplane
-from lb.host_events import Changes, HostEvents, WayInForce
+from lb.control.balancer import Balancer
+from lb.control.open import open_balancer
+from lb.dataplane.dataplane import KernelDataplane
+from lb.host.events import Changes, HostEvents
+from lb.model.forwarding import InstalledNextHop
 from lb.paths import Paths
-from lb.ring import current_member
-from lb.vip import Vip
+from lb.hashing.ring import current_member
+from lb.model.vip import Vip
 from netns_tests.bed.daemon import SERVE, WEB, end, start
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import FRONT, Bed, Host, _attach_pass_program, wait_until
@@ -462,5 +464,5 @@ def test_a_neighbour_that_says_nothing_new_is_no_change(bed: Bed) -> None:
 def test_a_rule_concerns_everything(bed: Bed) -> None:
     found = told(bed, lambda: bed.lb.run(["ip", "rule", "add", "pref", "99", "lookup", "main"]), bool)
     assert found.everything
-    way = WayInForce(VIP.address, 1, None)
+    way = InstalledNextHop(VIP.address, 1, None)
     assert found.concerned([way]) == {VIP.address}

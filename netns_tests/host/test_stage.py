@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lb.stage_compile import BCC, check_installed
-from lb.stage_source import EXAMPLES
+from lb.stages.compile import BCC, check_installed
+from lb.stages.source import EXAMPLES
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.stage import Documents, Running, attached, environment, running, stages, written
 from netns_tests.bed.topology import XDP_LB, Bed, Host, wait_until

@@ -16,9 +16,9 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from lb.decap import DecapConfig
-from lb.decap_dataplane import OBJECT, PROGRAM, load
-from lb.options import parse_network
+from lb.decap.values import DecapConfig
+from lb.decap.kernel import OBJECT, PROGRAM, load
+from lb.model.options import parse_network
 from netns_tests.oracle.packets import (
     BACKEND4,
     BACKEND6,
