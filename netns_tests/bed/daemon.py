@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lb.client.connect import daemon_listens
+
 from netns_tests.bed.topology import XDP_LB, Bed, wait_until
 
 WEB = "10.99.1.100:80"

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from lb.cli import main
 from lb.control.writer import Writer
+
+from lb.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
-from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
 from lb.health.checker import Checker, CheckPath
+from lb.health.path import FAR, NEAR, NETWORK4, OBJECT, RealPath
+from lb.health.probes import Target, probe
+from lb.host.events import Changes, HostEvents
+from lb.host.neighbours import Network
 from lb.model.conditions import Condition, Conditions
 from lb.model.health_check import HealthCheck
-from lb.host.events import Changes, HostEvents
-from lb.model.state import Backend, Mode, Service
-from lb.host.neighbours import Network
 from lb.model.options import Options
-from lb.paths import Paths
-from lb.health.probes import Target, probe
+from lb.model.state import Backend, Mode, Service
 from lb.model.vip import Vip
+
+from lb.paths import Paths
 from netns_tests.bed import lanes
 from netns_tests.bed.daemon import THREE, UNDER, WITHOUT_CODE, effective, end, start
 from netns_tests.bed.lanes import LANES, Lane

@@ -22,6 +22,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
+from lb.client.client import Client
+from lb.explain.packet import SYN, parse_flow
+from lb.model.rule_report import ApplyOptions, RuleSpec
+from lb.model.rules import Action, At
+from lb.stages.source import EXAMPLES
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -30,12 +35,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lb.client.client import Client
 from lb.errors import DaemonError, InvalidInput, NotFound
-from lb.explain.packet import SYN, parse_flow
-from lb.model.rule_report import ApplyOptions, RuleSpec
-from lb.model.rules import Action, At
-from lb.stages.source import EXAMPLES
 from netns_tests.bed.daemon import UNDER, WITHOUT_CODE, end, places, socket_of, start
 from netns_tests.bed.stage import running
 from netns_tests.bed.topology import XDP_LB, Bed, wait_until

@@ -20,11 +20,11 @@ from typing import Any
 
 import httpx
 import pytest
-
 from lb.client.client import Client
-from lb.model.state import Backend
 from lb.client.connect import daemon_listens
+from lb.model.state import Backend
 from lb.model.vip import Vip
+
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, wait_until
 from netns_tests.bed.traffic import HttpConnection, RunningLoad, connections, go_on, loading

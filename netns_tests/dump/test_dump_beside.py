@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filters.capture.traced import BEFORE
+from filters.compiler.ebpf import R0, Assembler
+from filters.compiler.hook import XDP
+from filters.programs.program import KernelContext, Pass, load
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapNgReader, RawPcapReader
 
-from filters.compiler.ebpf import Assembler, R0
-from filters.compiler.hook import XDP
-from filters.programs.program import KernelContext, Pass, load
 from filters.tests.packets import FRAMES
-from filters.capture.traced import BEFORE
 from netns_tests.bed.dump import XDP_DUMP, Dump
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, wait_until

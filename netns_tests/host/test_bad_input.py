@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lb.control.open import open_balancer
-from lb.paths import Paths
 from lb.store.lock import writer_lock
 from lb.store.schema import SCHEMA_VERSION
+
+from lb.paths import Paths
 from netns_tests.bed.topology import XDP_LB, Bed
 from xdp import attach as xdp_attach
 from xdp.object import LB_OBJECT, BpfObject

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from lb.control.open import open_balancer
 from lb.dataplane.dataplane import KernelDataplane
 from lb.model.state import State
-from lb.paths import Paths
 from lb.store.store import Store
+
+from lb.paths import Paths
 from netns_tests.bed.servers import REPOSITORY, start_http
 from netns_tests.bed.topology import Bed
 from netns_tests.bed.traffic import connections, curl, go_on, loading

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lb.doctor.checks import Finding, Severity, findings
+from lb.doctor.facts import Host as HostFacts
 
 from lb.doctor import collect
 from lb.health import path
-from lb.doctor.checks import Finding, Severity, findings
-from lb.doctor.facts import Host as HostFacts
 from lb.paths import Paths
 from netns_tests.bed.topology import XDP_LB, Bed, Host, own_prefix
 from netns_tests.bed.topology import _attach_pass_program as attach_pass_program

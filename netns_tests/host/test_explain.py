@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filters.compiler.hook import XDP
+from filters.programs.program import Drop, assemble, load
+from lb.explain.explainer import Explainer, open_explainer
+from lb.explain.packet import ACK, RST, SYN, Flow
+from lb.explain.reasons import WORDS, Explanation
+from lb.model.vip import parse_address
 from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
-from filters.compiler.hook import XDP
-from filters.programs.program import Drop, assemble, load
-from lb.explain.reasons import Explanation, WORDS
-from lb.explain.explainer import Explainer, open_explainer
-from lb.explain.packet import ACK, Flow, RST, SYN
 from lb.paths import Paths
-from lb.model.vip import parse_address
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import XDP_LB, Bed, Host
 from netns_tests.bed.traffic import HttpConnection, addresses, bracketed

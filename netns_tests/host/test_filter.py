@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lb.firewall.firewall import Firewall, open_firewall
+from lb.model.rule_report import RuleSpec
+from lb.model.rules import Action, At
+from lb.store.lock import writer_lock
+from lb.store.store import Store
 from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapReader, wrpcap
 
 from filters.tests.packets import FRAMES
 from lb.errors import DataplaneError, StoreError
-from lb.model.rule_report import RuleSpec
-from lb.firewall.firewall import Firewall, open_firewall
 from lb.paths import Paths
-from lb.model.rules import Action, At
-from lb.store.store import Store
-from lb.store.lock import writer_lock
 from netns_tests.bed.topology import XDP_LB, Bed, Host, own_prefix, wait_until
 from xdp import attach as xdp_attach
 from xdp import tc

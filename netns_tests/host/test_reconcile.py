@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
 from lb.dataplane.dataplane import KernelDataplane
+from lb.hashing.ring import current_member
 from lb.host.events import Changes, HostEvents
 from lb.model.forwarding import InstalledNextHop
-from lb.paths import Paths
-from lb.hashing.ring import current_member
 from lb.model.vip import Vip
+
+from lb.paths import Paths
 from netns_tests.bed.daemon import SERVE, WEB, end, start
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import FRONT, Bed, Host, _attach_pass_program, wait_until

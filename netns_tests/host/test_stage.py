@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lb.stages.compile import BCC, check_installed
 from lb.stages.source import EXAMPLES
+
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.stage import Documents, Running, attached, environment, running, stages, written
 from netns_tests.bed.topology import XDP_LB, Bed, Host, wait_until

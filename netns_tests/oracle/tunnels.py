@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any
 
+from lb.decap.kernel import OBJECT, PROGRAM, load
+from lb.decap.values import DecapConfig
+from lb.model.options import parse_network
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from lb.decap.values import DecapConfig
-from lb.decap.kernel import OBJECT, PROGRAM, load
-from lb.model.options import parse_network
 from netns_tests.oracle.packets import (
     BACKEND4,
     BACKEND6,

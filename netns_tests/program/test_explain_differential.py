@@ -10,10 +10,11 @@ import contextlib
 from collections import Counter
 from typing import Any
 
+from lb.explain.packet import read
 from lb.explain.reasons import Outcome as Explained
 from lb.explain.reasons import choose, disagreement, members_reached
-from lb.explain.packet import read
 from lb.explain.tables import KernelTables
+
 from netns_tests.oracle.generator import Run, Step, World, damaged, frame_of, told
 from netns_tests.oracle.model import Undetermined
 from netns_tests.oracle.program import FLOW_TABLES, LoadedProgram

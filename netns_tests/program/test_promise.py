@@ -38,13 +38,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lb.dataplane.dataplane import KernelDataplane
+from lb.model.forwarding import NextHop
+from lb.model.options import Options
+from lb.model.state import Backend, Mode, Service
+from lb.model.vip import Address, Protocol, Vip
 
 from lb.dataplane import dataplane as dataplane_module
-from lb.dataplane.dataplane import KernelDataplane
-from lb.model.state import Backend, Mode, Service
-from lb.model.options import Options
-from lb.model.forwarding import NextHop
-from lb.model.vip import Address, Protocol, Vip
 from netns_tests.oracle import packets
 from netns_tests.oracle.model import SECOND_NS, Settings
 from netns_tests.oracle.packets import LB4, LB6, LB_MAC, VIP4, VIP6, tcp4, tcp6, udp4, udp6

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-
 from lb.hashing import maglev
 from lb.hashing.flow_hash import flow_hash, slot_of
+
 from netns_tests.bed.quic import QuicClient, QuicServer, configuration_of, connected_socket
 from netns_tests.bed.topology import FRONT, IFA_F_NODAD, Bed, Host
 from netns_tests.bed.traffic import FAMILIES, bracketed, service_status

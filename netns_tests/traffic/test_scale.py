@@ -19,14 +19,14 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-
-from lb.dataplane import dataplane as dataplane_module
-from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.allocation import Sizes
+from lb.dataplane.dataplane import KernelDataplane
+from lb.model.forwarding import NextHop
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S as FLOW_TIMEOUT_S
 from lb.model.state import Backend, Mode, Service
-from lb.model.forwarding import NextHop
 from lb.model.vip import Address, Vip
+
+from lb.dataplane import dataplane as dataplane_module
 from netns_tests.oracle.model import SECOND_NS
 from netns_tests.oracle.packets import LB4, LB_MAC, VIP4, tcp4
 from xdp.object import BpfObject
