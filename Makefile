@@ -24,7 +24,7 @@ CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
 PACKAGES := clang curl ethtool groff-base haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make mandoc nftables \
 	nginx python3-bpfcc python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
-.PHONY: help setup system apt-install build lint test demo bench fuzz scale soak test-kernels man wheel clean
+.PHONY: help setup system apt-install build lint test durations demo bench fuzz scale soak test-kernels man wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -76,7 +76,7 @@ apt-install:
 
 # The programs of benchmarks and tests are built by the same rule, but not in xdp/, so the wheel does not have them.
 build: system ## compile the BPF programs, lb/hashing/native and filters/native
-	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c netns_tests/*.bpf.c))
+	@$(MAKE) --no-print-directory -C xdp all $(patsubst %.c,../%.o,$(wildcard bench/*.bpf.c netns_tests/*/*.bpf.c))
 	@$(MAKE) --no-print-directory -C lb/hashing/native
 	@$(MAKE) --no-print-directory -C filters/native
 
@@ -88,6 +88,12 @@ lint: setup ## ruff and mypy
 test: setup build lint ## lint, then every test (as root: they make network namespaces)
 	ulimit -S -n 1024 && $(SUDO) $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
+durations: setup build ## run every test and record how long each file takes, by which `make test` orders them
+	report=$$(mktemp)
+	trap 'rm -f "$$report"' EXIT
+	$(SUDO) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --junitxml="$$report"
+	$(BIN)/python -m netns_tests.durations "$$report"
+
 demo: setup build ## a test bed, real traffic through the balancer, a backend added and one drained
 	$(SUDO) $(BIN)/python -m netns_tests.demo
 
@@ -98,14 +104,14 @@ bench: setup build ## every benchmark; a single one: .venv/bin/python -m bench N
 	done
 
 fuzz: setup build ## the program against its model and its promise (FUZZ_PACKETS packets), filters against classic BPF
-	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/test_differential.py netns_tests/test_promise.py
+	$(SUDO) env FUZZ_PACKETS=$(FUZZ_PACKETS) $(BIN)/python -m pytest netns_tests/program/test_differential.py netns_tests/program/test_promise.py
 	$(SUDO) env FUZZ_FILTERS=$(FUZZ_FILTERS) $(BIN)/python -m pytest filters/tests
 
 scale: setup build ## a million connections through fifty changes: none may leave its backend
-	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/test_scale.py
+	$(SUDO) env SCALE_CONNECTIONS=1000000 SCALE_CHANGES=50 $(BIN)/python -m pytest netns_tests/traffic/test_scale.py
 
 soak: setup build ## the daemon under load: killed 20 times, upgraded five times, 200 changes: no request may fail
-	$(SUDO) env SOAK_DEATHS=20 $(BIN)/python -m pytest netns_tests/test_upgrade.py
+	$(SUDO) env SOAK_DEATHS=20 $(BIN)/python -m pytest netns_tests/daemon/test_upgrade.py
 
 # Debian's own kernels: 6.1 is bookworm's, 6.12 is trixie's. They are emulated, by qemu.
 test-kernels: PACKAGES += busybox-static debian-archive-keyring file kmod \
@@ -150,6 +156,6 @@ clean: ## remove what was built and set up (apt packages stay)
 	@$(MAKE) --no-print-directory -C xdp clean
 	@$(MAKE) --no-print-directory -C lb/hashing/native clean
 	@$(MAKE) --no-print-directory -C filters/native clean
-	rm -f bench/*.bpf.o netns_tests/*.bpf.o
-	$(SUDO) rm -rf .venv .kernels build dist man .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f bench/*.bpf.o netns_tests/*/*.bpf.o
+	$(SUDO) rm -rf .cache .venv .kernels build dist man .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,7 +48,7 @@ from filters.compiler.hook import TC_IN, XDP_FRAGS
 from filters.compiler.translate import translate
 from filters.programs.program import Drop, Rule, assemble, load
 from filters.records.pcap import file_header
-from netns_tests.topology import Host, wait_until
+from netns_tests.bed.topology import Host, wait_until
 from xdp.link import hold_at_tc
 
 PORT = 80

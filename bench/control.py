@@ -40,7 +40,7 @@ from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service, XdpMode
 from lb.model.vip import Vip
 from lb.paths import Paths
-from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
+from netns_tests.bed.topology import PREFIX, XDP_LB, Host, wait_until
 from xdp import libbpf
 from xdp.pins import Pins
 

@@ -23,7 +23,7 @@ from typing import Self
 
 from bench.report import BenchError
 from bench.traffic import Target
-from netns_tests.topology import PREFIX, XDP_LB, Host, wait_until
+from netns_tests.bed.topology import PREFIX, XDP_LB, Host, wait_until
 
 ROOT = Path(__file__).parents[1]
 VIP = "198.19.0.1"

@@ -22,7 +22,7 @@ from bench.generator import FIRST_CALL, Generator, Sent, lasting
 from bench.line import Line
 from bench.report import BenchError, Result, percent_lost
 from bench.sink import Sink
-from netns_tests.topology import wait_until
+from netns_tests.bed.topology import wait_until
 
 PACKET_PORT, CONNECTION_PORT = 80, 8080
 PACKET_WAYS = ("sink", "xdp-dr", "xdp-nat", "forward", "nftables")

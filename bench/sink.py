@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from netns_tests.topology import Host
+from netns_tests.bed.topology import Host
 from xdp import attach
 from xdp.object import BpfObject
 

@@ -6,41 +6,37 @@ import contextlib
 import ctypes
 import os
 import signal
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from netns_tests.lanes import open_lanes
-from netns_tests.servers import start_http, start_udp_echo
-from netns_tests.topology import Bed, own_prefix, remaining_namespaces
-from netns_tests.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
+from netns_tests import durations
+from netns_tests.bed.commands import Server, serving
+from netns_tests.bed.lanes import open_lanes
+from netns_tests.bed.servers import start_http, start_udp_echo
+from netns_tests.bed.topology import Bed, own_prefix, remaining_namespaces
+from netns_tests.bed.traffic import ECHO_PORTS, HTTP_PORTS, apply, every_service
 
 PR_SET_CHILD_SUBREAPER = 36
 
 # Of a command in the background, shells ignore Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that take long, the longest first: begun last, one of them would keep a single process busy at the end.
-LONG = (
-    "upgrade",
-    "two_balancers",
-    "filter",
-    "health",
-    "serve_filter",
-    "systemd",
-    "clock",
-    "quic",
-    "crashes",
-    "serve",
-    "reconcile",
-    "bad_input",
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG) + (item.path.parent.name == "tests")))
+    """The files that take longest begin first: begun last, one of them would keep a single process busy at the end."""
+    seconds = durations.read()
+    unknown = statistics.median(seconds.values())
+    items.sort(key=lambda item: -seconds.get(durations.name_of(item.path), unknown))
+
+
+@pytest.fixture(scope="module")
+def console_script() -> Iterator[None]:
+    """Commands start as a user starts them, none as a fork of one that has been prepared."""
+    with serving(None):
+        yield
 
 
 @pytest.fixture
@@ -86,7 +82,10 @@ def nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     children = _children()
     # Processes whose parent ended become children of this one, not of init: none escapes the count.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    yield
+    server = Server()
+    with serving(server):
+        yield
+    server.close()
     left = [
         *remaining_namespaces(),
         *(f"bpffs at {mount}" for mount in _bpffs_mounts() if any(place in mount for place in ours)),

@@ -25,10 +25,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from netns_tests.load import Report
-from netns_tests.servers import start_http
-from netns_tests.topology import Bed
-from netns_tests.traffic import RunningLoad, loading
+from netns_tests.bed.load import Report
+from netns_tests.bed.servers import start_http
+from netns_tests.bed.topology import Bed
+from netns_tests.bed.traffic import RunningLoad, loading
 
 PHASE_S = 3.0
 TICK_S = 0.5

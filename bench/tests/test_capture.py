@@ -14,7 +14,7 @@ from bench import capture
 from bench.capture import FILE_HEADER, PROGRAMS, RECORD, Account, CaptureRig, memory
 from bench.filter import EXPRESSIONS
 from bench.report import BenchError
-from netns_tests.topology import remaining_namespaces
+from netns_tests.bed.topology import remaining_namespaces
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--packets", "500", "--rounds", "1", "--repeat", "100", "--rate", "20000", "--seconds", "0.05")

@@ -15,7 +15,7 @@ from bench.control import Scale
 from bench.report import BenchError
 from lb.formats import config
 from lb.hashing import native
-from netns_tests.topology import remaining_namespaces
+from netns_tests.bed.topology import remaining_namespaces
 
 ROOT = Path(__file__).parents[2]
 

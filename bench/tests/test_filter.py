@@ -19,7 +19,7 @@ from filters.compiler.hook import XDP
 from filters.selftest.frames import frames
 from filters.selftest.selftest import is_runnable
 from filters.tests.packets import FRAMES
-from netns_tests.topology import remaining_namespaces
+from netns_tests.bed.topology import remaining_namespaces
 from xdp.object import BpfObject
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from bench.line import BACKENDS, CLIENT, LB_FRONT, MACS, VIP, Line
 from bench.report import BenchError
 from bench.sink import Sink
 from bench.traffic import IN_ORDER, Target
-from netns_tests.topology import remaining_namespaces
+from netns_tests.bed.topology import remaining_namespaces
 
 ROOT = Path(__file__).parents[2]
 FLOWS = 64

@@ -38,7 +38,7 @@ from lb.firewall.text import report_lines
 from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
 from lb.host.ssh import SSH_HEADER, Connection, SshConnection
-from lb.model.rule_report import ApplyOptions, FilterReport, TestResult
+from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult
 from lb.runtime.events import KEPT
 from lb.runtime.owner import BalancerThread, etag_of, to_bytes
 
@@ -260,7 +260,7 @@ async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> R
 
         with capture_of(pcap, "pcap") as capture:
             packets = capture.packets()
-            trial: TestResult = (
+            trial: FilterTestResult = (
                 firewall.judged_by(wishes, packets, keep)
                 if body.interface is None
                 else firewall.judged(body.interface, packets, body.at, keep)

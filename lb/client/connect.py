@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lb.client.client import Client
     from lb.control.contracts import Network
     from lb.explain.request import ExplainService
-    from lb.model.rule_report import ApplyOptions, FilterReport, RuleSpec, RuleStatus, TestResult
+    from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult, RuleSpec, RuleStatus
     from lb.model.rules import At
     from lb.stages.local import StageService
 
@@ -93,9 +93,11 @@ class FilterService(Protocol):
 
     def status(self, interface: str | None = None) -> list[RuleStatus]: ...
 
-    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult: ...
+    def test(
+        self, interface: str, path: str, at: At | None = None, write_to: str | None = None
+    ) -> FilterTestResult: ...
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult: ...
+    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult: ...
 
 
 class Connector(Protocol):

@@ -19,7 +19,7 @@ from lb.errors import Conflict, InvalidInput
 from lb.firewall.documents import read_report, read_status, read_trial
 from lb.formats.documents import Document
 from lb.host.ssh import SSH_HEADER, SshConnection
-from lb.model.rule_report import ApplyOptions, FilterReport, RuleSpec, RuleStatus, TestResult
+from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult, RuleSpec, RuleStatus
 from lb.model.rules import At, Rules, set_file
 
 if TYPE_CHECKING:
@@ -103,20 +103,20 @@ class FilterClient:
 
     # Trials
 
-    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult:
+    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> FilterTestResult:
         return self._trial({"interface": interface, "at": at and str(at)}, path, write_to)
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
+    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
         return self._trial({"rules": [_body(_with_list(wish)) for wish in wishes]}, path, write_to)
 
-    def _trial(self, body: Document, path: str, write_to: str | None) -> TestResult:
+    def _trial(self, body: Document, path: str, write_to: str | None) -> FilterTestResult:
         """Of a file of any size, piece by piece."""
         from lb.formats.capture_file import open_capture, pieces, writer  # with libpcap
 
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return reduce(_added, (self._trial_of(piece, body, keep) for piece in pieces(capture, CHUNK)))
 
-    def _trial_of(self, piece: Piece, body: Document, keep: Keep) -> TestResult:
+    def _trial_of(self, piece: Piece, body: Document, keep: Keep) -> FilterTestResult:
         packets, content = piece
         whole = {**body, "pcap": b64encode(content).decode()}
         trial, dropped = self._http.ask("POST", "/v1/filter-test", _read_answer, body=whole).value
@@ -125,11 +125,11 @@ class FilterClient:
         return trial
 
 
-def _read_answer(document: Document) -> tuple[TestResult, list[int]]:
+def _read_answer(document: Document) -> tuple[FilterTestResult, list[int]]:
     return read_trial(document), document["dropped_packets"]
 
 
-def _added(one: TestResult, other: TestResult) -> TestResult:
+def _added(one: FilterTestResult, other: FilterTestResult) -> FilterTestResult:
     if one.rules != other.rules:
         raise Conflict("filter: rules have changed meanwhile: repeat the test")
     return replace(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from lb.formats.documents import Document
-from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, TestResult
+from lb.model.rule_report import Counts, FilterReport, FilterTestResult, RuleChange, RuleStatus
 from lb.model.rules import Action, At, Rate, Rule, SetSource
 
 _NS = 1_000_000_000
@@ -62,7 +62,7 @@ def report_document(report: FilterReport) -> Document:
     }
 
 
-def trial_document(trial: TestResult) -> Document:
+def trial_document(trial: FilterTestResult) -> Document:
     return {
         "packets": trial.packets,
         "dropped": trial.dropped,
@@ -109,7 +109,7 @@ def read_report(document: Document) -> FilterReport:
     return FilterReport(changes, tuple(document["warnings"]), document["dry_run"])
 
 
-def read_trial(document: Document) -> TestResult:
+def read_trial(document: Document) -> FilterTestResult:
     rules = tuple(read_rule(each, slot) for slot, each in enumerate(document["rules"]))
     matched = {slot: each["matched"] for slot, each in enumerate(document["rules"])}
-    return TestResult(rules, matched, document["packets"], document["dropped"], document["untested"])
+    return FilterTestResult(rules, matched, document["packets"], document["dropped"], document["untested"])

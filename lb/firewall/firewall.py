@@ -29,7 +29,7 @@ from lb.formats.capture_file import Keep, open_capture, writer
 from lb.host.capabilities import check_may_change
 from lb.host.interfaces import carriers, ifindex_of, own_mac
 from lb.host.ssh import Connection, ssh_connection
-from lb.model.rule_report import ApplyOptions, FilterReport, RuleChange, RuleSpec, RuleStatus, TestResult
+from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult, RuleChange, RuleSpec, RuleStatus
 from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
 from lb.paths import Paths
 from lb.store.lock import writer_lock
@@ -166,24 +166,24 @@ class Firewall:
         """What is asked for of an interface, but for what is over."""
         return self._rules().in_time(clock()).of(interface)
 
-    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult:
+    def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> FilterTestResult:
         """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.judged(interface, capture.packets(), at, keep)
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
+    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
         """The same for rules that are not there."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.judged_by(wishes, capture.packets(), keep)
 
-    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> TestResult:
+    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> FilterTestResult:
         rules = self._rules().in_time(clock())
         if not rules.of(interface):
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         places = [at] if at else [At.XDP, At.TC_IN]
         return self._try([rules.hook(interface, place) for place in places], packets, keep)
 
-    def judged_by(self, wishes: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> TestResult:
+    def judged_by(self, wishes: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> FilterTestResult:
         now = clock()
         made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
         sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
@@ -270,7 +270,7 @@ class Firewall:
         packets: Iterable[Packet],
         keep: Keep,
         sets: Mapping[int, Prefixes] | None = None,
-    ) -> TestResult:
+    ) -> FilterTestResult:
         rules = tuple(rule for hook in hooks for rule in hook)
         with ExitStack() as resources:
             judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
@@ -283,7 +283,7 @@ class Firewall:
                     dropped += 1
                     keep(position, packet)
             matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
-        return TestResult(rules, matched, count, dropped, untested)
+        return FilterTestResult(rules, matched, count, dropped, untested)
 
 
 def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from lb.formats.text import Column, short, table
-from lb.model.rule_report import FilterReport, RuleChange, RuleStatus, TestResult
+from lb.model.rule_report import FilterReport, FilterTestResult, RuleChange, RuleStatus
 from lb.model.rules import Rule
 
 _NS = 1_000_000_000
@@ -95,11 +95,11 @@ def _sentence(change: RuleChange) -> str:
     )
 
 
-def _numbered(trial: TestResult) -> Iterator[tuple[int, Rule]]:
+def _numbered(trial: FilterTestResult) -> Iterator[tuple[int, Rule]]:
     yield from enumerate(trial.rules, 1)
 
 
-def trial_lines(trial: TestResult) -> list[str]:
+def trial_lines(trial: FilterTestResult) -> list[str]:
     columns = (
         Column("N", number=True),
         Column("AT"),

@@ -84,7 +84,7 @@ class RuleStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class TestResult:
+class FilterTestResult:
     """What rules would do to the packets of a file. `matched`: slot -> packets; `untested`: too short, or too long."""
 
     rules: tuple[Rule, ...]

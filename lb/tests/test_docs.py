@@ -224,7 +224,7 @@ CHANGES = Report((Change(VIP, SERVICE, SERVICE, Plan(251, 1, 1, 0)),), (ATTACHED
 FILTERS = (
     filter_documents.status_document([RuleStatus(RULE, 1, Counts(), True, None)]),
     filter_documents.report_document(FilterReport((RuleChange("added", RULE, 1, ""),))),
-    filter_documents.trial_document(rule_report.TestResult((RULE,), {0: 1}, 1, 1, 0)),
+    filter_documents.trial_document(rule_report.FilterTestResult((RULE,), {0: 1}, 1, 1, 0)),
 )
 DECAP = decap_output.status_document(DecapStatus("default", (ATTACHED,), None, None))
 # Section of docs/json.md -> what it describes. The services before and after a change are those of `status`.

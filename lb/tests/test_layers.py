@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lb.daemon": ("lb.api", "lb.runtime", "lb.control", "lb.health", "lb.formats", "lb.host", "lb.model"),
     "lb.cli": ("lb", "filters"),
     "netns_tests": ("lb", "filters", "xdp"),
-    "bench": ("lb", "filters", "xdp", "netns_tests.topology"),
+    "bench": ("lb", "filters", "xdp", "netns_tests.bed.topology"),
 }  # fmt: skip
 EVERYWHERE = {"lb": ("lb.errors", "lb.paths"), "filters": ("filters.errors",)}
 
@@ -214,9 +214,9 @@ def test_no_test_module_imports_a_test_module() -> None:
         ("lb/model/state.py", "from lb.store.store import Store", "lb.store.store"),
         ("lb/cli/main.py", "def main():\n    from xdp.attach import attach", "xdp.attach"),
         ("lb/api/app.py", "from lb.client.client import Client", "lb.client.client"),
-        ("lb/store/store.py", "from netns_tests.topology import Bed", "netns_tests.topology"),
+        ("lb/store/store.py", "from netns_tests.bed.topology import Bed", "netns_tests.bed.topology"),
         ("netns_tests/demo.py", "import bench.dataplane", "bench.dataplane"),
-        ("bench/live.py", "import netns_tests.topology_extra", "netns_tests.topology_extra"),
+        ("bench/live.py", "import netns_tests.bed.topology_extra", "netns_tests.bed.topology_extra"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str, imported: str) -> None:
@@ -233,12 +233,12 @@ def test_an_import_the_wrong_way_is_found(tmp_path: Path, file: str, source: str
         ("lb/dataplane/programs.py", "from xdp import maps\nfrom lb.paths import Paths"),
         ("lb/cli/main.py", "import filters\nimport lbx\nfrom lb.model.state import Service"),
         ("netns_tests/conftest.py", "import lb.cli.main\nfrom xdp.object import load"),
-        ("bench/live.py", "from netns_tests.topology import Bed\nfrom netns_tests import topology"),
+        ("bench/live.py", "from netns_tests.bed.topology import Bed\nfrom netns_tests.bed import topology"),
     ],
 )
 def test_an_import_the_right_way_is_not_reported(tmp_path: Path, file: str, source: str) -> None:
     write(tmp_path / file, source)
-    write(tmp_path / "netns_tests/topology.py", "")
+    write(tmp_path / "netns_tests/bed/topology.py", "")
     assert forbidden_imports(tmp_path) == []
 
 

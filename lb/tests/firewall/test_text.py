@@ -15,7 +15,7 @@ from lb.firewall.documents import (
     trial_document,
 )
 from lb.firewall.text import duration, report_lines, status_lines, trial_lines
-from lb.model.rule_report import Counts, FilterReport, RuleChange, RuleStatus, TestResult
+from lb.model.rule_report import Counts, FilterReport, FilterTestResult, RuleChange, RuleStatus
 from lb.model.rules import Action, At, Rate, Rule, SetSource
 
 NS = 1_000_000_000
@@ -95,7 +95,7 @@ def test_changes_are_sentences() -> None:
 
 
 def test_trial_says_what_became_of_each_packet() -> None:
-    trial = TestResult((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
+    trial = FilterTestResult((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
     assert trial_lines(trial)[-1] == "10 packets: 3 dropped, 6 go on, 1 not tested (too short or too long)"
     assert trial_lines(trial)[1].split()[:4] == ["1", "xdp", "drop", "3"]
 
@@ -112,6 +112,6 @@ def test_what_is_read_of_documents_prints_as_what_they_were_made_of() -> None:
     report = FilterReport((RuleChange("moved", DROP, 3, "to 1"), RuleChange("added", LIMIT, 2)), ("careful",), True)
     assert report_lines(read_report(report_document(report))) == report_lines(report)
     assert report_document(read_report(report_document(report))) == report_document(report)
-    trial = TestResult((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
+    trial = FilterTestResult((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
     assert trial_lines(read_trial(trial_document(trial))) == trial_lines(trial)
     assert trial_document(read_trial(trial_document(trial))) == trial_document(trial)

@@ -1,4 +1,4 @@
-"""Where BCC and its headers are looked for; what it makes of C is seen in netns_tests/test_stage.py."""
+"""Where BCC and its headers are looked for; what it makes of C is seen in netns_tests/host/test_stage.py."""
 
 from __future__ import annotations
 

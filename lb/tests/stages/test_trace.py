@@ -1,4 +1,4 @@
-"""Instances of the kernel's trace; lines in them are seen in netns_tests/test_stage.py."""
+"""Instances of the kernel's trace; lines in them are seen in netns_tests/host/test_stage.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+import sys
+
+from netns_tests.kernels.runner import main
+
+sys.exit(main())
