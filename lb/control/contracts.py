@@ -65,7 +65,7 @@ class Dataplane(Protocol):
     def publish(self, services: Sequence[Service]) -> None:
         """Have packets find `services`, all of which were put, and no others."""
 
-    def programs(self) -> Mapping[str, int]:
+    def program_ids(self) -> Mapping[str, int]:
         """Interface name -> the id of the XDP program there, ours or not."""
 
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
@@ -84,8 +84,8 @@ class Dataplane(Protocol):
     def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> Set[Address]:
         """Have packets take these next hops: the backends whose next hop was another."""
 
-    def ways(self) -> Iterable[InstalledNextHop]:
-        """Those of all members."""
+    def installed_next_hops(self) -> Iterable[InstalledNextHop]:
+        """Of all members, as packets take them."""
 
     def due(self) -> Sequence[Vip]:
         """The services in whose rings a transition has had its time. Takes next to no time."""

@@ -31,7 +31,7 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        guard = KernelFilterHandover(paths, store, dataplane)
+        guard = KernelFilterHandover(paths, store, dataplane.programs)
         network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
         balancer = Balancer(store, dataplane, network, paths.netns, guard)
         balancer.writer.in_daemon = in_daemon

@@ -60,7 +60,7 @@ class Repairs:
         return replace(own, notes=(*own.notes, *rules), warnings=(*own.warnings, *unruly))
 
     def _reconcile_own(self) -> Report:
-        ours, running = self._dataplane.attachments(), self._dataplane.programs()
+        ours, running = self._dataplane.attachments(), self._dataplane.program_ids()
         missing = [i for i in self._state.interfaces if i.name not in ours]
         done = [self._attach_again(interface, running.get(interface.name)) for interface in missing]
         attached = tuple(each for each in done if isinstance(each, Attachment))
@@ -117,7 +117,7 @@ class Repairs:
 
     def ways(self) -> Iterable[InstalledNextHop]:
         """Where packets for each backend go, as the programs know it."""
-        return self._dataplane.ways() if self._serving else ()
+        return self._dataplane.installed_next_hops() if self._serving else ()
 
     def follow(self, addresses: Collection[Address]) -> Report:
         """Have packets for these backends go where routes and neighbours lead by now. Where they lead nowhere, or not

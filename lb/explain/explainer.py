@@ -14,9 +14,8 @@ from errno import EINVAL
 from functools import partial
 
 from filters.programs.sets import Prefixes
-from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
-from lb.dataplane.programs import PROGRAM
+from lb.dataplane.programs import PROGRAM, Programs
 from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain.packet import Flow, Packet, check_size, make_frame, read
 from lb.explain.probe import Probe, Run, probing
@@ -245,8 +244,8 @@ def rule_that_stopped(paths: Paths, interface: str, frame: bytes) -> str | None:
     """Which rule drops this frame: asked by itself, since other packets move the counters too. None: none of them."""
     with ExitStack() as resources:
         store = resources.enter_context(Store.open(paths.store, False))
-        dataplane = resources.enter_context(closing(KernelDataplane.open(paths)))
-        filters = resources.enter_context(KernelFilters.open(paths, dataplane, partial(_stored_set, store)))
+        programs = resources.enter_context(closing(Programs.open(paths)))
+        filters = resources.enter_context(KernelFilters.open(paths, programs, partial(_stored_set, store)))
         rules = store.rules().in_time(clock())
         hook = rules.hook(interface, At.XDP)
         judge = resources.enter_context(filters.judge(hook, At.XDP))

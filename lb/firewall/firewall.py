@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
-from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.programs import Programs
 from lb.errors import InvalidInput, NotFound, part
 from lb.firewall.attach_points import HookKey
 from lb.firewall.build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
@@ -330,20 +330,20 @@ def open_firewall(
             check_may_change()
             stack.enter_context(writer_lock(paths.filter_lock, paths.netns))
         store = stack.enter_context(Store.open(paths.store, write))
-        dataplane = KernelDataplane.open(paths)
-        stack.callback(dataplane.close)
-        yield stack.enter_context(firewall_of(paths, store, dataplane, asked_on))
+        programs = Programs.open(paths)
+        stack.callback(programs.close)
+        yield stack.enter_context(firewall_of(paths, store, programs, asked_on))
 
 
 @contextmanager
 def firewall_of(
     paths: Paths,
     store: Store,
-    dataplane: KernelDataplane,
+    programs: Programs,
     asked_on: Callable[[], Connection | None] = ssh_connection,
 ) -> Iterator[Firewall]:
     """For who has the store and the balancer's programs open."""
-    with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
+    with KernelFilters.open(paths, programs, partial(_stored_set, store)) as kernel:
         yield Firewall(store, kernel, asked_on=asked_on)
 
 
