@@ -22,7 +22,7 @@ from lb.errors import LbError
 from lb.host.events import Changes
 from lb.model.report import Report
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 

@@ -23,7 +23,7 @@ from lb.host.events import Changes
 from lb.model.forwarding import InstalledNextHop, NextHop
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
