@@ -11,7 +11,7 @@ from lb.api.common import ALWAYS, JSON, TheOwner, status_response
 from lb.api.guard import Caller
 from lb.api.models import balancer as models
 from lb.formats import json_bytes
-from lb.formats.documents import counters_document, status_document, total
+from lb.formats.documents import counters_document, status_document
 from lb.model.report import Status
 
 router = APIRouter(prefix="/v1")
@@ -34,7 +34,7 @@ def _stats_document(now: Status) -> dict[str, Any]:
         {
             "vip": str(s.service),
             "slots_in_transition": s.slots_in_transition,
-            **counters_document(total(s)),
+            **counters_document(s.total),
             "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
         }
         for s in now.services

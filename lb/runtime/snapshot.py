@@ -1,4 +1,4 @@
-"""The desired state at one moment, and documents of it as they are sent: what a change leaves alone is not encoded again.
+"""The desired state at one moment, and its documents as they are sent: what stays as it was is not encoded again.
 
 Enters: States, and the Report of a change. Leaves: encoded JSON, and its entity tags. A service is encoded once, when
 it has changed: with a hundred backends that is the largest part of any answer.
