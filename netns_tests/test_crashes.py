@@ -27,7 +27,14 @@ from netns_tests.servers import REPOSITORY, start_http
 from netns_tests.topology import Bed
 from netns_tests.traffic import connections, curl, go_on, loading
 
-MODULES = ("writer", "store", "dataplane", "members", "layout", "neighbours")
+MODULES = (
+    "control/writer",
+    "store/store",
+    "dataplane/dataplane",
+    "dataplane/members",
+    "dataplane/allocation",
+    "host/neighbours",
+)
 WRITERS = (*(f"lb/{name}.py" for name in MODULES), "xdp/")
 POINTS = 4  # spread evenly over a change, its ends included
 WEB = "10.99.1.100:80"
@@ -176,7 +183,7 @@ def test_killed_detach_is_completed_by_the_next(bed: Bed) -> None:
 
 def die_after(calls: int) -> None:
     """Have this process killed after so many calls within a change; for -1, print how many there were."""
-    carry_out, seen = Writer._carry_out, 0
+    carry_out, seen = Writer._apply, 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
         nonlocal seen
@@ -194,7 +201,7 @@ def die_after(calls: int) -> None:
             print(seen, file=sys.stderr)
 
     written = tuple(str(REPOSITORY / path) for path in WRITERS)
-    Writer._carry_out = counted  # type: ignore[assignment,method-assign]
+    Writer._apply = counted  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

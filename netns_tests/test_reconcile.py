@@ -145,7 +145,7 @@ def add_a_lookup(held: Any) -> None:
 
 
 def take_the_balancer_out_of_its_stage(held: Any) -> None:
-    del held.stages.map[held.stages.balance]
+    del held.programs.stages.map[held.programs.stages.balance]
 
 
 TAMPERING: dict[Callable[[Any], None], str] = {

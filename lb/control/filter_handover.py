@@ -30,15 +30,15 @@ class KernelFilterHandover:
     def alone(self) -> AbstractContextManager[None]:
         return writer_lock(self._paths.filter_lock, self._paths.netns)
 
-    def make_way(self, name: str) -> None:
+    def hand_over_to_balancer(self, name: str) -> None:
         if self._has_rules(name):
             with self._firewall() as firewall:
-                firewall.make_way(name)
+                firewall.hand_over_to_balancer(name)
 
-    def take_over(self, name: str) -> None:
+    def take_back(self, name: str) -> None:
         if self._has_rules(name):
             with self._firewall() as firewall:
-                firewall.take_over(name)
+                firewall.take_back(name)
 
     def repair(self) -> tuple[list[str], list[str]]:
         if not self._store.rules().all:

@@ -31,9 +31,9 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        guard = KernelFilterHandover(paths, store, dataplane.programs)
+        handover = KernelFilterHandover(paths, store, dataplane.programs)
         network = KernelNetwork(route_socket, FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
-        balancer = Balancer(store, dataplane, network, paths.netns, guard)
+        balancer = Balancer(store, dataplane, network, paths.netns, handover)
         balancer.writer.in_daemon = in_daemon
         balancer.writer.conditions = HealthFile(paths.health).conditions(balancer.state.services)
         yield balancer

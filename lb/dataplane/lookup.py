@@ -75,7 +75,7 @@ TABLES = (
 
 
 def is_plain(service: Service) -> bool:
-    """One VIP, found by one lookup, with nothing else to be told."""
+    """One VIP, found by one lookup, and nothing in other tables."""
     vip, options = service.vip, service.options
     return vip.is_exact and not (vip.set or options.echo or options.sources or service.quic_lengths)
 

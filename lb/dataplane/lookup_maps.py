@@ -34,18 +34,18 @@ class Table:
 
     def key(self, key: Key) -> bytes:
         """As the map has it."""
-        made = self._map.key_type()
+        struct = self._map.key_type()
         for name in key.__slots__:
             value = getattr(key, name)
             if isinstance(value, IPv4Address):
                 value = int(value)
             if isinstance(value, IPv6Address):
-                getattr(made, name)[:] = address_words(value)
+                getattr(struct, name)[:] = address_words(value)
             elif isinstance(value, bytes):
-                getattr(made, name)[: len(value)] = value
+                getattr(struct, name)[: len(value)] = value
             else:
-                setattr(made, name, value)
-        return bytes(made)
+                setattr(struct, name, value)
+        return bytes(struct)
 
     def reread(self) -> int:
         """How many entries others have changed since."""
@@ -130,7 +130,7 @@ class LookupMaps:
         return changed
 
     def forget(self, number: int) -> None:
-        """A service that goes before anyone asked for it: nothing may lead to its number, which another may get."""
+        """A service goes before the next `prune`: nothing may lead to its number, which another one may get."""
         for name, table in self._tables.items():
             if name == "quic_members":
                 table.remove([key for key in table.held if key.startswith(number.to_bytes(4, sys.byteorder))])

@@ -47,7 +47,7 @@ def numbered(held: Mapping[K, int], wanted: Sequence[K]) -> dict[K, int]:
 
 
 def _free_bits(prefix: Network | None) -> int:
-    """How many bits of the outer source follow the flow: of IPv6, only the last 32 do. A single address is told from
+    """How many bits of the outer source follow the flow: of IPv6, only the last 32 do. A single address differs from
     no prefix at all by a number that means none of the bits as well."""
     if prefix is None:
         return 0

@@ -173,12 +173,12 @@ class Programs:
         if self.loaded:
             return
         names = {each.name for each in interfaces}
-        there = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
-        lost = [name for name, number in there.items() if program_name(number) == PROGRAM]
+        running = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
+        lost = [name for name, number in running.items() if program_name(number) == PROGRAM]
         if not lost:
             return
         try:
-            self._go_on_from(there[lost[0]])
+            self._go_on_from(running[lost[0]])
         except LoadError as error:
             raise DataplaneError(LOST.format(lost[0], in_one_line(error))) from error
 

@@ -293,7 +293,7 @@ class KernelFilters:
 
     # Beside the balancer
 
-    def make_way(self, name: str, rules: Rules) -> None:
+    def hand_over_to_balancer(self, name: str, rules: Rules) -> None:
         """Before the balancer is attached to an interface: the rules there move into its path, without a gap.
 
         First they are there, then the balancer's program replaces ours on the interface, in one step.
@@ -309,7 +309,7 @@ class KernelFilters:
                 xdp_attach.attach(ifindex, balancer.fd, balancer.id, replace_fd=ours.fd)
             self.unpin(plain.pin)
 
-    def take_over(self, name: str, rules: Rules) -> None:
+    def take_back(self, name: str, rules: Rules) -> None:
         """Before the balancer is detached from an interface: a program with the rules there replaces it."""
         ifindex, attachments = ifindex_of(name), self._programs.attachments()
         if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
@@ -338,7 +338,7 @@ class KernelFilters:
     # Tests
 
     @contextmanager
-    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
+    def tester(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
         """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
         with translated(), ExitStack() as resources:
             tries = {}
