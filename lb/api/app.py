@@ -13,10 +13,11 @@ from lb.api.common import ALWAYS, JSON, TheOwner, problems
 from lb.api.errors import HANDLERS
 from lb.api.models import balancer as models
 from lb.api.models.common import ProblemAnswer
+from lb.formats import json_bytes
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
+from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
-from lb.runtime.owner import BalancerThread, to_bytes
 
 DESCRIPTION = """\
 Services, their backends and the interfaces of one network namespace. A VIP in a path is percent-encoded:
@@ -70,7 +71,7 @@ def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[
         if reason := unready():
             raise Problem(503, reason, headers={"Retry-After": "1"})
         problem = {"problem": owner.refused} if owner.refused else {}
-        return Response(to_bytes({"status": "ready"} | problem), media_type=JSON)
+        return Response(json_bytes.encode({"status": "ready"} | problem), media_type=JSON)
 
     return readyz
 

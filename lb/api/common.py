@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request, Response
 
 from lb.errors import Conflict
+from lb.formats import json_bytes
 from lb.formats.problems import MEDIA_TYPE
 from lb.model.report import Status
+from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
-from lb.runtime.owner import BalancerThread, to_bytes
 
 JSON = "application/json"
 
@@ -80,4 +81,4 @@ def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> 
 
 async def status_response(owner: BalancerThread, describe: Callable[[Status], object]) -> Response:
     """A document of the status, which may be large: it is made in the balancer's thread."""
-    return Response(await owner.call(lambda balancer: to_bytes(describe(balancer.status()))), media_type=JSON)
+    return Response(await owner.call(lambda balancer: json_bytes.encode(describe(balancer.status()))), media_type=JSON)

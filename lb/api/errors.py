@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from lb.errors import InvalidInput, LbError
+from lb.formats import json_bytes
 from lb.formats.problems import MEDIA_TYPE, Problem, of_error, pointer
-from lb.runtime.owner import to_bytes
 
 
 def _response(request: Request, problem: Problem) -> Response:
     request.scope["state"]["detail"] = problem.document["detail"]
-    return Response(to_bytes(problem.document), problem.status, problem.headers, MEDIA_TYPE)
+    return Response(json_bytes.encode(problem.document), problem.status, problem.headers, MEDIA_TYPE)
 
 
 async def on_problem(request: Request, error: Exception) -> Response:

@@ -14,9 +14,9 @@ from lb.api.models.explain import ExplainBody, ExplanationAnswer, pcap_bytes
 from lb.errors import InvalidInput, part
 from lb.explain.explainer import Explainer
 from lb.explain.request import ExplainService, LocalExplainer, explain_capture
+from lb.formats import json_bytes
 from lb.formats.capture_file import capture_of
 from lb.formats.documents import Document
-from lb.runtime.owner import to_bytes
 
 MOST_PACKETS = 1000  # of one request
 
@@ -29,7 +29,7 @@ async def explain(body: ExplainBody, beside: TheBeside) -> Response:
     body.check()
 
     def work(explainer: Explainer) -> bytes:
-        return to_bytes(list(_explained(body, LocalExplainer(explainer))))
+        return json_bytes.encode(list(_explained(body, LocalExplainer(explainer))))
 
     return Response(await beside.explainer(work), media_type=JSON)
 

@@ -35,12 +35,14 @@ from lb.errors import InvalidInput
 from lb.firewall.documents import report_document, status_document, trial_document, wanted_document
 from lb.firewall.firewall import Firewall
 from lb.firewall.text import report_lines
+from lb.formats import json_bytes
 from lb.formats.capture_file import capture_of
 from lb.formats.problems import Problem
 from lb.host.ssh import SSH_HEADER, Connection, SshConnection
 from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult
+from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.events import KEPT
-from lb.runtime.owner import BalancerThread, etag_of, to_bytes
+from lb.runtime.snapshot import etag_of
 
 SENTENCES = 4  # of a summary
 
@@ -82,7 +84,7 @@ AskedOn = Annotated[Connection | None, Depends(_asked_on)]
 
 
 def _rendered(firewall: Firewall, interface: str) -> bytes:
-    return to_bytes(wanted_document(firewall.wanted(interface)))
+    return json_bytes.encode(wanted_document(firewall.wanted(interface)))
 
 
 async def _change(
@@ -104,7 +106,7 @@ async def _change(
     report, etag = await request.app.state.beside.change_filters(checked, asked_on)
     request.scope["state"]["change"] = _summary(report)
     _tell(request.app.state.owner, report)
-    return Response(to_bytes(report_document(report)), media_type=JSON, headers={"ETag": etag} if etag else {})
+    return Response(json_bytes.encode(report_document(report)), media_type=JSON, headers={"ETag": etag} if etag else {})
 
 
 def _summary(report: FilterReport) -> str:
@@ -129,7 +131,7 @@ async def list_rules(
     beside: TheBeside, interface: Annotated[str | None, Query(description="Of this one alone")] = None
 ) -> Response:
     """All rules, and what they have counted."""
-    body = await beside.filters(lambda firewall: to_bytes(status_document(firewall.status(interface))))
+    body = await beside.filters(lambda firewall: json_bytes.encode(status_document(firewall.status(interface))))
     return Response(body, media_type=JSON)
 
 
@@ -265,6 +267,6 @@ async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> R
                 if body.interface is None
                 else firewall.judged(body.interface, packets, body.at, keep)
             )
-        return to_bytes(trial_document(trial) | {"dropped_packets": dropped})
+        return json_bytes.encode(trial_document(trial) | {"dropped_packets": dropped})
 
     return Response(await beside.filters(try_them), media_type=JSON)

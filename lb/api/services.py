@@ -30,13 +30,15 @@ from lb.api.models import balancer as models
 from lb.api.models.balancer import backends_of, options_of, services_of
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
+from lb.formats import json_bytes
 from lb.formats.documents import backend_document, interface_document
 from lb.formats.problems import Place, Problem, of_error
 from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
 from lb.model.vip import Vip
-from lb.runtime.owner import BalancerThread, RenderedService, to_bytes
+from lb.runtime.balancer_thread import BalancerThread
+from lb.runtime.snapshot import RenderedService
 
 
 class _Path:
@@ -177,7 +179,7 @@ async def delete_service(
 @router.get("/services/{vip}/backends", response_model=list[models.BackendAnswer], responses=ALWAYS)
 async def list_backends(vip: VipInPath, owner: TheOwner) -> Response:
     service = _rendered(owner, vip).service
-    return Response(to_bytes([backend_document(b) for b in service.backends]), media_type=JSON)
+    return Response(json_bytes.encode([backend_document(b) for b in service.backends]), media_type=JSON)
 
 
 @router.post("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
@@ -229,7 +231,7 @@ async def delete_backend(
 async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
     """What PUT takes."""
     now = owner.snapshot
-    return content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
+    return content(lambda: json_bytes.object_of({"services": now.body}), now.etag, if_none_match)
 
 
 OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from lb.api.common import ALWAYS, CHANGES, JSON, TheBeside
 from lb.api.models.stages import StageAnswer, TableAnswer
+from lb.formats import json_bytes
 from lb.formats.documents import Document
-from lb.runtime.owner import to_bytes
 from lb.stages.local import LocalStages
 
 router = APIRouter(prefix="/v1")
@@ -22,13 +22,15 @@ router = APIRouter(prefix="/v1")
 @router.get("/stages", response_model=list[StageAnswer], responses=ALWAYS)
 async def list_stages(beside: TheBeside) -> Response:
     """Those that run, and those that a killed process left at work."""
-    return Response(await beside.stages(lambda paths: to_bytes(LocalStages(paths).listed())), media_type=JSON)
+    return Response(await beside.stages(lambda paths: json_bytes.encode(LocalStages(paths).listed())), media_type=JSON)
 
 
 @router.get("/stages/{number}/tables", response_model=list[TableAnswer], responses=ALWAYS)
 async def get_tables(number: int, beside: TheBeside) -> Response:
     """What a stage has found up to now."""
-    return Response(await beside.stages(lambda paths: to_bytes(LocalStages(paths).tables(number))), media_type=JSON)
+    return Response(
+        await beside.stages(lambda paths: json_bytes.encode(LocalStages(paths).tables(number))), media_type=JSON
+    )
 
 
 @router.delete("/stages", response_model=list[StageAnswer], responses=CHANGES)
@@ -44,7 +46,7 @@ async def stop_stages(
     for stage, summary in zip(ended, sentences, strict=True):
         event = {"number": stage["number"], "interface": stage["interface"], "change": "stopped", "summary": summary}
         request.app.state.owner.events.publish("stage", event)
-    return Response(to_bytes(ended), media_type=JSON)
+    return Response(json_bytes.encode(ended), media_type=JSON)
 
 
 def _sentence(stage: Document) -> str:

@@ -10,9 +10,9 @@ from fastapi.responses import StreamingResponse
 from lb.api.common import ALWAYS, JSON, TheOwner, status_response
 from lb.api.guard import Caller
 from lb.api.models import balancer as models
-from lb.formats.documents import counters_document, status_document, total
+from lb.formats import json_bytes
+from lb.formats.documents import counters_document, status_document
 from lb.model.report import Status
-from lb.runtime.owner import to_bytes
 
 router = APIRouter(prefix="/v1")
 
@@ -34,7 +34,7 @@ def _stats_document(now: Status) -> dict[str, Any]:
         {
             "vip": str(s.service),
             "slots_in_transition": s.slots_in_transition,
-            **counters_document(total(s)),
+            **counters_document(s.total),
             "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
         }
         for s in now.services
@@ -62,4 +62,4 @@ async def events(
 async def whoami(request: Request) -> Response:
     """Who asks, as the audit log has it, and what they may."""
     caller: Caller = request.scope["state"]["caller"]
-    return Response(to_bytes({"who": caller.who, "role": caller.role}), media_type=JSON)
+    return Response(json_bytes.encode({"who": caller.who, "role": caller.role}), media_type=JSON)

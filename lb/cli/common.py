@@ -93,7 +93,7 @@ class Request:
             return change(balancer)
 
     def show(self, report: Report, lines: Callable[[Report], list[str]]) -> None:
-        for warning in documents.warnings(report):
+        for warning in report.all_warnings:
             click.echo(f"xdp-lb: warning: {warning}", err=True)
         if self.as_json:
             echo_json(documents.report_document(report))

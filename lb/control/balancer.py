@@ -1,7 +1,7 @@
-"""What an operator can ask of the balancer, each from the stored state to the state that is asked for.
+"""What an operator can do with the balancer, each operation from the stored state to another desired state.
 
-Enters: an operator's wish, in values of lb.model.state. Leaves: a Report of what became of it. A wish is checked here,
-and made one desired state; lb.control.writer brings it about, and lb.control.repair keeps it.
+Enters: an operation, in values of lb.model.state. Leaves: a Report of what it changed. Its arguments are checked here,
+and a desired state made of them; lb.control.writer brings it about, and lb.control.repair keeps it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Balancer:
         dataplane: Dataplane,
         network: Network,
         netns: str = DEFAULT_NETNS,
-        filters: FilterHandover | None = None,
+        handover: FilterHandover | None = None,
         *,
         in_daemon: bool = False,
         conditions: Conditions | None = None,
     ) -> None:
         """`store`: loaded. `in_daemon`, `conditions`: see Writer."""
         self.writer = Writer(
-            store, dataplane, network, filters or NoFilters(), in_daemon=in_daemon, conditions=conditions
+            store, dataplane, network, handover or NoFilters(), in_daemon=in_daemon, conditions=conditions
         )
         self.repairs = Repairs(self.writer)
         self.network = network
@@ -97,7 +97,7 @@ class Balancer:
     def upgrade(self) -> Report:
         """Have the installed program take over from one that is outdated, with all that its maps hold."""
         before = self.outdated
-        with self.writer.filters.alone():
+        with self.writer.handover.alone():
             done = self.writer.dataplane.upgrade()
         return Report(notes=(UPGRADED.format(before),) if done else ())
 

@@ -1,6 +1,6 @@
-"""A change that is thought through: what differs between two states, and what there is to say of it (pure).
+"""A prepared change: what differs between two states, and the notes and warnings about it (pure).
 
-Enters: the state in force and the one that is asked for. Leaves: a ChangeSet that lb.control.writer carries out, and
+Enters: the state in force and the desired one. Leaves: a ChangeSet that lb.control.writer carries out, and
 its Report.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """A change that is thought through and can be carried out."""
+    """A prepared change, ready to be carried out."""
 
     before: State
     goal: State
@@ -174,19 +174,19 @@ def notes_of_storing(before: State, goal: State) -> Iterator[str]:
         yield "stored only: nothing is attached: xdp-lb attach IFACE puts it in force"
 
 
-def report(step: ChangeSet, outcome: Outcome, *, dry_run: bool = False) -> Report:
+def report(change_set: ChangeSet, outcome: Outcome, *, dry_run: bool = False) -> Report:
     return Report(
-        changes=tuple(_changes(step, outcome.plans)),
+        changes=tuple(_changes(change_set, outcome.plans)),
         attached=outcome.attached,
-        detached=tuple(i.name for i in step.before.interfaces if not step.goal.interface(i.name)),
-        notes=step.notes,
-        warnings=step.warnings,
+        detached=tuple(i.name for i in change_set.before.interfaces if not change_set.goal.interface(i.name)),
+        notes=change_set.notes,
+        warnings=change_set.warnings,
         dry_run=dry_run,
     )
 
 
-def _changes(step: ChangeSet, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
-    before, goal = step.before.services, step.goal.services
+def _changes(change_set: ChangeSet, plans: Mapping[Vip, Plan]) -> Iterator[Change]:
+    before, goal = change_set.before.services, change_set.goal.services
     old = {service.vip: service for service in changed(goal, before)}
     new = {service.vip: service for service in changed(before, goal)}
     for vip in sorted(old.keys() | new.keys(), key=lambda v: v.sort_key):

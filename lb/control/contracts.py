@@ -1,4 +1,4 @@
-"""What the balancer asks of the kernel, of the host and of the filter in front, as protocols.
+"""What the balancer needs of the kernel, of the host and of the filter in front, as protocols.
 
 Enters and leaves: values of lb.model.state and lb.model.report. lb.dataplane.dataplane, lb.host.neighbours and
 lb.control.filter_handover do it in the kernel, lb.tests.fakes.memory in memory.
@@ -65,7 +65,7 @@ class Dataplane(Protocol):
     def publish(self, services: Sequence[Service]) -> None:
         """Have packets find `services`, all of which were put, and no others."""
 
-    def programs(self) -> Mapping[str, int]:
+    def program_ids(self) -> Mapping[str, int]:
         """Interface name -> the id of the XDP program there, ours or not."""
 
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
@@ -84,8 +84,8 @@ class Dataplane(Protocol):
     def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> Set[Address]:
         """Have packets take these next hops: the backends whose next hop was another."""
 
-    def ways(self) -> Iterable[InstalledNextHop]:
-        """Those of all members."""
+    def installed_next_hops(self) -> Iterable[InstalledNextHop]:
+        """Of all members, as packets take them."""
 
     def due(self) -> Sequence[Vip]:
         """The services in whose rings a transition has had its time. Takes next to no time."""
@@ -109,10 +109,10 @@ class FilterHandover(Protocol):
     def alone(self) -> AbstractContextManager[None]:
         """Nobody else changes the rules meanwhile: for as long as a change takes."""
 
-    def make_way(self, name: str) -> None:
+    def hand_over_to_balancer(self, name: str) -> None:
         """To be called before the balancer is attached to an interface."""
 
-    def take_over(self, name: str) -> None:
+    def take_back(self, name: str) -> None:
         """To be called before it is detached."""
 
     def repair(self) -> tuple[list[str], list[str]]:
@@ -125,10 +125,10 @@ class NoFilters:
     def alone(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def make_way(self, name: str) -> None:
+    def hand_over_to_balancer(self, name: str) -> None:
         pass
 
-    def take_over(self, name: str) -> None:
+    def take_back(self, name: str) -> None:
         pass
 
     def repair(self) -> tuple[list[str], list[str]]:

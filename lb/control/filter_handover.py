@@ -17,28 +17,28 @@ from lb.store.lock import writer_lock
 from lb.store.store import Store
 
 if TYPE_CHECKING:
-    from lb.dataplane.dataplane import KernelDataplane
+    from lb.dataplane.programs import Programs
     from lb.firewall.firewall import Firewall
 
 
 class KernelFilterHandover:
-    """See lb.control.contracts.Guard, which this implements, for the stored rules. Raises LbError."""
+    """See lb.control.contracts.FilterHandover, which this implements, for the stored rules. Raises LbError."""
 
-    def __init__(self, paths: Paths, store: Store, dataplane: KernelDataplane) -> None:
-        self._paths, self._store, self._dataplane = paths, store, dataplane
+    def __init__(self, paths: Paths, store: Store, programs: Programs) -> None:
+        self._paths, self._store, self._programs = paths, store, programs
 
     def alone(self) -> AbstractContextManager[None]:
         return writer_lock(self._paths.filter_lock, self._paths.netns)
 
-    def make_way(self, name: str) -> None:
+    def hand_over_to_balancer(self, name: str) -> None:
         if self._has_rules(name):
             with self._firewall() as firewall:
-                firewall.make_way(name)
+                firewall.hand_over_to_balancer(name)
 
-    def take_over(self, name: str) -> None:
+    def take_back(self, name: str) -> None:
         if self._has_rules(name):
             with self._firewall() as firewall:
-                firewall.take_over(name)
+                firewall.take_back(name)
 
     def repair(self) -> tuple[list[str], list[str]]:
         if not self._store.rules().all:
@@ -74,5 +74,5 @@ class KernelFilterHandover:
     def _firewall(self) -> Iterator[Firewall]:
         from lb.firewall.firewall import firewall_of
 
-        with firewall_of(self._paths, self._store, self._dataplane) as firewall:
+        with firewall_of(self._paths, self._store, self._programs) as firewall:
             yield firewall

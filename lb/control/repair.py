@@ -23,13 +23,13 @@ class Repairs:
     """Of what `writer` has written."""
 
     def __init__(self, writer: Writer) -> None:
-        self._writer, self._dataplane, self._network, self._guard = (
+        self._writer, self._dataplane, self._network, self._handover = (
             writer,
             writer.dataplane,
             writer.network,
-            writer.filters,
+            writer.handover,
         )
-        self._refused: dict[str, tuple[int, str]] = {}  # interface -> whose program is there, and the kernel's words
+        self._refused: dict[str, tuple[int, str]] = {}  # interface -> whose program is there, and what the kernel said
 
     @property
     def _state(self) -> State:
@@ -38,7 +38,7 @@ class Repairs:
     @property
     def _serving(self) -> bool:
         """What is stored is in force, and somewhere."""
-        return bool(self._state.interfaces) and self._writer.in_step(self._state)
+        return bool(self._state.interfaces) and self._writer.in_sync(self._state)
 
     def reconcile(self) -> Report:
         """Find and repair it, all at once. Raises LbError where everything has to be written anew, and cannot be."""
@@ -53,14 +53,14 @@ class Repairs:
 
     def reconcile_host(self) -> Report:
         """Programs on interfaces, filter rules, VIP addresses, and by what packets find services."""
-        if self._state.interfaces and not self._writer.in_step(self._state):
+        if self._state.interfaces and not self._writer.in_sync(self._state):
             return self._writer.change(self._state)
         own = self._reconcile_own() if self._state.interfaces else Report()
-        rules, unruly = self._guard.repair()
-        return replace(own, notes=(*own.notes, *rules), warnings=(*own.warnings, *unruly))
+        repaired, failed = self._handover.repair()
+        return replace(own, notes=(*own.notes, *repaired), warnings=(*own.warnings, *failed))
 
     def _reconcile_own(self) -> Report:
-        ours, running = self._dataplane.attachments(), self._dataplane.programs()
+        ours, running = self._dataplane.attachments(), self._dataplane.program_ids()
         missing = [i for i in self._state.interfaces if i.name not in ours]
         done = [self._attach_again(interface, running.get(interface.name)) for interface in missing]
         attached = tuple(each for each in done if isinstance(each, Attachment))
@@ -82,7 +82,7 @@ class Repairs:
         if running and running == known:
             return why
         try:
-            with self._guard.alone():
+            with self._handover.alone():
                 return self._writer.attach(interface)
         except LbError as error:
             if running:
@@ -109,15 +109,15 @@ class Repairs:
         found = self._dataplane.differences(wanted)
         if not found:
             return Report()
-        hops, warnings = self._hops_that_are({b.address for b in service.backends})
+        hops, warnings = self._reachable_hops({b.address for b in service.backends})
         with self._writer.rewriting():
             self._dataplane.repair(wanted, hops)
         notes = (f"vip {vip}: {each}: repaired" for each in found)
         return Report(notes=tuple(notes), warnings=tuple(warnings))
 
-    def ways(self) -> Iterable[InstalledNextHop]:
+    def installed_next_hops(self) -> Iterable[InstalledNextHop]:
         """Where packets for each backend go, as the programs know it."""
-        return self._dataplane.ways() if self._serving else ()
+        return self._dataplane.installed_next_hops() if self._serving else ()
 
     def follow(self, addresses: Collection[Address]) -> Report:
         """Have packets for these backends go where routes and neighbours lead by now. Where they lead nowhere, or not
@@ -127,7 +127,7 @@ class Repairs:
         found = ((service, [b for b in service.backends if b.address in addresses]) for service in self._state.services)
         concerned = {service.vip: backends for service, backends in found if backends}
         services = [service for service in self._state.services if service.vip in concerned]
-        hops, warnings = self._hops_that_are({b.address for backends in concerned.values() for b in backends})
+        hops, warnings = self._reachable_hops({b.address for backends in concerned.values() for b in backends})
         changed: set[Address] = set()
         for service in services:
             lost = {b.address: str(error) for b in concerned[service.vip] if (error := off_link(service, b, hops))}
@@ -136,11 +136,11 @@ class Repairs:
             )
             warnings += lost.values()
         notes = [f"backend {address}: {_leads(hops[address])}" for address in sorted(changed, key=lambda a: a.packed)]
-        goal, taken_along = with_reply_interfaces(self._state, services, hops)
+        goal, reply_notes = with_reply_interfaces(self._state, services, hops)
         report = self._writer.change(goal) if goal != self._state else Report()
-        return replace(report, notes=(*notes, *taken_along), warnings=(*warnings, *report.warnings))
+        return replace(report, notes=(*notes, *reply_notes), warnings=(*warnings, *report.warnings))
 
-    def _hops_that_are(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], list[str]]:
+    def _reachable_hops(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], list[str]]:
         """Of all that can be reached; and why others cannot."""
         if not addresses:
             return {}, []

@@ -49,11 +49,11 @@ ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach 
 
 @dataclass(frozen=True, slots=True)
 class _Effective:
-    """A service, what has been found of its backends, and what it is in force by that."""
+    """A service, the conditions of its backends, and what is in force by both."""
 
     service: Service
-    found: Mapping[str, Condition] | None
-    met: Service
+    conditions: Mapping[str, Condition] | None
+    effective: Service
 
 
 class Writer:
@@ -65,19 +65,19 @@ class Writer:
         store: Store,
         dataplane: Dataplane,
         network: Network,
-        filters: FilterHandover,
+        handover: FilterHandover,
         *,
         in_daemon: bool = False,
         conditions: Conditions | None = None,
     ) -> None:
         """`in_daemon`: tasks of this process check backends and follow their neighbours. `conditions`: what health
         checks have found so far."""
-        self.store, self.dataplane, self.network, self.filters = store, dataplane, network, filters
+        self.store, self.dataplane, self.network, self.handover = store, dataplane, network, handover
         self.on_progress: Callable[[int, int], None] | None = None
         self.in_daemon = in_daemon
         self.conditions: Conditions = conditions or {}
-        self._served = BackendUse()
-        self._met: dict[Vip, _Effective] = {}
+        self._backend_use = BackendUse()
+        self._effective: dict[Vip, _Effective] = {}
 
     @property
     def state(self) -> State:
@@ -86,13 +86,13 @@ class Writer:
 
     def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         self._check_store_is_whole(goal)
-        step = self._prepare(self.state, self._with_homes(goal), everything)
+        change_set = self._prepare(self.state, self._with_address_interfaces(goal), everything)
         if dry_run:
-            self._release_unused(step.hops.keys())
-            return report(step, self._foresee(step), dry_run=True)
-        if step.goal == step.before and not everything and self.in_step(step.goal):
-            return report(step, Outcome({}))
-        return report(step, self._execute(step))
+            self._release_unused(change_set.hops.keys())
+            return report(change_set, self._predicted_outcome(change_set), dry_run=True)
+        if change_set.goal == change_set.before and not everything and self.in_sync(change_set.goal):
+            return report(change_set, Outcome({}))
+        return report(change_set, self._execute(change_set))
 
     def set_conditions(self, conditions: Conditions) -> dict[Vip, Plan]:
         """Lay what health checks have found over the desired state, in the place of what they had found before. What
@@ -108,18 +108,18 @@ class Writer:
     def _put_conditions(self, before: Conditions) -> dict[Vip, Plan]:
         others = with_other_conditions(before, self.conditions)
         services = [service for service in self.state.services if service.vip in others]
-        met = [(in_force(service, before.get(service.vip)), self.in_force(service)) for service in services]
-        wanted = [now for then, now in met if then != now]
+        pairs = [(in_force(service, before.get(service.vip)), self.in_force(service)) for service in services]
+        wanted = [new for old, new in pairs if old != new]
         if not (wanted and self.state.interfaces):
             return {}
-        if not self.in_step(self.state):
+        if not self.in_sync(self.state):
             return dict(self._execute(self._prepare(self.state, self.state, everything=True)).plans)
         with self.rewriting():
             return {service.vip: self.dataplane.put(service, {}) for service in wanted}
 
     def settle(self, vip: Vip) -> None:
         """Each slot is written as a whole: cut short, the next call ends the rest."""
-        if self.in_step(self.state):
+        if self.in_sync(self.state):
             self.dataplane.settle(vip)
 
     @contextmanager
@@ -132,18 +132,18 @@ class Writer:
 
     def in_force(self, service: Service) -> Service:
         """The very same as the last time, if nothing has changed: publish() takes that for a hint."""
-        found = self.conditions.get(service.vip)
-        known = self._met.get(service.vip)
-        if known and known.service is service and known.found is found:
-            return known.met
-        met = in_force(service, found)
-        self._met[service.vip] = _Effective(service, found, met)
-        return met
+        conditions = self.conditions.get(service.vip)
+        known = self._effective.get(service.vip)
+        if known and known.service is service and known.conditions is conditions:
+            return known.effective
+        effective = in_force(service, conditions)
+        self._effective[service.vip] = _Effective(service, conditions, effective)
+        return effective
 
     def all_in_force(self, services: Sequence[Service]) -> tuple[Service, ...]:
         return tuple(self.in_force(service) if service.vip in self.conditions else service for service in services)
 
-    def in_step(self, state: State) -> bool:
+    def in_sync(self, state: State) -> bool:
         """The kernel holds `state`, and so does the store."""
         if state != self.state:
             return False
@@ -151,7 +151,7 @@ class Writer:
             return not self.dataplane.loaded and not self.dataplane.attachments()
         return self.dataplane.loaded and self.dataplane.generation == self.store.generation
 
-    # How a change is thought through
+    # Preparing a change
 
     def _check_store_is_whole(self, goal: State) -> None:
         """Programs that the store knows nothing of are what a lost one has left: attach or detach has to come first."""
@@ -174,13 +174,13 @@ class Writer:
                 ),
             )
         notes: list[str] = []
-        if not everything and not self.in_step(before):
+        if not everything and not self.in_sync(before):
             everything = True
             notes += [REPAIRED] if before.interfaces else []
         known = State() if everything else before
         services = changed(known.services, goal.services)
         hops = self.next_hops(services, anew=everything)
-        goal, taken_along = with_reply_interfaces(goal, services, hops)
+        goal, reply_notes = with_reply_interfaces(goal, services, hops)
         interfaces = differing(known.interfaces, goal.interfaces)
         absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
         return ChangeSet(
@@ -192,7 +192,7 @@ class Writer:
             differing(addresses_in_force(known), addresses_in_force(goal)),
             (
                 *notes,
-                *taken_along,
+                *reply_notes,
                 *notes_of_addresses(before, goal),
                 *self._notes_of_checks(before, goal),
                 *self._notes_of_conditions(services),
@@ -200,14 +200,14 @@ class Writer:
             (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
         )
 
-    def _with_homes(self, goal: State) -> State:
+    def _with_address_interfaces(self, goal: State) -> State:
         """Each own address that is served has an attached interface, as far as there is one: the
         one it was on, else the first."""
-        homes = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
+        names = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
         served = {service.vip.address for service in goal.services}
         kept = [own for own in goal.own_addresses if own.address in served]
-        if homes:
-            kept = [o if o.interface in homes else replace(o, interface=homes[0]) for o in kept]
+        if names:
+            kept = [o if o.interface in names else replace(o, interface=names[0]) for o in kept]
         return replace(goal, own_addresses=tuple(kept))
 
     def next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
@@ -229,17 +229,17 @@ class Writer:
         """Of these neighbours, those that no served backend is behind; gateways with the last."""
         if not addresses:
             return
-        used = self._served.addresses(self.state)
+        used = self._backend_use.addresses(self.state)
         unused = {address for address in addresses if not used[address]}
         if unused:
             self.network.release(unused if any(used.values()) else None)
 
-    def _foresee(self, step: ChangeSet) -> Outcome:
+    def _predicted_outcome(self, change_set: ChangeSet) -> Outcome:
         """What a dry run can say. Before the first attach there is no ring to move slots of."""
-        asked = {i.name: i.xdp_mode.value for i in step.interfaces}
+        modes = {i.name: i.xdp_mode.value for i in change_set.interfaces}
         return Outcome(
-            {s.vip: self.dataplane.plan(self.in_force(s)) for s in step.services if self.dataplane.loaded},
-            tuple(Attachment(name, mode, program_id=0) for name, mode in asked.items()),
+            {s.vip: self.dataplane.plan(self.in_force(s)) for s in change_set.services if self.dataplane.loaded},
+            tuple(Attachment(name, mode, program_id=0) for name, mode in modes.items()),
         )
 
     def _notes_of_checks(self, before: State, goal: State) -> Iterator[str]:
@@ -250,56 +250,56 @@ class Writer:
         if not self.in_daemon:
             yield from filter(None, (left_behind(s, self.conditions.get(s.vip)) for s in services))
 
-    # How it is carried out
+    # Carrying it out
 
-    def _execute(self, step: ChangeSet) -> Outcome:
-        self.dataplane.recover(step.before.interfaces)
+    def _execute(self, change_set: ChangeSet) -> Outcome:
+        self.dataplane.recover(change_set.before.interfaces)
         try:
-            with self._guarded(step):
-                return self._carry_out(step)
+            with self._without_filter_changes(change_set):
+                return self._apply(change_set)
         except BaseException as error:
-            self._go_back(step, error)
+            self._roll_back(change_set, error)
             raise
 
-    def _guarded(self, step: ChangeSet) -> AbstractContextManager[None]:
+    def _without_filter_changes(self, change_set: ChangeSet) -> AbstractContextManager[None]:
         """Changes of backends wait for nobody: filter rules, of which a large set takes seconds, are beside them."""
-        return self.filters.alone() if step.moves_programs else nullcontext()
+        return self.handover.alone() if change_set.moves_programs else nullcontext()
 
-    def _carry_out(self, step: ChangeSet) -> Outcome:
-        with self.store.saving(step.goal):
-            outcome = self._serve(step) if step.goal.interfaces else self._stop()
-            for own in step.addresses_off:
+    def _apply(self, change_set: ChangeSet) -> Outcome:
+        with self.store.saving(change_set.goal):
+            outcome = self._serve(change_set) if change_set.goal.interfaces else self._stop()
+            for own in change_set.addresses_off:
                 self.network.remove_address(own.interface, own.address)
-        for own in step.addresses_on:
+        for own in change_set.addresses_on:
             self.network.add_address(own.interface, own.address)
-        if step.goal.interfaces:
+        if change_set.goal.interfaces:
             self.dataplane.generation = self.store.generation
-        self._release_unused(backends_that_left(step.before, step.goal))
+        self._release_unused(backends_that_left(change_set.before, change_set.goal))
         return outcome
 
-    def _go_back(self, step: ChangeSet, error: BaseException) -> None:
-        if self.in_step(step.before):
-            self._release_unused(step.hops.keys())
+    def _roll_back(self, change_set: ChangeSet, error: BaseException) -> None:
+        if self.in_sync(change_set.before):
+            self._release_unused(change_set.hops.keys())
             return
         try:
-            back = self._prepare(step.goal, step.before, everything=True)
-            with self._guarded(back):
-                self._carry_out(back)
+            back = self._prepare(change_set.goal, change_set.before, everything=True)
+            with self._without_filter_changes(back):
+                self._apply(back)
         except LbError as second:
             raise DataplaneError(
                 f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"
             ) from error
 
-    def _serve(self, step: ChangeSet) -> Outcome:
+    def _serve(self, change_set: ChangeSet) -> Outcome:
         if self.dataplane.loaded:
             self.dataplane.generation = 0
-        self.dataplane.load(step.services)
-        plans = self._put(step)
-        self.dataplane.publish(self.all_in_force(step.goal.services))
-        attached = tuple(self.attach(interface) for interface in step.interfaces)
-        if step.interfaces or step.before.interfaces != step.goal.interfaces:
-            self._detach_others(step.goal)
-        for vip in self.dataplane.vips() - {service.vip for service in step.goal.services}:
+        self.dataplane.load(change_set.services)
+        plans = self._put(change_set)
+        self.dataplane.publish(self.all_in_force(change_set.goal.services))
+        attached = tuple(self.attach(interface) for interface in change_set.interfaces)
+        if change_set.interfaces or change_set.before.interfaces != change_set.goal.interfaces:
+            self._detach_others(change_set.goal)
+        for vip in self.dataplane.vips() - {service.vip for service in change_set.goal.services}:
             self.dataplane.remove(vip)
         return Outcome(plans, attached)
 
@@ -309,19 +309,19 @@ class Writer:
                 self._detach(name)
 
     def attach(self, interface: Interface) -> Attachment:
-        self.filters.make_way(interface.name)
+        self.handover.hand_over_to_balancer(interface.name)
         return self.dataplane.attach(interface)
 
     def _detach(self, name: str) -> None:
-        self.filters.take_over(name)
+        self.handover.take_back(name)
         self.dataplane.detach(name)
 
-    def _put(self, step: ChangeSet) -> dict[Vip, Plan]:
+    def _put(self, change_set: ChangeSet) -> dict[Vip, Plan]:
         plans = {}
-        for done, service in enumerate(step.services, start=1):
-            plans[service.vip] = self.dataplane.put(self.in_force(service), step.hops)
+        for done, service in enumerate(change_set.services, start=1):
+            plans[service.vip] = self.dataplane.put(self.in_force(service), change_set.hops)
             if self.on_progress:
-                self.on_progress(done, len(step.services))
+                self.on_progress(done, len(change_set.services))
         return plans
 
     def _stop(self) -> Outcome:

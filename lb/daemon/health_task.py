@@ -19,7 +19,7 @@ from lb.health.checker import Checker, CheckPaths, conditions_of
 from lb.health.file import Found, HealthFile
 from lb.model.conditions import UP, Condition, Conditions
 from lb.model.vip import Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 

@@ -22,13 +22,13 @@ from lb.errors import LbError
 from lb.host.events import Changes
 from lb.model.report import Report
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 
 PERIOD_S = 60.0
 AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
-WAYS_A_CHECK = 1000  # backends whose next hops are looked for without a notification
+NEXT_HOPS_A_CHECK = 1000  # backends whose next hops are looked for without a notification
 SENTENCES = 20  # of an event
 
 
@@ -44,8 +44,8 @@ class ReconcileTask:
 
     def __init__(self, listen: Callable[[], AbstractContextManager[HostChanges]], period_s: float = PERIOD_S) -> None:
         self._listen, self._period_s = listen, period_s
-        self._told: frozenset[str] = frozenset()
-        self._ways_begin = 0
+        self._reported: frozenset[str] = frozenset()
+        self._next_hops_begin = 0
 
     async def run(self, owner: BalancerThread) -> None:
         with self._listen() as host:
@@ -54,13 +54,13 @@ class ReconcileTask:
                 changes = await host.next(max(0.0, check_at - time.monotonic()))
                 began = time.monotonic()
                 if changes.everything or began >= check_at:
-                    await self._check(owner, every_way=changes.everything)
+                    await self._check(owner, every_next_hop=changes.everything)
                     check_at = time.monotonic() + self._period_s
                 else:
                     await self._follow(owner, changes)
                 await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
 
-    async def _check(self, owner: BalancerThread, *, every_way: bool) -> None:
+    async def _check(self, owner: BalancerThread, *, every_next_hop: bool) -> None:
         """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
         by then is told again if it comes back."""
         found = Found(owner)
@@ -68,26 +68,28 @@ class ReconcileTask:
         for service in owner.snapshot.state.services:
             await found.add(_service(service.vip))
         addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
-        await found.add_ways(addresses if every_way else self._part_of(addresses))
-        self._tell(found)
-        self._told = frozenset(found.unmended)
+        await found.add_next_hops(addresses if every_next_hop else self._part_of(addresses))
+        self._report(found)
+        self._reported = frozenset(found.unmended)
 
     def _part_of(self, addresses: Sequence[Address]) -> Sequence[Address]:
         """Those behind the last part, in turn."""
-        begin = self._ways_begin if self._ways_begin < len(addresses) else 0
-        self._ways_begin = begin + WAYS_A_CHECK
-        return addresses[begin : begin + WAYS_A_CHECK]
+        begin = self._next_hops_begin if self._next_hops_begin < len(addresses) else 0
+        self._next_hops_begin = begin + NEXT_HOPS_A_CHECK
+        return addresses[begin : begin + NEXT_HOPS_A_CHECK]
 
     async def _follow(self, owner: BalancerThread, changes: Changes) -> None:
         found = Found(owner)
         if changes.links:
             await found.add(_host)
-        await found.add_ways(await owner.call(lambda balancer: changes.concerned(balancer.repairs.ways())))
-        self._tell(found)
-        self._told |= frozenset(found.unmended)
+        await found.add_next_hops(
+            await owner.call(lambda balancer: changes.concerned(balancer.repairs.installed_next_hops()))
+        )
+        self._report(found)
+        self._reported |= frozenset(found.unmended)
 
-    def _tell(self, found: Found) -> None:
-        news = [sentence for sentence in found.unmended if sentence not in self._told]
+    def _report(self, found: Found) -> None:
+        news = [sentence for sentence in found.unmended if sentence not in self._reported]
         for sentence in _some(news):
             log.warning(sentence)
         for sentence in _some(found.mended):
@@ -113,10 +115,10 @@ class Found:
         self.mended += report.notes
         self.unmended |= dict.fromkeys(report.warnings)
 
-    async def add_ways(self, addresses: Collection[Address]) -> None:
+    async def add_next_hops(self, addresses: Collection[Address]) -> None:
         waiting = list(addresses)
         for at in range(0, len(waiting), AT_ONCE):
-            await self.add(_ways(waiting[at : at + AT_ONCE]))
+            await self.add(_next_hops(waiting[at : at + AT_ONCE]))
 
 
 def _host(balancer: Balancer) -> Report:
@@ -127,7 +129,7 @@ def _service(vip: Vip) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.reconcile_service(vip)
 
 
-def _ways(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
+def _next_hops(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.follow(addresses)
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 from contextlib import suppress
 
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 
 
 def notify(message: str) -> None:

@@ -35,8 +35,8 @@ from lb.formats import config
 from lb.model.report import Report
 from lb.model.state import Service
 from lb.paths import Paths
+from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
-from lb.runtime.owner import BalancerThread
 
 log = structlog.get_logger("xdp-lb")
 

@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from lb.model.vip import Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 
 PERIOD_S = 2.0
 

@@ -50,7 +50,7 @@ class Sizes:
 
     @classmethod
     def of(cls, services: Sequence[Service]) -> Sizes:
-        """Room for twice what is asked for; the tables of mode nat only where a service uses them."""
+        """Room for twice what they need; the tables of mode nat only where a service uses them."""
         nat = {s.vip.address.version for s in services if s.mode is Mode.NAT}
         return cls(
             services=_room(LEAST_SERVICES, len(services)),
@@ -111,8 +111,8 @@ def server_ids(services: Iterable[Service]) -> int:
     return sum(len(b.server_ids) for s in services if s.vip.protocol is Transport.UDP for b in s.backends)
 
 
-def _room(least: int, asked: int) -> int:
-    return max(least, 1 << (2 * asked).bit_length())
+def _room(least: int, wanted: int) -> int:
+    return max(least, 1 << (2 * wanted).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,28 +158,28 @@ class Layout:
         self._numbers, self._rings, self._members = numbers, rings, members
 
     @classmethod
-    def of(cls, placed: Iterable[Allocation], services: int, slots: int, members: int) -> Layout:
+    def of(cls, allocations: Iterable[Allocation], services: int, slots: int, members: int) -> Layout:
         """Of maps that hold so many services, slots and members."""
-        found = list(placed)
+        found = list(allocations)
         return cls(
-            Blocks(((p.number, 1) for p in found), services),
-            Blocks((p.ring_block for p in found), slots),
-            Blocks((p.member_block for p in found), members),
+            Blocks(((each.number, 1) for each in found), services),
+            Blocks((each.ring_block for each in found), slots),
+            Blocks((each.member_block for each in found), members),
         )
 
     def copy(self) -> Layout:
         return Layout(self._numbers.copy(), self._rings.copy(), self._members.copy())
 
-    def place(self, service: Service, old: Allocation | None, held: int) -> Allocation | None:
+    def allocate(self, service: Service, old: Allocation | None, held: int) -> Allocation | None:
         """Where it lies: where it was, with a larger block of members if need be, or in new blocks; None: no room.
 
         old: the service in force, which is like this one. held: how many members its block has now; there must be room
         for these and for those that replace them.
         """
-        asked = len(service.backends)
-        if old and old.member_count > held + asked:
+        wanted = len(service.backends)
+        if old and old.member_count > held + wanted:
             return replace(old, flow_timeout_s=service.flow_timeout_s, affinity_s=service.options.affinity_s)
-        member_count = _block_size(held, asked)
+        member_count = _block_size(held, wanted)
         member_base = self._members.take(member_count)
         ring_base = old.ring_base if old else self._rings.take(service.ring_size)
         number = old.number if old else self._numbers.take(1)
@@ -198,18 +198,18 @@ class Layout:
             old.changed_ns if old else 0,
         )
 
-    def release(self, placed: Allocation) -> None:
-        self._numbers.release(placed.number, 1)
-        self._rings.release(*placed.ring_block)
-        self.release_members(placed)
+    def release(self, allocation: Allocation) -> None:
+        self._numbers.release(allocation.number, 1)
+        self._rings.release(*allocation.ring_block)
+        self.release_members(allocation)
 
-    def release_members(self, placed: Allocation) -> None:
-        self._members.release(*placed.member_block)
+    def release_members(self, allocation: Allocation) -> None:
+        self._members.release(*allocation.member_block)
 
 
-def _block_size(held: int, asked: int) -> int:
+def _block_size(held: int, wanted: int) -> int:
     """Room for both at once; a process that was killed may have left many members."""
-    return member_block_size(max(asked, (held + asked + 1) // 2))
+    return member_block_size(max(wanted, (held + wanted + 1) // 2))
 
 
 class Blocks:

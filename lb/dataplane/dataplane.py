@@ -10,50 +10,26 @@ one leaves a state that the programs can work with.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from typing import Self
 
-from lb.dataplane.allocation import Allocation, Layout, Sizes, server_ids
+from lb.dataplane import clock
+from lb.dataplane.allocation import Allocation, Sizes
 from lb.dataplane.errors import translated
-from lb.dataplane.lookup_maps import Directory
-from lb.dataplane.members import MemberKey, MemberTable, member_key, numbered
-from lb.dataplane.programs import BEHIND_STAGES, Programs, now_ns
-from lb.dataplane.services import ServiceTable
-from lb.errors import DataplaneError
-from lb.hashing import maglev, ring
-from lb.hashing.flow_query import FlowQuery
-from lb.hashing.recorded import recorded_slots
-from lb.model.forwarding import InstalledNextHop, NextHop, Statistics
-from lb.model.state import Backend, Mode, Service
+from lb.dataplane.members import MemberKey, member_key, member_keys, numbered
+from lb.dataplane.programs import Programs
+from lb.dataplane.rings import RingChange, first_ring
+from lb.dataplane.service_maps import ServiceMaps
+from lb.hashing import ring
+from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
+from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
 from lb.paths import Paths
-from xdp.object import Loaded
 from xdp.pins import Pins
 
-MOST_EPOCHS = 2**32 - 1
-
-_NS = 1_000_000_000
-SETTLE_AGAIN_NS = 600 * _NS  # flows that are open still keep their slots tracked; to look for them takes up to 35 ms
-
-
-@dataclass(frozen=True, slots=True)
-class RingChange:
-    """The slot words of one service before and after a change, and the numbers that its members have."""
-
-    numbers: Mapping[MemberKey, int]
-    old: array[int]
-    new: array[int]
-
-    @property
-    def plan(self) -> ring.Plan:
-        return ring.plan(self.old, self.new)
-
-    @property
-    def moved(self) -> set[int]:
-        """The slots that get another member."""
-        pairs = enumerate(zip(self.old, self.new, strict=True))
-        return {slot for slot, (old, new) in pairs if ring.current_member(old) != ring.current_member(new)}
+SETTLE_AGAIN_NS = 600_000_000_000  # flows that are open still keep their slots tracked; to look for them takes to 35 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,359 +44,253 @@ class AssignedMembers:
         return dict(zip(map(member_key, self.backends), given, strict=True))
 
 
-class KernelDataplane(Programs):
+class KernelDataplane:
     """See lb.control.contracts.Dataplane, which this implements. Every method raises DataplaneError."""
 
     def __init__(self, pins: Pins) -> None:
-        self._placed: dict[Vip, Allocation] = {}
-        self._remembered: dict[Vip, AssignedMembers] = {}
-        self._announced_writes = 0
+        self.programs = Programs(pins)
+        self._maps: ServiceMaps | None = None
+        self._assigned: dict[Vip, AssignedMembers] = {}
         self._settle_again_ns: dict[Vip, int] = {}
-        super().__init__(pins)
 
     @classmethod
     @translated()
-    def open(cls, paths: Paths) -> KernelDataplane:
+    def open(cls, paths: Paths) -> Self:
         """What an earlier process pinned, or nothing yet; either way nothing is written."""
         return cls(Pins(paths.run_dir, paths.netns))
+
+    @property
+    def maps(self) -> ServiceMaps:
+        """Those of the programs in force: others after an upgrade, and after a load() that made them larger."""
+        obj = self.programs.obj
+        if self._maps is None or self._maps.obj is not obj:
+            with translated():
+                self._maps = ServiceMaps(obj)
+        return self._maps
+
+    @property
+    def _allocations(self) -> Mapping[Vip, Allocation]:
+        """None where nothing is loaded, or what this version cannot work on."""
+        return self.maps.allocations if self.programs.usable_obj else {}
+
+    def _allocation_like(self, service: Service) -> Allocation | None:
+        """Likewise."""
+        return self.maps.allocation_like(service) if self.programs.usable_obj else None
+
+    # Programs: see Programs
+
+    @property
+    def loaded(self) -> bool:
+        return self.programs.loaded
+
+    @property
+    def generation(self) -> int:
+        return self.programs.generation
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        self.programs.generation = value
+
+    @property
+    def outdated(self) -> str:
+        return self.programs.outdated
+
+    @translated()
+    def load(self, services: Sequence[Service]) -> None:
+        self.programs.load(self.maps.sizes_for(services) if self.loaded else Sizes.of(services))
+        for vip in self.due():
+            self.settle(vip)
+
+    def recover(self, interfaces: Collection[Interface]) -> None:
+        self.programs.recover(interfaces)
+
+    def restore_pins(self) -> list[str]:
+        return self.programs.restore_pins()
+
+    def upgrade(self) -> bool:
+        return self.programs.upgrade()
+
+    def close(self) -> None:
+        """Gives up this process's hold; what is pinned and attached stays."""
+        self.programs.close()
+
+    def unload(self) -> None:
+        self.programs.unload()
+        self._maps = None
+        self._assigned = {}
+
+    def attach(self, interface: Interface) -> Attachment:
+        return self.programs.attach(interface)
+
+    def detach(self, name: str) -> None:
+        self.programs.detach(name)
+
+    def attachments(self) -> Mapping[str, Attachment]:
+        return self.programs.attachments()
+
+    def program_ids(self) -> Mapping[str, int]:
+        return self.programs.program_ids()
 
     # Services
 
     def vips(self) -> Set[Vip]:
-        return self._placed.keys()
+        return self._allocations.keys()
 
     @translated()
     def plan(self, service: Service) -> ring.Plan:
-        change, placed = self._ring_change(service), self._alike(service)
-        if placed is None or service.mode is not Mode.NAT:
+        change, allocation = self._ring_change(service), self._allocation_like(service)
+        if allocation is None or service.mode is not Mode.NAT:
             return change.plan
-        return replace(change.plan, flows=self._flows_on(placed, change.moved))
+        return replace(change.plan, flows=self.maps.flows.open_translations(allocation, change.moved))
+
+    def _ring_change(self, service: Service) -> RingChange:
+        allocation = self._allocation_like(service)
+        if allocation is None:
+            return first_ring(service)
+        return self.maps.rings.change(allocation, service, self.maps.members.numbers(allocation))
 
     @translated()
     def put(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
-        if not self._alike(service):
+        if not self._allocation_like(service):
             self.remove(service.vip)
-        change = self._ring_change(service)
-        placed = self._place(service)
-        self._members.write(placed, service, change.numbers, hops)
-        self._put_in_force(placed, service, change)
-        self._members.disown_flows(placed, {member_key(b) for b in service.backends if b.down})
-        self._members.erase(placed, keep=change.numbers)
-        self._remember(placed, service, change.numbers)
+        maps, change = self.maps, self._ring_change(service)
+        allocation = maps.allocate(service)
+        maps.members.write(allocation, service, change.numbers, hops)
+        self._put_in_force(allocation, service, change)
+        maps.members.disown_flows(allocation, {member_key(b) for b in service.backends if b.down})
+        maps.members.erase(allocation, keep=change.numbers)
+        self._remember(allocation, service, change.numbers)
         return change.plan
 
+    def _put_in_force(self, allocation: Allocation, service: Service, change: RingChange) -> None:
+        """Of a service that is there already, the time of the change before the ring: UDP is told old from new by it.
+        A new one no packet finds before it is published."""
+        if allocation.vip in self._allocations and change.old != change.new:
+            allocation = replace(allocation, changed_ns=clock.now_ns())
+            self._settle_again_ns.pop(allocation.vip, None)
+        self.maps.write(allocation, service)
+        self.maps.rings.write(allocation, change.new)
+
     def unknown(self, service: Service) -> Set[Address]:
-        placed = self._alike(service)
-        resolved = self._members.resolved(placed) if placed and self._is_sourced(placed, service) else {}
+        allocation = self._allocation_like(service)
+        is_sourced = allocation and self._is_sourced(allocation, service)
+        resolved = self.maps.members.resolved(allocation) if allocation and is_sourced else {}
         return {b.address for b in service.backends if not resolved.get(member_key(b))}
+
+    def _is_sourced(self, allocation: Allocation, service: Service) -> bool:
+        return not service.mode.is_tunnel or self.maps.members.is_sourced(allocation, service.options)
 
     @translated()
     def remove(self, vip: Vip) -> None:
-        placed = self._placed.pop(vip, None)
-        self._remembered.pop(vip, None)
-        if placed is None:
-            return
-        self._directory.forget(placed.number)
-        self._announce_directory()
-        self._services.erase(placed)
-        self._members.erase(placed)
-        self._layout.release(placed)
-
-    def _is_sourced(self, placed: Allocation, service: Service) -> bool:
-        return not service.mode.is_tunnel or self._members.is_sourced(placed, service.options)
+        self._assigned.pop(vip, None)
+        if vip in self._allocations:
+            self.maps.erase(vip)
 
     @translated()
     def publish(self, services: Sequence[Service]) -> None:
-        numbers = {vip: placed.number for vip, placed in self._placed.items()}
-        self._directory.add(services, numbers, lambda vip: self._members.held(self._placed[vip]))
-        self._set_sources(services, numbers)
-        self._announce_directory()
-        self._directory.prune()
-        self._announce_directory()
+        self.maps.publish(services)
 
-    def _set_sources(self, services: Sequence[Service], numbers: Mapping[Vip, int]) -> None:
-        with_sources = [service for service in services if service.options.sources]
-        only = {numbers[s.vip] for s in with_sources if not s.vip.set}
-        self._services.set_sources(some={numbers[s.vip.own] for s in with_sources}, only=only)
-
-    def _announce_directory(self) -> None:
-        """Tells the programs what they need not look for, and to forget what they know."""
-        if self._directory.exact_writes != self._announced_writes:
-            self._announced_writes = self._directory.exact_writes
-            self._control.epoch = self._control.epoch % MOST_EPOCHS + 1
-        self._control.wide_services = self._directory.wide_services
-        self._control.echo_addresses = self._directory.echo_addresses
-
-    def _alike(self, service: Service) -> Allocation | None:
-        """The service as it is in force; None also where it has another mode or ring size there."""
-        placed = self._placed.get(service.vip)
-        return placed if placed and placed.is_like(service) else None
-
-    def _held(self, placed: Allocation | None) -> dict[MemberKey, int]:
-        return self._members.held(placed) if placed else {}
-
-    def _place(self, service: Service) -> Allocation:
-        """Where the service lies from now on, with those of its members that it has already."""
-        old, placed = self._alike(service), self._find_place(self._layout, service)
-        if placed is None:
-            raise DataplaneError("the maps are full: load() makes them larger")
-        if old is None or placed.member_block != old.member_block:
-            self._members.wipe(*placed.member_block)
-            if old:
-                self._members.move(old, placed)
-        return placed
-
-    def _find_place(self, layout: Layout, service: Service) -> Allocation | None:
-        old = self._alike(service)
-        return layout.place(service, old, held=len(self._held(old)))
-
-    def _put_in_force(self, placed: Allocation, service: Service, change: RingChange) -> None:
-        """Of a service that is there already, the time of the change before the ring: UDP is told old from new by it.
-        A new one no packet finds before it is published."""
-        if placed.vip in self._placed and change.old != change.new:
-            placed = replace(placed, changed_ns=now_ns())
-            self._settle_again_ns.pop(placed.vip, None)
-        self._write_service(placed, service)
-        self._write_words(placed, change)
-
-    # Rings
-
-    def _ring_change(self, service: Service) -> RingChange:
-        placed = self._alike(service)
-        numbers = numbered(self._held(placed), _keys(service))
-        old = self._words_of(placed) if placed else array("I", bytes(4 * service.ring_size))
-        start = self._expired(placed, old) if placed else old
-        return RingChange(numbers, old, ring.transition(start, _table(service, numbers), _alive(service, numbers)))
-
-    def _words_of(self, placed: Allocation) -> array[int]:
-        return array("I", self._words[placed.ring_base : placed.ring_base + placed.ring_size].tobytes())
-
-    def _write_words(self, placed: Allocation, change: RingChange) -> None:
-        new, base = memoryview(change.new), placed.ring_base
-        for start, stop in ring.changed_runs(self._words_of(placed), change.new):
-            self._words[base + start : base + stop] = new[start:stop]
-
-    def _expired(self, placed: Allocation, words: array[int]) -> array[int]:
-        """The words without the transitions that have had their time."""
-        if not placed.is_due(now_ns()) or max(words) <= ring.MEMBER_MASK:
-            return words
-        return ring.expire(words, self._tracked_slots(placed))
+    # Transitions
 
     def due(self) -> list[Vip]:
-        now = now_ns()
-        waiting = (p for p in self._placed.values() if p.changed_ns and p.is_due(now))
-        return [p.vip for p in waiting if now >= self._settle_again_ns.get(p.vip, 0)]
+        now = clock.now_ns()
+        waiting = (each.vip for each in self._allocations.values() if each.changed_ns and each.is_due(now))
+        return [vip for vip in waiting if now >= self._settle_again_ns.get(vip, 0)]
 
     @translated()
     def settle(self, vip: Vip) -> None:
-        placed = self._placed.get(vip)
-        if placed is None or not (placed.changed_ns and placed.is_due(now_ns())):
+        allocation = self._allocations.get(vip)
+        if allocation is None or not (allocation.changed_ns and allocation.is_due(clock.now_ns())):
             return
-        old = self._words_of(placed)
-        new = self._expired(placed, old)
-        self._write_words(placed, RingChange({}, old, new))
-        if max(new) <= ring.MEMBER_MASK:
-            self._placed[vip] = replace(placed, changed_ns=0)
-            self._services.set_changed(self._placed[vip])
+        if self.maps.rings.expire(allocation):
+            self.maps.set_changed(replace(allocation, changed_ns=0))
         else:
-            self._settle_again_ns[vip] = now_ns() + SETTLE_AGAIN_NS
-
-    def _tracked_slots(self, placed: Allocation) -> set[int]:
-        """The slots with flows in the flow table that have not timed out."""
-        table, sought = self._obj.map(f"flows{placed.vip.address.version}"), self._sought(placed)
-        return set().union(*(recorded_slots(keys, flows, sought) for keys, flows in table.batches()))
-
-    def _flows_on(self, placed: Allocation, slots: Set[int]) -> int:
-        """How many translated connections that are open have their slot among these."""
-        table, sought, now = self._obj.map(f"nat_flows{placed.vip.address.version}"), self._sought(placed), now_ns()
-        closing = ~self._obj.types.enum("nat_state")["NAT_ESTABLISHED"]
-        return sum(
-            sought.slot(key) in slots
-            for key, flow in table.items()
-            if sought.includes(key, flow) and now <= flow.seen_ns + flow.timeout_s * _NS and not flow.state & closing
-        )
-
-    def _sought(self, placed: Allocation) -> FlowQuery:
-        return FlowQuery(
-            address=placed.vip.address.packed,
-            prefix_length=placed.vip.prefix_length,
-            ports=placed.vip.ports,
-            protocol=placed.vip.protocol,
-            oldest_ns=now_ns() - placed.flow_timeout_s * _NS,
-            seed=self._seed(),
-            ring_size=placed.ring_size,
-        )
-
-    def _seed(self) -> int:
-        return int(self._obj.map(".rodata")[0].config.hash_seed)
-
-    def _write_service(self, placed: Allocation, service: Service) -> None:
-        self._services.write(placed, service)
-        before = self._placed.get(placed.vip)
-        self._placed[placed.vip] = placed
-        if before and before.member_block != placed.member_block:
-            self._members.erase(before)
-            self._layout.release_members(before)
+            self._settle_again_ns[vip] = clock.now_ns() + SETTLE_AGAIN_NS
 
     # What others have changed
 
     @translated()
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         found = []
-        if changed := self._directory.reread():
+        if changed := self.maps.lookups.reread():
             found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by someone else")
         self.publish(services)
-        stages, behind = self.stages, self._obj.program(BEHIND_STAGES)
-        if stages.balance not in stages.map or stages.map[stages.balance].value != behind.id:
-            self._balance_behind_stages()
-            found.append("stages: the balancer was taken out from behind them")
-        return found
+        return found + self.programs.restore_stages()
 
     @translated()
     def differences(self, service: Service) -> list[str]:
-        placed = self._alike(service)
-        if placed is None:
+        allocation = self._allocation_like(service)
+        if allocation is None:
             return ["was not there"]
-        found = [] if self._services.holds(placed, service) else ["its entry was changed"]
-        numbers = self._known_numbers(placed, service)
-        if not self._members.is_whole(placed, numbers):
+        found = [] if self.maps.services.holds(allocation, service) else ["its entry was changed"]
+        numbers = self._assigned_numbers(service)
+        if not self.maps.members.is_whole(allocation, numbers):
             found.append("entries of its backends were changed")
-        elif service.vip not in self._remembered:
-            self._remember(placed, service, numbers)
-        if slots := self._slots_changed(placed, service, numbers):
-            found.append(f"{slots} of its {placed.ring_size} slots {'was' if slots == 1 else 'were'} changed")
+        elif service.vip not in self._assigned:
+            self._remember(allocation, service, numbers)
+        if slots := self.maps.rings.differing_slots(allocation, service, numbers):
+            found.append(f"{slots} of its {allocation.ring_size} slots {'was' if slots == 1 else 'were'} changed")
         return found
 
-    def _remember(self, placed: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> None:
-        given = array("H", map(numbers.__getitem__, _keys(service)))
-        self._remembered[placed.vip] = AssignedMembers(
-            service.backends, given, array("I", self._members.uids(placed, given))
-        )
+    def _remember(self, allocation: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> None:
+        given = array("H", map(numbers.__getitem__, member_keys(service)))
+        uids = array("I", self.maps.members.uids(allocation, given))
+        self._assigned[allocation.vip] = AssignedMembers(service.backends, given, uids)
 
-    def _known_numbers(self, placed: Allocation, service: Service) -> dict[MemberKey, int]:
+    def _assigned_numbers(self, service: Service) -> dict[MemberKey, int]:
         """Those that were given last, whatever the kernel's entries say now."""
-        remembered = self._remembered.get(service.vip)
-        return numbered(remembered.by_key(remembered.numbers) if remembered else self._held(placed), _keys(service))
-
-    def _slots_changed(self, placed: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> int:
-        """What was put would stay as it is if it were put again."""
-        words, alive = self._words_of(placed), _alive(service, numbers)
-        wanted = ring.transition(words, _table(service, numbers), alive)
-        return 0 if words == wanted else sum(old != new for old, new in zip(words, wanted, strict=True))
+        assigned = self._assigned.get(service.vip)
+        held = assigned.by_key(assigned.numbers) if assigned else self.maps.numbers(service)
+        return numbered(held, member_keys(service))
 
     @translated()
     def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
         """As `put`; members that are lost get the numbers that they had, which slots and flows name."""
-        if placed := self._alike(service):
-            remembered = self._remembered.get(service.vip)
-            uids = remembered.by_key(remembered.uids) if remembered else {}
-            self._members.restore(placed, service, self._known_numbers(placed, service), uids, hops)
+        if allocation := self._allocation_like(service):
+            assigned = self._assigned.get(service.vip)
+            uids = assigned.by_key(assigned.uids) if assigned else {}
+            self.maps.members.restore(allocation, service, self._assigned_numbers(service), uids, hops)
         return self.put(service, hops)
 
     @translated()
     def follow(self, service: Service, hops: Mapping[Address, NextHop]) -> set[Address]:
-        placed = self._alike(service)
-        if placed is None:
+        allocation = self._allocation_like(service)
+        if allocation is None:
             return set()
-        if service.vip not in self._remembered:
-            self._remember(placed, service, self._known_numbers(placed, service))
-        remembered = self._remembered[service.vip]
-        numbers = ((b, n) for b, n in zip(remembered.backends, remembered.numbers, strict=True) if b.address in hops)
-        return self._members.follow(placed, numbers, service.options, hops)
+        if service.vip not in self._assigned:
+            self._remember(allocation, service, self._assigned_numbers(service))
+        assigned = self._assigned[service.vip]
+        numbers = ((b, n) for b, n in zip(assigned.backends, assigned.numbers, strict=True) if b.address in hops)
+        return self.maps.members.follow(allocation, numbers, service.options, hops)
 
-    def ways(self) -> Iterator[InstalledNextHop]:
-        for placed in self._placed.values():
-            yield from self._members.ways(placed)
+    def installed_next_hops(self) -> Iterator[InstalledNextHop]:
+        for allocation in self._allocations.values():
+            yield from self.maps.members.next_hops(allocation)
 
     # What is counted
 
     @translated()
     def statistics(self) -> Statistics:
-        services = self._placed.items()
+        maps, obj = self.maps, self.programs.obj
+        services = maps.allocations.items()
         return Statistics(
             reasons=self._reasons(),
-            backends={vip: self._members.counters(placed) for vip, placed in services},
-            slots_in_transition={vip: _in_transition(self._words_of(placed)) for vip, placed in services},
+            backends={vip: maps.members.counters(allocation) for vip, allocation in services},
+            slots_in_transition={vip: maps.rings.slots_in_transition(allocation) for vip, allocation in services},
             unresolved={
                 ip_address(address)
-                for _, placed in services
-                for (address, _), known in self._members.resolved(placed).items()
-                if not known
+                for _, allocation in services
+                for (address, _), is_resolved in maps.members.resolved(allocation).items()
+                if not is_resolved
             },
-            maps={name: self._obj.map(name).memory for name in self._obj.map_names},
+            maps={name: obj.map(name).memory for name in obj.map_names},
         )
 
     def _reasons(self) -> dict[str, int]:
-        totals = self._obj.map("reasons").totals()
-        names = self._obj.types.enum("reason").items()
+        obj = self.programs.obj
+        totals = obj.map("reasons").totals()
         return {
             name.lower(): totals[number]
-            for name, number in names
+            for name, number in obj.types.enum("reason").items()
             if name.startswith(("ANSWERED_", "PASS_", "DROP_", "NOTED_"))
         }
-
-    # Maps
-
-    def _use(self, obj: Loaded) -> None:
-        super()._use(obj)
-        options = obj.types.enum("service_option")
-        self._services = ServiceTable(obj.map("services").view(), obj.types.enum("mode"), options)
-        self._directory = Directory(obj)
-        self._announced_writes = 0
-        self._words = memoryview(obj.map("rings").bytes()).cast("B").cast("I")
-        self._members = MemberTable(obj.map("members").view(), obj.map("counters"), obj.types.enum("member_flag"))
-        self._placed = {placed.vip: placed for placed in self._services}
-        self._layout = Layout.of(
-            self._placed.values(),
-            services=len(obj.map("services")),
-            slots=len(self._words),
-            members=len(self._members),
-        )
-
-    @translated()
-    def load(self, services: Sequence[Service]) -> None:
-        self._load(self._sizes_for(services) if self.loaded else Sizes.of(services))
-        for vip in self.due():
-            self.settle(vip)
-
-    @translated()
-    def unload(self) -> None:
-        super().unload()
-        self._placed, self._remembered = {}, {}
-
-    def _sizes_for(self, services: Sequence[Service]) -> Sizes:
-        """Those of the maps in force, as long as everything fits."""
-        held, wanted = Sizes.held_by(self._obj), Sizes.of(services)
-        sizes = held.with_flow_tables_of(wanted)
-        return sizes if self._fits(services, held) else sizes.with_room_for(wanted)
-
-    def _fits(self, services: Sequence[Service], sizes: Sizes) -> bool:
-        """Whether every service finds room, on top of all that is there."""
-        trial = self._layout.copy()
-        vips = self._placed.keys() | {service.vip for service in services}
-        return (
-            len(vips) <= sizes.services
-            and self._directory.server_ids + server_ids(services) <= sizes.server_ids
-            and all(self._find_place(trial, service) for service in services)
-        )
-
-
-def _keys(service: Service) -> list[MemberKey]:
-    return [member_key(b) for b in service.backends]
-
-
-def _alive(service: Service, numbers: Mapping[MemberKey, int]) -> frozenset[int]:
-    return frozenset(numbers[member_key(b)] for b in service.backends if not b.down)
-
-
-def _table(service: Service, numbers: Mapping[MemberKey, int]) -> array[int]:
-    """Slot -> the number of the member wanted there, 0 = none."""
-    members = [numbers[member_key(b)] for b in service.backends]
-    weights = {str(b): b.ring_weight for b in service.backends}
-    return maglev.table(weights, service.ring_size, members) or array("H", bytes(2 * service.ring_size))
-
-
-def _in_transition(words: array[int]) -> int:
-    if max(words) <= ring.MEMBER_MASK:
-        return 0
-    return sum(word > ring.MEMBER_MASK and ring.previous_member(word) != 0 for word in words)

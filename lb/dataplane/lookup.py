@@ -75,20 +75,20 @@ TABLES = (
 
 
 def is_plain(service: Service) -> bool:
-    """One VIP, found by one lookup, with nothing else to be told."""
+    """One VIP, found by one lookup, and nothing in other tables."""
     vip, options = service.vip, service.options
     return vip.is_exact and not (vip.set or options.echo or options.sources or service.quic_lengths)
 
 
 def entries(services: Iterable[Service], numbers: Mapping[Vip, int], members: Members) -> dict[str, Entries]:
-    """Map name -> key -> value, for all of TABLES. members: asked for services with server IDs."""
+    """Map name -> key -> value, for all of TABLES. members: called for services with server IDs."""
     found: dict[str, Entries] = {name: {} for name in TABLES}
-    asked = list(services)
-    own = [service.vip for service in asked if not service.vip.set]
+    wanted = list(services)
+    own = [service.vip for service in wanted if not service.vip.set]
     for vip in (vip for vip in own if vip.is_exact):
         found[exact_table(vip)][service_key(vip)] = numbers[vip]
     _add_wide(found, [vip for vip in own if not vip.is_exact], numbers)
-    for service in asked:
+    for service in wanted:
         _add_sources(found, service, numbers)
         _add_quic(found, service, numbers[service.vip], members)
         _add_echo(found, service)

@@ -18,6 +18,8 @@ from lb.dataplane.members import address_words
 from lb.model.state import Service
 from lb.model.vip import Vip
 
+MOST_EPOCHS = 2**32 - 1
+
 
 class Table:
     """One map of u32 values, and what it holds; this process is the only writer."""
@@ -32,18 +34,18 @@ class Table:
 
     def key(self, key: Key) -> bytes:
         """As the map has it."""
-        made = self._map.key_type()
+        struct = self._map.key_type()
         for name in key.__slots__:
             value = getattr(key, name)
             if isinstance(value, IPv4Address):
                 value = int(value)
             if isinstance(value, IPv6Address):
-                getattr(made, name)[:] = address_words(value)
+                getattr(struct, name)[:] = address_words(value)
             elif isinstance(value, bytes):
-                getattr(made, name)[: len(value)] = value
+                getattr(struct, name)[: len(value)] = value
             else:
-                setattr(made, name, value)
-        return bytes(made)
+                setattr(struct, name, value)
+        return bytes(struct)
 
     def reread(self) -> int:
         """How many entries others have changed since."""
@@ -75,12 +77,14 @@ class Plain:
     key: bytes
 
 
-class Directory:
-    """All of the tables. `maps.map(name)` gives each, such as xdp.object.BpfObject.
+class LookupMaps:
+    """All of the tables. `maps.map(name)` gives each, such as xdp.object.BpfObject. control: a live struct control.
 
     Services that have not changed since the last time cost next to nothing: there may be thousands."""
 
-    def __init__(self, maps: Any) -> None:
+    def __init__(self, maps: Any, control: Any) -> None:
+        self._control = control
+        self._announced_writes = 0
         self._tables = {name: Table(maps.map(name)) for name in TABLES}
         self._plain: dict[Vip, Plain] = {}
         self._wanted: dict[str, set[bytes]] = {}
@@ -126,7 +130,7 @@ class Directory:
         return changed
 
     def forget(self, number: int) -> None:
-        """A service that goes before anyone asked for it: nothing may lead to its number, which another may get."""
+        """A service goes before the next `prune`: nothing may lead to its number, which another one may get."""
         for name, table in self._tables.items():
             if name == "quic_members":
                 table.remove([key for key in table.held if key.startswith(number.to_bytes(4, sys.byteorder))])
@@ -134,13 +138,21 @@ class Directory:
                 table.remove([key for key, value in table.held.items() if value == number])
         self._plain = {vip: plain for vip, plain in self._plain.items() if plain.number != number}
 
+    def announce(self) -> None:
+        """Tells the programs what they need not look for, and to forget what they know."""
+        if self._exact_writes != self._announced_writes:
+            self._announced_writes = self._exact_writes
+            self._control.epoch = self._control.epoch % MOST_EPOCHS + 1
+        self._control.wide_services = self._wide_services
+        self._control.echo_addresses = self._echo_addresses
+
     @property
-    def exact_writes(self) -> int:
+    def _exact_writes(self) -> int:
         """How often the tables of which the programs keep copies have been written."""
         return sum(self._tables[f"services{version}"].writes for version in (4, 6))
 
     @property
-    def wide_services(self) -> int:
+    def _wide_services(self) -> int:
         """Whether a packet that no exact VIP fits may have a service all the same: nonzero."""
         return sum(len(self._tables[f"ranges{version}"].held) for version in (4, 6))
 
@@ -149,6 +161,6 @@ class Directory:
         return len(self._tables["quic_members"].held)
 
     @property
-    def echo_addresses(self) -> int:
+    def _echo_addresses(self) -> int:
         tables = (self._tables[f"services{version}"] for version in (4, 6))
         return sum(list(table.held.values()).count(NO_SERVICE) for table in tables)

@@ -34,6 +34,11 @@ def member_key(backend: Backend) -> MemberKey:
     return backend.address.packed, backend.port
 
 
+def member_keys(service: Service) -> list[MemberKey]:
+    """Of its backends, in their order."""
+    return [member_key(b) for b in service.backends]
+
+
 def numbered(held: Mapping[K, int], wanted: Sequence[K]) -> dict[K, int]:
     """A number for each: the one it has, or the lowest one that no member has now."""
     used = set(held.values())
@@ -42,7 +47,7 @@ def numbered(held: Mapping[K, int], wanted: Sequence[K]) -> dict[K, int]:
 
 
 def _free_bits(prefix: Network | None) -> int:
-    """How many bits of the outer source follow the flow: of IPv6, only the last 32 do. A single address is told from
+    """How many bits of the outer source follow the flow: of IPv6, only the last 32 do. A single address differs from
     no prefix at all by a number that means none of the bits as well."""
     if prefix is None:
         return 0
@@ -82,23 +87,23 @@ class MemberTable:
     def __len__(self) -> int:
         return len(self._members)
 
-    def held(self, placed: Allocation) -> dict[MemberKey, int]:
+    def numbers(self, allocation: Allocation) -> dict[MemberKey, int]:
         """Those alive in the service's block, with their numbers."""
         found = {}
-        for number in range(1, placed.member_count):
-            member = self._members[placed.member_base + number]
+        for number in range(1, allocation.member_count):
+            member = self._members[allocation.member_base + number]
             if member.flags & self._alive:
                 size = 16 if member.flags & self._ip6 else 4
                 found[bytes(member.address)[:size], member.port] = number
         return found
 
-    def places(self, placed: Allocation) -> dict[MemberKey, int]:
+    def indices(self, allocation: Allocation) -> dict[MemberKey, int]:
         """Those alive in the service's block, with their indices in both maps."""
-        return {key: placed.member_base + number for key, number in self.held(placed).items()}
+        return {key: allocation.member_base + number for key, number in self.numbers(allocation).items()}
 
     def write(
         self,
-        placed: Allocation,
+        allocation: Allocation,
         service: Service,
         numbers: Mapping[MemberKey, int],
         hops: Mapping[Address, NextHop],
@@ -107,12 +112,12 @@ class MemberTable:
         for backend in service.backends:
             if backend.address not in hops:
                 continue
-            index = placed.member_base + numbers[member_key(backend)]
-            member = self._member(backend, self._known(hops[backend.address], index), service.options)
+            index = allocation.member_base + numbers[member_key(backend)]
+            member = self._member(backend, self._with_known_mac(hops[backend.address], index), service.options)
             member.index = index
             self._put(member)
 
-    def _known(self, hop: NextHop, index: int) -> NextHop:
+    def _with_known_mac(self, hop: NextHop, index: int) -> NextHop:
         """One that is silent keeps the MAC address that it had, on the same link: nobody knows a better one."""
         old = self._members[index]
         if hop.dst_mac is None and old.flags & self._resolved and old.hop.ifindex == hop.ifindex:
@@ -121,12 +126,12 @@ class MemberTable:
 
     def _member(self, backend: Backend, hop: NextHop, options: Options) -> Any:
         flags = self._alive | (self._resolved if hop.dst_mac else 0) | self._ip6 * (backend.address.version == 6)
-        varies = options.tunnel_source(backend.address.version)
+        source = options.tunnel_source(backend.address.version)
         member = self._struct(
-            port=backend.port, flags=flags, mtu=min(hop.mtu, MOST_MTU), source_bits=_free_bits(varies)
+            port=backend.port, flags=flags, mtu=min(hop.mtu, MOST_MTU), source_bits=_free_bits(source)
         )
         member.address[:] = address_words(backend.address)
-        member.source[:] = address_words(varies.network_address if varies else hop.source)
+        member.source[:] = address_words(source.network_address if source else hop.source)
         member.hop.ifindex = hop.ifindex
         member.hop.source[:] = hop.src_mac
         member.hop.destination[:] = hop.dst_mac or bytes(6)
@@ -143,16 +148,16 @@ class MemberTable:
         if bytes(member) != bytes(old):
             self._members[index] = member
 
-    def is_whole(self, placed: Allocation, numbers: Mapping[MemberKey, int]) -> bool:
+    def is_whole(self, allocation: Allocation, numbers: Mapping[MemberKey, int]) -> bool:
         """Those alive are these, under their numbers; next hops are not looked at."""
-        return self.held(placed) == numbers and all(
-            self._members[placed.member_base + number].index == placed.member_base + number
+        return self.numbers(allocation) == numbers and all(
+            self._members[allocation.member_base + number].index == allocation.member_base + number
             for number in numbers.values()
         )
 
     def restore(
         self,
-        placed: Allocation,
+        allocation: Allocation,
         service: Service,
         numbers: Mapping[MemberKey, int],
         uids: Mapping[MemberKey, int],
@@ -161,22 +166,22 @@ class MemberTable:
         """Each under its number again, whatever others have made of the block, with its uid as far as it is known, so
         that its flows are found, and with what it has counted."""
         wanted = {number: key for key, number in numbers.items()}
-        for key, number in self.held(placed).items():
+        for key, number in self.numbers(allocation).items():
             if wanted.get(number) != key:
-                self._members[placed.member_base + number] = self._struct()
+                self._members[allocation.member_base + number] = self._struct()
         for backend in service.backends:
             if hop := hops.get(backend.address):
                 member = self._member(backend, hop, service.options)
-                member.index = placed.member_base + numbers[member_key(backend)]
+                member.index = allocation.member_base + numbers[member_key(backend)]
                 member.uid = uids.get(member_key(backend), self._members[member.index].uid) or _new_uid()
                 self._members[member.index] = member
 
-    def uids(self, placed: Allocation, numbers: Iterable[int]) -> Iterator[int]:
-        return (self._members[placed.member_base + number].uid for number in numbers)
+    def uids(self, allocation: Allocation, numbers: Iterable[int]) -> Iterator[int]:
+        return (self._members[allocation.member_base + number].uid for number in numbers)
 
     def follow(
         self,
-        placed: Allocation,
+        allocation: Allocation,
         numbers: Iterable[tuple[Backend, int]],
         options: Options,
         hops: Mapping[Address, NextHop],
@@ -184,32 +189,32 @@ class MemberTable:
         """Where entries of these backends say something else than `hops`, they are written; of which backends."""
         changed = set()
         for backend, number in numbers:
-            index = placed.member_base + number
+            index = allocation.member_base + number
             old = self._members[index]
             if not old.flags & self._alive:
                 continue
-            member = self._member(backend, self._known(hops[backend.address], index), options)
+            member = self._member(backend, self._with_known_mac(hops[backend.address], index), options)
             member.index, member.uid = index, old.uid
             if bytes(member) != bytes(old):
                 self._members[index] = member
                 changed.add(backend.address)
         return changed
 
-    def ways(self, placed: Allocation) -> Iterator[InstalledNextHop]:
-        for (address, _), index in self.places(placed).items():
+    def next_hops(self, allocation: Allocation) -> Iterator[InstalledNextHop]:
+        for (address, _), index in self.indices(allocation).items():
             member = self._members[index]
             mac = bytes(member.hop.destination) if member.flags & self._resolved else None
             yield InstalledNextHop(ip_address(address), member.hop.ifindex, mac)
 
-    def disown_flows(self, placed: Allocation, keys: Container[MemberKey]) -> None:
+    def disown_flows(self, allocation: Allocation, keys: Container[MemberKey]) -> None:
         """What is recorded as theirs, in whatever table, is a miss from now on; they keep what they have counted."""
-        for key, index in self.places(placed).items():
+        for key, index in self.indices(allocation).items():
             if key in keys:
                 self._members[index].uid = _new_uid()
 
     def move(self, old: Allocation, new: Allocation) -> None:
         """Copies members to another block, each under its number and with what it has counted."""
-        for number in self.held(old).values():
+        for number in self.numbers(old).values():
             member = self._struct.from_buffer_copy(self._members[old.member_base + number])
             index = new.member_base + number
             self._counters.set_total(index, self._counters.total(member.index))
@@ -222,15 +227,15 @@ class MemberTable:
             if self._members[index].flags:
                 self._members[index] = self._struct()
 
-    def erase(self, placed: Allocation, keep: Container[MemberKey] = ()) -> None:
-        for key, index in self.places(placed).items():
+    def erase(self, allocation: Allocation, keep: Container[MemberKey] = ()) -> None:
+        for key, index in self.indices(allocation).items():
             if key not in keep:
                 self._members[index] = self._struct()
 
-    def counters(self, placed: Allocation) -> dict[Backend, Counters]:
+    def counters(self, allocation: Allocation) -> dict[Backend, Counters]:
         return {
             Backend(ip_address(address), port): self._totals(index)
-            for (address, port), index in self.places(placed).items()
+            for (address, port), index in self.indices(allocation).items()
         }
 
     def _totals(self, index: int) -> Counters:
@@ -244,17 +249,19 @@ class MemberTable:
             total.repeated_syns,
         )
 
-    def is_sourced(self, placed: Allocation, options: Options) -> bool:
-        """Whether the outer sources that it has are those that are asked for."""
-        for index in self.places(placed).values():
+    def is_sourced(self, allocation: Allocation, options: Options) -> bool:
+        """Whether the outer sources that it has are those of the options."""
+        for index in self.indices(allocation).values():
             member = self._members[index]
-            varies = options.tunnel_source(6 if member.flags & self._ip6 else 4)
-            if member.source_bits != _free_bits(varies):
+            source = options.tunnel_source(6 if member.flags & self._ip6 else 4)
+            if member.source_bits != _free_bits(source):
                 return False
-            if varies and list(member.source) != address_words(varies.network_address):
+            if source and list(member.source) != address_words(source.network_address):
                 return False
         return True
 
-    def resolved(self, placed: Allocation) -> dict[MemberKey, bool]:
+    def resolved(self, allocation: Allocation) -> dict[MemberKey, bool]:
         """Member -> whether its next hop is known; else the programs have to look it up."""
-        return {key: bool(self._members[index].flags & self._resolved) for key, index in self.places(placed).items()}
+        return {
+            key: bool(self._members[index].flags & self._resolved) for key, index in self.indices(allocation).items()
+        }

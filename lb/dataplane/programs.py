@@ -8,17 +8,19 @@ goes on from there.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from lb.dataplane import clock
 from lb.dataplane.allocation import Sizes
 from lb.dataplane.errors import translated
+from lb.dataplane.lookup import TABLES
 from lb.errors import DataplaneError
 from lb.model.forwarding import Attachment
 from lb.model.state import Interface
+from lb.paths import Paths
 from xdp import attach as xdp_attach
 from xdp.errors import CannotCarry, LoadError, NotPermitted, XdpError
 from xdp.migrate import Succession, catch_up, check_meanings
@@ -41,23 +43,33 @@ from xdp.stages import Stages
 PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
 REFUSED = "the installed program cannot take over, the one in force goes on"
 LOST = "{0}: the pins of the program there are gone, and it is not this version's ({1}): ip link set dev {0} xdp off"
+WRITTEN_MAPS = ("services", "members", "counters", "rings", *TABLES)  # by lb.dataplane.service_maps
 MOST_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than this, whatever becomes of the process
 
 
 class Programs:
-    """The part of lb.control.contracts.Dataplane that is about programs. Every method raises DataplaneError."""
+    """The part of lb.control.contracts.Dataplane that is about programs. Every method raises DataplaneError.
+
+    Opened alone, it is for who needs no more of the balancer than where it runs and the places in its path.
+    """
 
     def __init__(self, pins: Pins) -> None:
         self._pins = pins
         self._object: Loaded | None = None
         self._pinned_in: Path | None = None  # the object's generation
         self._unusable: XdpError | None = None
-        self._alone = False  # no other generation is pinned, as this process has seen
+        self._is_only_generation = False  # that is pinned, as this process has seen
         self._unpinned: list[Program] = []  # of ours, on interfaces
         if generation := self._generation_in_force():
             self._adopt(generation)
 
-    def _use(self, obj: Loaded) -> None:
+    @classmethod
+    @translated()
+    def open(cls, paths: Paths) -> Self:
+        """What an earlier process pinned, or nothing yet; either way nothing is written."""
+        return cls(Pins(paths.run_dir, paths.netns))
+
+    def use(self, obj: Loaded) -> None:
         """Makes a loaded or adopted object the one that all methods work on."""
         self._object, self._unusable = obj, None
 
@@ -66,7 +78,13 @@ class Programs:
         return self._object is not None or self._unusable is not None
 
     @property
-    def _obj(self) -> Loaded:
+    def usable_obj(self) -> Loaded | None:
+        """What is in force; None where nothing is, or what this version cannot work on."""
+        return None if self._unusable else self._object
+
+    @property
+    def obj(self) -> Loaded:
+        """Likewise; raises DataplaneError where there is none."""
         if self._unusable:
             can_follow = self._object and not isinstance(self._unusable, CannotCarry)
             mend = "xdp-lb attach IFACE" if can_follow else "xdp-lb detach, then xdp-lb attach IFACE"
@@ -77,15 +95,15 @@ class Programs:
 
     @property
     def stages(self) -> Stages:
-        return Stages(self._obj)
+        return Stages(self.obj)
 
     @property
     def _program(self) -> Program:
-        return self._obj.program(PROGRAM)
+        return self.obj.program(PROGRAM)
 
     @property
     def _control(self) -> Any:
-        return self._obj.variable("control")
+        return self.obj.variable("control")
 
     def _generation_in_force(self) -> Path | None:
         """The one that balances: a process that was killed may have left it to be made `current`."""
@@ -101,36 +119,48 @@ class Programs:
             self._object = PinnedObject.open(str(generation), LB_OBJECT)
             if self.outdated:
                 _check_meanings(self._object)
-            self._use(self._object)
+            for name in WRITTEN_MAPS:
+                self._object.map(name)
+            self.use(self._object)
         except NotPermitted:
             raise
         except XdpError as error:
             self._unusable = error
 
-    def _load(self, sizes: Sizes) -> None:
+    @translated()
+    def load(self, sizes: Sizes) -> None:
         """Have programs in force, with maps of these sizes, and no other generation beside them."""
         if not self.loaded:
             self._install(sizes)
-        elif sizes != Sizes.held_by(self._obj):
+        elif sizes != Sizes.held_by(self.obj):
             self._replace(sizes)
-        if not self._alone and self._pins.others():
+        if not self._is_only_generation and self._pins.others():
             self._leave_older_generations()
-        self._alone = True
+        self._is_only_generation = True
 
     def _install(self, sizes: Sizes) -> None:
         """Where there is nothing yet."""
         obj = _sized(sizes)
         obj.load()
-        self._alone = False
+        self._is_only_generation = False
         generation = self._pins.prepare()
         obj.pin(str(generation))
         self._pins.put_in_force(generation)
         self._pinned_in = generation
-        self._use(obj)
+        self.use(obj)
         self._balance_behind_stages()
 
     def _balance_behind_stages(self) -> None:
-        self.stages.set(self.stages.balance, self._obj.program(BEHIND_STAGES).fd)
+        self.stages.set(self.stages.balance, self.obj.program(BEHIND_STAGES).fd)
+
+    @translated()
+    def restore_stages(self) -> list[str]:
+        """Have packets come to the balancer behind the stages, where others have taken it out: sentences of that."""
+        balance = self.stages.map.get(self.stages.balance)
+        if balance is not None and balance.value == self.obj.program(BEHIND_STAGES).id:
+            return []
+        self._balance_behind_stages()
+        return ["stages: the balancer was taken out from behind them"]
 
     # Without pins
 
@@ -143,12 +173,12 @@ class Programs:
         if self.loaded:
             return
         names = {each.name for each in interfaces}
-        there = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
-        lost = [name for name, number in there.items() if program_name(number) == PROGRAM]
+        running = {name: each.program_id for name, each in xdp_attach.all_attached().items() if name in names}
+        lost = [name for name, number in running.items() if program_name(number) == PROGRAM]
         if not lost:
             return
         try:
-            self._go_on_from(there[lost[0]])
+            self._go_on_from(running[lost[0]])
         except LoadError as error:
             raise DataplaneError(LOST.format(lost[0], in_one_line(error))) from error
 
@@ -203,7 +233,7 @@ class Programs:
         packet is lost, and none is counted twice or never. If it fails, nothing has changed."""
         old, new = self._object, _sized(sizes)
         assert old
-        self._alone = False
+        self._is_only_generation = False
         generation = None
         try:
             succession = Succession(old, new, STAGE_MAPS)
@@ -226,10 +256,10 @@ class Programs:
         killed behind it, the next one goes on for."""
         control = new.variable("control")
         if succession.has_to_catch_up:
-            control.whole_ns = now_ns() + MOST_CATCHING_UP_NS
+            control.whole_ns = clock.now_ns() + MOST_CATCHING_UP_NS
         Stages(old).relay(new.program(BEHIND_STAGES).fd)
         self._pinned_in = generation
-        self._use(new)
+        self.use(new)
         self._leave_older_generations()
         for name, index, more in succession.counted_since():
             _add(new, name, index, more)
@@ -254,7 +284,7 @@ class Programs:
         before = (each for each in self._pins.others() if int(each.name) < int(self._pinned_in.name))
         for generation in before:
             with suppress(LoadError), PinnedObject(str(generation)) as old:
-                catch_up(old, self._obj)
+                catch_up(old, self.obj)
         self._control.whole_ns = 0
 
     def close(self) -> None:
@@ -332,13 +362,9 @@ class Programs:
         }
 
     @translated()
-    def programs(self) -> Mapping[str, int]:
+    def program_ids(self) -> Mapping[str, int]:
+        """Interface name -> the id of the XDP program there, ours or not."""
         return {name: running.program_id for name, running in xdp_attach.all_attached().items()}
-
-
-def now_ns() -> int:
-    """The clock of the programs: bpf_ktime_get_coarse_ns()."""
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 def _sized(sizes: Sizes) -> BpfObject:

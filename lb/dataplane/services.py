@@ -17,7 +17,7 @@ from lb.model.options import Options
 from lb.model.state import Mode, Service
 from lb.model.vip import Protocol, Vip
 
-_PLACED_FIELDS = (
+_ALLOCATION_FIELDS = (
     "number",
     "ring_base",
     "ring_size",
@@ -40,15 +40,15 @@ class ServiceTable:
         self._mode_names = {value: mode for mode, value in self._modes.items()}
         self._options = options
         bits = {number: e.options & self._source_bits for number, e in enumerate(services)}
-        self._of_sources = {number: asked for number, asked in bits.items() if asked}
+        self._of_sources = {number: each for number, each in bits.items() if each}
 
     def __iter__(self) -> Iterator[Allocation]:
         """Those in use."""
         for entry in self._services:
             if entry.in_use:
-                yield self._placed(entry)
+                yield self._allocation(entry)
 
-    def _placed(self, entry: Any) -> Allocation:
+    def _allocation(self, entry: Any) -> Allocation:
         size = 4 if entry.family == socket.AF_INET else 16
         vip = Vip(
             ip_address(bytes(entry.address)[:size]),
@@ -59,20 +59,20 @@ class ServiceTable:
             bytes(entry.set).rstrip(b"\0").decode(),
         )
         mode = self._mode_names[entry.mode]
-        return Allocation(vip=vip, mode=mode, **{name: getattr(entry, name) for name in _PLACED_FIELDS})
+        return Allocation(vip=vip, mode=mode, **{name: getattr(entry, name) for name in _ALLOCATION_FIELDS})
 
-    def write(self, placed: Allocation, service: Service) -> None:
-        """Whether it asks for sources, `set_sources` says, and stays as it is."""
-        self._services[placed.number] = self._entry(placed, service)
+    def write(self, allocation: Allocation, service: Service) -> None:
+        """All but the bits of `set_sources`, which stay as they are."""
+        self._services[allocation.number] = self._entry(allocation, service)
 
-    def holds(self, placed: Allocation, service: Service) -> bool:
+    def holds(self, allocation: Allocation, service: Service) -> bool:
         """Whether its entry is as it was written."""
-        return bytes(self._services[placed.number]) == bytes(self._entry(placed, service))
+        return bytes(self._services[allocation.number]) == bytes(self._entry(allocation, service))
 
-    def _entry(self, placed: Allocation, service: Service) -> Any:
-        vip, options = placed.vip, service.options
+    def _entry(self, allocation: Allocation, service: Service) -> Any:
+        vip, options = allocation.vip, service.options
         entry = self._struct(
-            mode=self._modes[placed.mode],
+            mode=self._modes[allocation.mode],
             in_use=1,
             mss=options.mss,
             gue_port=options.gue_port,
@@ -83,9 +83,9 @@ class ServiceTable:
             prefix_length=vip.prefix_length,
             family=_FAMILIES[vip.address.version],
             protocol=vip.protocol,
-            **{name: getattr(placed, name) for name in _PLACED_FIELDS},
+            **{name: getattr(allocation, name) for name in _ALLOCATION_FIELDS},
         )
-        entry.options = self._bits(service) | self._of_sources.get(placed.number, 0)
+        entry.options = self._bits(service) | self._of_sources.get(allocation.number, 0)
         entry.address[:] = address_words(vip.address)
         entry.set[: len(vip.set)] = vip.set.encode()
         for config, length in service.quic_lengths.items():
@@ -97,30 +97,30 @@ class ServiceTable:
         return self._options["OPTION_SOURCES"] | self._options["OPTION_ONLY_SOURCES"]
 
     def _bits(self, service: Service) -> int:
-        asked = _options_asked(service.options) | {"OPTION_QUIC": bool(service.quic_lengths)}
-        return sum(self._options[name] for name, is_asked in asked.items() if is_asked)
+        used = _options_used(service.options) | {"OPTION_QUIC": bool(service.quic_lengths)}
+        return sum(self._options[name] for name, is_used in used.items() if is_used)
 
-    def set_changed(self, placed: Allocation) -> None:
+    def set_changed(self, allocation: Allocation) -> None:
         """The time of its last change alone."""
-        self._services[placed.number].changed_ns = placed.changed_ns
+        self._services[allocation.number].changed_ns = allocation.changed_ns
 
     def set_sources(self, *, some: Set[int], only: Set[int]) -> None:
         """The numbers of the services whose clients are looked up, and of those that refuse who is not found."""
-        asked = {
+        bits = {
             number: self._options["OPTION_SOURCES"] | self._options["OPTION_ONLY_SOURCES"] * (number in only)
             for number in some
         }
         for number in self._of_sources.keys() | some:
             entry = self._services[number]
-            entry.options = entry.options & ~self._source_bits | asked.get(number, 0)
-        self._of_sources = asked
+            entry.options = entry.options & ~self._source_bits | bits.get(number, 0)
+        self._of_sources = bits
 
-    def erase(self, placed: Allocation) -> None:
-        self._services[placed.number] = self._struct()
-        self._of_sources.pop(placed.number, None)
+    def erase(self, allocation: Allocation) -> None:
+        self._services[allocation.number] = self._struct()
+        self._of_sources.pop(allocation.number, None)
 
 
-def _options_asked(options: Options) -> dict[str, bool]:
+def _options_used(options: Options) -> dict[str, bool]:
     return {
         "OPTION_SYN_LIMIT": bool(options.syn_limit),
         "OPTION_SYN_LIMIT_OF_SOURCE": bool(options.syn_limit_of_source),

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lb.dataplane.allocation import NAT_FLOWS, Sizes
-from lb.dataplane.dataplane import KernelDataplane
-from lb.dataplane.programs import PROGRAM
+from lb.dataplane.programs import PROGRAM, Programs
 from lb.doctor.facts import Dataplane, Host, Interface, Neighbours, Peer, Program, Queues, Refusal
 from lb.errors import DataplaneError, InvalidInput, NotFound, StoreError
 from lb.health.path import FAR, NEAR
@@ -227,8 +226,8 @@ def _programs(paths: Paths) -> dict[str, Program]:
 
 def _our_attachments(paths: Paths) -> Mapping[str, Attachment]:
     """None without the capabilities to look."""
-    with suppress(DataplaneError), closing(KernelDataplane.open(paths)) as dataplane:
-        return dataplane.attachments()
+    with suppress(DataplaneError), closing(Programs.open(paths)) as programs:
+        return programs.attachments()
     return {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lb.explain.packet import describe, mac_text
-from lb.explain.reasons import Choice, Explanation, Stage, found_by, words
+from lb.explain.reasons import Choice, Explanation, Stage, found_by, reason_text
 from lb.formats.documents import Document
 from lb.model.options import GUE_PORT
 
@@ -13,13 +13,13 @@ from lb.model.options import GUE_PORT
 def document(explanation: Explanation) -> Document:
     """The keys are listed in the help of `xdp-lb explain`."""
     outcome, choice = explanation.outcome, explanation.choice
-    said, fix = verdict(explanation)
+    sentence, fix = verdict(explanation)
     return {
         "interface": explanation.interface,
         "packet": _frame_document(explanation.frame, explanation),
         "action": outcome.action,
         "reason": outcome.reason,
-        "verdict": said,
+        "verdict": sentence,
         "fix": fix,
         "ended_by": [_stage_document(stage) for stage in outcome.stages],
         "service": _service_document(choice),
@@ -44,21 +44,21 @@ def _stage_document(stage: Stage) -> Document:
 
 
 def _service_document(choice: Choice) -> Document | None:
-    if choice.served is None:
+    if choice.service is None:
         return None
-    placed = choice.served.placed
-    return {"vip": str(placed.vip), "mode": str(placed.mode), "found_by": found_by(choice.served)}
+    allocation = choice.service.allocation
+    return {"vip": str(allocation.vip), "mode": str(allocation.mode), "found_by": found_by(choice.service)}
 
 
 def _slot_document(explanation: Explanation) -> Document | None:
-    slot, served = explanation.choice.slot, explanation.choice.served
-    if slot is None or served is None:
+    slot, service = explanation.choice.slot, explanation.choice.service
+    if slot is None or service is None:
         return None
     current, previous = explanation.slot_members
     return {
         "hash": f"{slot.hash_value:016x}",
         "number": slot.number,
-        "ring_size": served.placed.ring_size,
+        "ring_size": service.allocation.ring_size,
         "current": current or ("gone" if slot.current else None),
         "previous": previous or ("gone" if slot.previous else None),
         "tracked": slot.is_tracked,
@@ -87,10 +87,10 @@ def verdict(explanation: Explanation) -> tuple[str, str | None]:
     if outcome.stages or outcome.reason is None:
         where = "by a program that is not the balancer's"
         return f"{ACTIONS.get(outcome.action, outcome.action)} {where}", _fix_of_stages(outcome.stages, outcome.action)
-    said, fix = words(outcome.reason)
+    sentence, fix = reason_text(outcome.reason)
     if outcome.egress:
-        said += f": out on {outcome.egress[1]}"
-    return said, fix
+        sentence += f": out on {outcome.egress[1]}"
+    return sentence, fix
 
 
 def _fix_of_stages(stages: Iterable[Stage], action: str) -> str | None:
@@ -101,5 +101,5 @@ def _fix_of_stages(stages: Iterable[Stage], action: str) -> str | None:
 
 
 def _gue_port(explanation: Explanation) -> int:
-    served = explanation.choice.served
-    return (served.gue_port if served else 0) or GUE_PORT
+    service = explanation.choice.service
+    return (service.gue_port if service else 0) or GUE_PORT

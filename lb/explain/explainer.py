@@ -14,9 +14,8 @@ from errno import EINVAL
 from functools import partial
 
 from filters.programs.sets import Prefixes
-from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
-from lb.dataplane.programs import PROGRAM
+from lb.dataplane.programs import PROGRAM, Programs
 from lb.errors import DataplaneError, InvalidInput, part
 from lb.explain.packet import Flow, Packet, check_size, make_frame, read
 from lb.explain.probe import Probe, Run, probing
@@ -73,29 +72,31 @@ class Explainer:
     def flow(self, flow: Flow, tcp_flags: int = 0, interface: str | None = None) -> Explanation:
         """A packet of this flow, as it would come in."""
         packet = read(make_frame(flow, tcp_flags, NO_MAC, NO_MAC))
-        way = self._way_in(packet, interface)
-        frame = make_frame(flow, tcp_flags, way.client_mac, way.own_mac)
-        notes = () if way.client_mac != MADE_UP_MAC else ("the client's MAC address is made up: nobody here knows it",)
-        return self._explain(frame, way.interface, notes)
+        ingress = self._ingress(packet, interface)
+        frame = make_frame(flow, tcp_flags, ingress.client_mac, ingress.own_mac)
+        notes = (
+            () if ingress.client_mac != MADE_UP_MAC else ("the client's MAC address is made up: nobody here knows it",)
+        )
+        return self._explain(frame, ingress.interface, notes)
 
     def frame(self, frame: bytes, interface: str | None = None, notes: tuple[str, ...] = ()) -> Explanation:
         """An Ethernet frame, as it is."""
-        way = self._way_in(read(check_size(frame)), interface)
-        return self._explain(frame, way.interface, notes)
+        ingress = self._ingress(read(check_size(frame)), interface)
+        return self._explain(frame, ingress.interface, notes)
 
-    # The way in
+    # The ingress
 
-    def _way_in(self, packet: Packet | None, interface: str | None) -> WayIn:
+    def _ingress(self, packet: Packet | None, interface: str | None) -> Ingress:
         """That of the packets before it, where the flow is translated already; else the way to its sender, back."""
         if interface and interface not in self._interfaces:
             attached = ", ".join(self._interfaces)
             with part("interface"):
                 raise InvalidInput(f"interface {interface}: xdp-lb is not attached there, but to {attached}")
         reply = self._tables.way_to_client(packet, choose(packet, self._tables)) if packet else None
-        ifindex, mac = (reply.ifindex, reply.client_mac) if reply else _way_to(packet.flow.source if packet else None)
+        ifindex, mac = (reply.ifindex, reply.client_mac) if reply else _route_to(packet.flow.source if packet else None)
         name = interface or self._name_of(ifindex)
         own_mac = reply.own_mac if reply else _own_mac(self._interfaces[name])
-        return WayIn(name, (mac if ifindex == self._interfaces[name] else None) or MADE_UP_MAC, own_mac)
+        return Ingress(name, (mac if ifindex == self._interfaces[name] else None) or MADE_UP_MAC, own_mac)
 
     def _name_of(self, ifindex: int | None) -> str:
         """Of an interface that is attached; else the first one's."""
@@ -141,8 +142,8 @@ class Explainer:
         self, packet: Packet | None, choice: Choice, outcome: Outcome, frame: bytes, interface: str
     ) -> Explanation:
         reached = []
-        if packet and choice.served and outcome.reason == "forwarded":
-            reached = members_reached(outcome, packet, choice.served, self._tables)
+        if packet and choice.service and outcome.reason == "forwarded":
+            reached = members_reached(outcome, packet, choice.service, self._tables)
         member = choice.member if choice.member in reached or not reached else reached[0]
         return Explanation(
             interface,
@@ -157,9 +158,9 @@ class Explainer:
         )
 
     def _slot_members(self, choice: Choice) -> tuple[str | None, str | None]:
-        if not choice.slot or not choice.served:
+        if not choice.slot or not choice.service:
             return None, None
-        found = (self._tables.member(choice.served, n) for n in (choice.slot.current, choice.slot.previous))
+        found = (self._tables.member(choice.service, n) for n in (choice.slot.current, choice.slot.previous))
         current, previous = (str(member) if member else None for member in found)
         return current, previous
 
@@ -189,7 +190,7 @@ class Explainer:
 
 
 @dataclass(frozen=True, slots=True)
-class WayIn:
+class Ingress:
     """An interface, and the Ethernet addresses of what comes in there."""
 
     interface: str
@@ -204,7 +205,7 @@ def _attached(obj: BpfObject) -> dict[str, int]:
     return {name: socket.if_nametoindex(name) for name in names}
 
 
-def _way_to(address: Address | None) -> tuple[int | None, bytes | None]:
+def _route_to(address: Address | None) -> tuple[int | None, bytes | None]:
     """The interface towards an address, and the MAC address that its packets come from, as far as the kernel knows."""
     if address is None:
         return None, None
@@ -242,15 +243,15 @@ def _name(ifindex: int) -> str:
 
 
 def rule_that_stopped(paths: Paths, interface: str, frame: bytes) -> str | None:
-    """Which rule drops this frame: asked by itself, since other packets move the counters too. None: none of them."""
+    """Which rule drops this frame: run by itself, since other packets move the counters too. None: none of them."""
     with ExitStack() as resources:
         store = resources.enter_context(Store.open(paths.store, False))
-        dataplane = resources.enter_context(closing(KernelDataplane.open(paths)))
-        filters = resources.enter_context(KernelFilters.open(paths, dataplane, partial(_stored_set, store)))
+        programs = resources.enter_context(closing(Programs.open(paths)))
+        filters = resources.enter_context(KernelFilters.open(paths, programs, partial(_stored_set, store)))
         rules = store.rules().in_time(clock())
         hook = rules.hook(interface, At.XDP)
-        judge = resources.enter_context(filters.judge(hook, At.XDP))
-        rule = judge.dropped_by(frame) or _limiting(hook, judge.matched())
+        tester = resources.enter_context(filters.tester(hook, At.XDP))
+        rule = tester.dropped_by(frame) or _limiting(hook, tester.matched())
         return f"rule {rules.number(rule)}: {action_words(rule)} {match_words(rule)}" if rule else None
 
 

@@ -22,49 +22,49 @@ SOURCES = {
 }
 
 
-def lines(told: Document, *, colour: bool) -> list[str]:
+def lines(document: Document, *, colour: bool) -> list[str]:
     """A paragraph of a document, with a label in front of each line."""
-    found = [*_packet(told), *_verdict(told, colour), *_choice(told), *_bytes_out(told)]
-    if told["disagreement"]:
-        text = f"{told['disagreement']}: please report this"
+    found = [*_packet(document), *_verdict(document, colour), *_choice(document), *_bytes_out(document)]
+    if document["disagreement"]:
+        text = f"{document['disagreement']}: please report this"
         found.append(("BUG", click.style(text, fg="red") if colour else text))
-    found += [("note", note) for note in told["notes"]]
+    found += [("note", note) for note in document["notes"]]
     return [f"{label:{LABEL_WIDTH}}{text}" for label, text in found]
 
 
-def _packet(told: Document) -> Iterator[tuple[str, str]]:
-    yield from zip(_labels("packet"), told["packet"]["headers"], strict=False)
-    yield "in", told["interface"]
+def _packet(document: Document) -> Iterator[tuple[str, str]]:
+    yield from zip(_labels("packet"), document["packet"]["headers"], strict=False)
+    yield "in", document["interface"]
 
 
-def _verdict(told: Document, colour: bool) -> Iterator[tuple[str, str]]:
-    said = told["verdict"]
-    yield "verdict", click.style(said, fg=COLOURS.get(told["action"])) if colour else said
-    if told["reason"]:
-        yield "reason", told["reason"]
-    yield from zip(_labels("ended by"), map(_stage_words, told["ended_by"]), strict=False)
-    if told["fix"]:
-        yield "fix", told["fix"]
+def _verdict(document: Document, colour: bool) -> Iterator[tuple[str, str]]:
+    sentence = document["verdict"]
+    yield "verdict", click.style(sentence, fg=COLOURS.get(document["action"])) if colour else sentence
+    if document["reason"]:
+        yield "reason", document["reason"]
+    yield from zip(_labels("ended by"), map(_stage_text, document["ended_by"]), strict=False)
+    if document["fix"]:
+        yield "fix", document["fix"]
 
 
-def _stage_words(stage: Document) -> str:
+def _stage_text(stage: Document) -> str:
     if stage["rule"]:
         return f"filter {stage['rule']}"
     place = "the filter" if stage["place"] == "filter" else f"a stage {stage['place']}"
     return f"{place}: program {stage['program']}, id {stage['program_id']}"
 
 
-def _choice(told: Document) -> Iterator[tuple[str, str]]:
-    if service := told["service"]:
+def _choice(document: Document) -> Iterator[tuple[str, str]]:
+    if service := document["service"]:
         yield "service", f"{service['vip']}, {service['found_by']}, mode {service['mode']}"
-    if told["reply_to"]:
-        yield "reply to", told["reply_to"]
-    if told["slot"]:
-        yield "slot", _slot(told["slot"], affinity=told["affinity"])
-    if told["member"]:
-        yield "member", _member(told)
-    if told["member"] and not told["reply_to"]:
-        yield "next hop", _next_hop(told["member"])
+    if document["reply_to"]:
+        yield "reply to", document["reply_to"]
+    if document["slot"]:
+        yield "slot", _slot(document["slot"], affinity=document["affinity"])
+    if document["member"]:
+        yield "member", _member(document)
+    if document["member"] and not document["reply_to"]:
+        yield "next hop", _next_hop(document["member"])
 
 
 def _slot(slot: Document, *, affinity: bool) -> str:
@@ -76,9 +76,9 @@ def _slot(slot: Document, *, affinity: bool) -> str:
     return text + (" (of the client: affinity)" if affinity else "")
 
 
-def _member(told: Document) -> str:
-    backend: str = told["member"]["backend"]
-    return f"{backend}, {SOURCES[Source(told['source'])]}" if told["source"] else backend
+def _member(document: Document) -> str:
+    backend: str = document["member"]["backend"]
+    return f"{backend}, {SOURCES[Source(document['source'])]}" if document["source"] else backend
 
 
 def _next_hop(member: Document) -> str:
@@ -87,10 +87,10 @@ def _next_hop(member: Document) -> str:
     return f"{member['mac']} on {member['interface']}, from {member['source_mac']}"
 
 
-def _bytes_out(told: Document) -> Iterator[tuple[str, str]]:
-    if told["out"]:
-        yield "bytes out", f"{told['out']['bytes']} (in: {told['packet']['bytes']})"
-        for line in told["out"]["headers"]:
+def _bytes_out(document: Document) -> Iterator[tuple[str, str]]:
+    if document["out"]:
+        yield "bytes out", f"{document['out']['bytes']} (in: {document['packet']['bytes']})"
+        for line in document["out"]["headers"]:
             yield "", line
 
 

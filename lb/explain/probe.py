@@ -33,7 +33,7 @@ ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")  # enum xdp_action
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """action: what the whole path returned. reason, egress: what the balancer said; None if it never came to that."""
+    """action: what the whole path returned. reason, egress: what the balancer did; None if it never came to that."""
 
     action: str
     frame: bytes
@@ -89,15 +89,15 @@ class Probe:
 
     def run(self, frame: bytes) -> Run:
         self._noted[0] = self._noted.value_type()
-        done = self._program.test_run(frame, ingress_ifindex=self._ifindex, metadata=self._mark)
-        said = self._noted[0]
-        reached = bool(said.reason)
+        test_run = self._program.test_run(frame, ingress_ifindex=self._ifindex, metadata=self._mark)
+        verdict = self._noted[0]
+        reached = bool(verdict.reason)
         return Run(
-            action=ACTIONS[done.verdict] if done.verdict < len(ACTIONS) else str(done.verdict),
-            frame=done.data,
-            reason=self._reasons[said.reason] if reached else None,
-            balancer_action=ACTIONS[said.action] if reached else None,
-            egress=said.egress,
+            action=ACTIONS[test_run.verdict] if test_run.verdict < len(ACTIONS) else str(test_run.verdict),
+            frame=test_run.data,
+            reason=self._reasons[verdict.reason] if reached else None,
+            balancer_action=ACTIONS[verdict.action] if reached else None,
+            egress=verdict.egress,
         )
 
 

@@ -45,7 +45,7 @@ class Source(StrEnum):
 class FoundService:
     """A service in force. options: names of enum service_option, in lower case and without their first word."""
 
-    placed: Allocation
+    allocation: Allocation
     options: frozenset[str] = frozenset()
     quic_lengths: Sequence[int] = ()
     gue_port: int = 0
@@ -73,7 +73,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class FlowEntry:
     """An entry of the flow table (closing), the nat table (port, state, timeout_s), or that of fragments."""
 
     member: int
@@ -115,21 +115,21 @@ class Tables(Protocol):
 
     def service(self, number: int) -> FoundService | None: ...
 
-    def word(self, served: FoundService, slot: int) -> int: ...
+    def word(self, service: FoundService, slot: int) -> int: ...
 
-    def member(self, served: FoundService, number: int) -> Member | None: ...
+    def member(self, service: FoundService, number: int) -> Member | None: ...
 
-    def members(self, served: FoundService) -> list[Member]: ...
+    def members(self, service: FoundService) -> list[Member]: ...
 
-    def named_member(self, served: FoundService, config: int, server_id: bytes) -> int | None: ...
+    def named_member(self, service: FoundService, config: int, server_id: bytes) -> int | None: ...
 
-    def flow(self, flow: Flow) -> Recorded | None: ...
+    def flow(self, flow: Flow) -> FlowEntry | None: ...
 
-    def nat_flow(self, flow: Flow) -> Recorded | None: ...
+    def nat_flow(self, flow: Flow) -> FlowEntry | None: ...
 
     def nat_reply(self, flow: Flow) -> Reply | None: ...
 
-    def fragment(self, packet: Packet) -> Recorded | None: ...
+    def fragment(self, packet: Packet) -> FlowEntry | None: ...
 
     def member_at(self, place: int) -> tuple[FoundService, Member] | None: ...
 
@@ -165,7 +165,7 @@ class Choice:
     affinity: slot and flow are those that all of the client's flows share. request: what a reply answers to.
     """
 
-    served: FoundService | None = None
+    service: FoundService | None = None
     source: Source | None = None
     member: Member | None = None
     slot: Slot | None = None
@@ -176,19 +176,19 @@ class Choice:
 
 def choose(packet: Packet, tables: Tables) -> Choice:
     if packet.kind is Kind.OTHER:
-        return Choice(served=_service_of(packet.flow, tables))
+        return Choice(service=_service_of(packet.flow, tables))
     if packet.kind is Kind.LATER_FRAGMENT:
         return _follow_fragment(packet, tables)
-    served = _service_of(packet.flow, tables)
-    if served is None:
+    service = _service_of(packet.flow, tables)
+    if service is None:
         return _reply(packet, tables)
-    found = _service_for_client(served, packet, tables)
+    found = _service_for_client(service, packet, tables)
     if found is None:
-        return Choice(served, refused=True)
-    if packet.kind is Kind.FIRST_FRAGMENT and found.placed.mode is Mode.NAT:
+        return Choice(service, refused=True)
+    if packet.kind is Kind.FIRST_FRAGMENT and found.allocation.mode is Mode.NAT:
         return Choice(found)
-    chosen = _translated(packet, found, tables) if found.placed.mode is Mode.NAT else _select(packet, found, tables)
-    return replace(chosen, served=found)
+    chosen = _translated(packet, found, tables) if found.allocation.mode is Mode.NAT else _select(packet, found, tables)
+    return replace(chosen, service=found)
 
 
 def _service_of(flow: Flow, tables: Tables) -> FoundService | None:
@@ -196,33 +196,33 @@ def _service_of(flow: Flow, tables: Tables) -> FoundService | None:
     return None if number is None else tables.service(number)
 
 
-def _service_for_client(served: FoundService, packet: Packet, tables: Tables) -> FoundService | None:
-    if not (served.has("sources") or served.has("only_sources")):
-        return served
-    number = tables.service_of_source(served.placed.number, packet.flow.source)
+def _service_for_client(service: FoundService, packet: Packet, tables: Tables) -> FoundService | None:
+    if not (service.has("sources") or service.has("only_sources")):
+        return service
+    number = tables.service_of_source(service.allocation.number, packet.flow.source)
     if number is not None:
         return tables.service(number)
-    return None if served.has("only_sources") else served
+    return None if service.has("only_sources") else service
 
 
 def _reply(packet: Packet, tables: Tables) -> Choice:
     reply = tables.nat_reply(packet.flow)
     if reply is None:
         return Choice()
-    served, member = tables.member_at(reply.member) or (None, None)
-    return Choice(served, Source.NAT_REPLY, member, request=reply.request)
+    service, member = tables.member_at(reply.member) or (None, None)
+    return Choice(service, Source.NAT_REPLY, member, request=reply.request)
 
 
 def _follow_fragment(packet: Packet, tables: Tables) -> Choice:
     first = tables.fragment(packet)
-    served = tables.service(first.service) if first else None
-    if first is None or served is None:
+    service = tables.service(first.service) if first else None
+    if first is None or service is None:
         return Choice()
-    return Choice(served, Source.FRAGMENT_TABLE, _recorded_member(first, served, tables))
+    return Choice(service, Source.FRAGMENT_TABLE, _recorded_member(first, service, tables))
 
 
-def _recorded_member(entry: Recorded, served: FoundService, tables: Tables) -> Member | None:
-    member = tables.member(served, entry.member)
+def _recorded_member(entry: FlowEntry, service: FoundService, tables: Tables) -> Member | None:
+    member = tables.member(service, entry.member)
     return member if member and member.uid == entry.uid else None
 
 
@@ -233,75 +233,75 @@ def _is_older(seen_ns: int, timeout_s: int, tables: Tables) -> bool:
 # Mode nat
 
 
-def _translated(packet: Packet, served: FoundService, tables: Tables) -> Choice:
-    known = _known_translation(packet, served, tables)
-    if known and not _names_another(packet, served, known, tables):
-        return Choice(source=Source.NAT_TABLE, member=known, slot=_slot(packet.flow, served, tables))
+def _translated(packet: Packet, service: FoundService, tables: Tables) -> Choice:
+    known = _known_translation(packet, service, tables)
+    if known and not _names_another(packet, service, known, tables):
+        return Choice(source=Source.NAT_TABLE, member=known, slot=_slot(packet.flow, service, tables))
     if packet.kind is Kind.ICMP_ERROR or packet.tcp_flags & RST:
         return Choice()
-    return _select_untracked(packet, served, tables)
+    return _select_untracked(packet, service, tables)
 
 
-def _known_translation(packet: Packet, served: FoundService, tables: Tables) -> Member | None:
+def _known_translation(packet: Packet, service: FoundService, tables: Tables) -> Member | None:
     entry = tables.nat_flow(packet.flow)
     if entry is None or _is_older(entry.seen_ns, entry.timeout_s, tables):
         return None
     if packet.opens and entry.state & NAT_ENDED:
         return None
-    return _recorded_member(entry, served, tables)
+    return _recorded_member(entry, service, tables)
 
 
-def _names_another(packet: Packet, served: FoundService, member: Member, tables: Tables) -> bool:
-    named = _named(packet, served, tables)
+def _names_another(packet: Packet, service: FoundService, member: Member, tables: Tables) -> bool:
+    named = _named(packet, service, tables)
     return named is not None and named.number != member.number
 
 
-def _select_untracked(packet: Packet, served: FoundService, tables: Tables) -> Choice:
-    if chosen := _select_by_option(packet, served, tables):
+def _select_untracked(packet: Packet, service: FoundService, tables: Tables) -> Choice:
+    if chosen := _select_by_option(packet, service, tables):
         return chosen
-    slot = _slot(packet.flow, served, tables)
-    previous = tables.member(served, slot.previous)
+    slot = _slot(packet.flow, service, tables)
+    previous = tables.member(service, slot.previous)
     if packet.flow.protocol == socket.IPPROTO_TCP and not packet.opens and previous:
         return Choice(source=Source.RING_PREVIOUS, member=previous, slot=slot)
-    return Choice(source=Source.RING_CURRENT, member=tables.member(served, slot.current), slot=slot)
+    return Choice(source=Source.RING_CURRENT, member=tables.member(service, slot.current), slot=slot)
 
 
 # The other modes
 
 
-def _select(packet: Packet, served: FoundService, tables: Tables) -> Choice:
-    return _select_by_option(packet, served, tables) or _select_by_hash(packet.flow, packet, served, tables)
+def _select(packet: Packet, service: FoundService, tables: Tables) -> Choice:
+    return _select_by_option(packet, service, tables) or _select_by_hash(packet.flow, packet, service, tables)
 
 
-def _select_by_option(packet: Packet, served: FoundService, tables: Tables) -> Choice | None:
-    if named := _named(packet, served, tables):
+def _select_by_option(packet: Packet, service: FoundService, tables: Tables) -> Choice | None:
+    if named := _named(packet, service, tables):
         return Choice(source=Source.CONNECTION_ID, member=named)
-    if not served.has("affinity"):
+    if not service.has("affinity"):
         return None
-    chosen = _select_by_hash(client_of(packet.flow, served), packet, served, tables)
+    chosen = _select_by_hash(client_of(packet.flow, service), packet, service, tables)
     return replace(chosen, affinity=True) if chosen.member else None
 
 
-def client_of(flow: Flow, served: FoundService) -> Flow:
+def client_of(flow: Flow, service: FoundService) -> Flow:
     """What stands for all flows of a client to a service with affinity."""
-    vip = served.placed.vip
+    vip = service.allocation.vip
     return Flow(flow.protocol, flow.source, 0, vip.address, vip.port)
 
 
-def _select_by_hash(flow: Flow, packet: Packet, served: FoundService, tables: Tables) -> Choice:
-    slot = _slot(flow, served, tables)
-    if slot.is_tracked and (member := _tracked_member(flow, packet, served, tables)):
+def _select_by_hash(flow: Flow, packet: Packet, service: FoundService, tables: Tables) -> Choice:
+    slot = _slot(flow, service, tables)
+    if slot.is_tracked and (member := _tracked_member(flow, packet, service, tables)):
         return Choice(source=Source.FLOW_TABLE, member=member, slot=slot)
-    previous = tables.member(served, slot.previous)
-    if slot.is_tracked and previous and _belongs_to_previous(packet, served, tables):
+    previous = tables.member(service, slot.previous)
+    if slot.is_tracked and previous and _belongs_to_previous(packet, service, tables):
         return Choice(source=Source.RING_PREVIOUS, member=previous, slot=slot)
-    return Choice(source=Source.RING_CURRENT, member=tables.member(served, slot.current), slot=slot)
+    return Choice(source=Source.RING_CURRENT, member=tables.member(service, slot.current), slot=slot)
 
 
-def _slot(flow: Flow, served: FoundService, tables: Tables) -> Slot:
+def _slot(flow: Flow, service: FoundService, tables: Tables) -> Slot:
     value = flow_hash(tables.seed, flow.protocol, socket.htons(flow.source_port), source_words(flow))
-    number = slot_of(value, served.placed.ring_size)
-    return Slot(value, number, tables.word(served, number))
+    number = slot_of(value, service.allocation.ring_size)
+    return Slot(value, number, tables.word(service, number))
 
 
 def source_words(flow: Flow) -> tuple[int, ...]:
@@ -310,43 +310,43 @@ def source_words(flow: Flow) -> tuple[int, ...]:
     return struct.unpack(f"={len(packed) // 4}I", packed)
 
 
-def _tracked_member(flow: Flow, packet: Packet, served: FoundService, tables: Tables) -> Member | None:
+def _tracked_member(flow: Flow, packet: Packet, service: FoundService, tables: Tables) -> Member | None:
     entry = tables.flow(flow)
-    if entry is None or _has_ended(entry, packet, served, tables):
+    if entry is None or _has_ended(entry, packet, service, tables):
         return None
-    return _recorded_member(entry, served, tables)
+    return _recorded_member(entry, service, tables)
 
 
-def _has_ended(entry: Recorded, packet: Packet, served: FoundService, tables: Tables) -> bool:
+def _has_ended(entry: FlowEntry, packet: Packet, service: FoundService, tables: Tables) -> bool:
     if packet.opens and entry.closing:
         return True
-    if packet.opens and served.has("affinity") and _is_older(entry.seen_ns, served.placed.affinity_s, tables):
+    if packet.opens and service.has("affinity") and _is_older(entry.seen_ns, service.allocation.affinity_s, tables):
         return True
-    return _is_older(entry.seen_ns, served.placed.flow_timeout_s, tables)
+    return _is_older(entry.seen_ns, service.allocation.flow_timeout_s, tables)
 
 
-def _belongs_to_previous(packet: Packet, served: FoundService, tables: Tables) -> bool:
-    placed = served.placed
-    if served.has("affinity"):
-        return not _is_older(placed.changed_ns, placed.affinity_s, tables)
+def _belongs_to_previous(packet: Packet, service: FoundService, tables: Tables) -> bool:
+    allocation = service.allocation
+    if service.has("affinity"):
+        return not _is_older(allocation.changed_ns, allocation.affinity_s, tables)
     if packet.flow.protocol == socket.IPPROTO_TCP:
         return not packet.opens
-    return not _is_older(placed.changed_ns, tables.udp_timeout_s, tables)
+    return not _is_older(allocation.changed_ns, tables.udp_timeout_s, tables)
 
 
-def _named(packet: Packet, served: FoundService, tables: Tables) -> Member | None:
+def _named(packet: Packet, service: FoundService, tables: Tables) -> Member | None:
     """By the plaintext form of QUIC-LB, as xdp/bpf/lb/quic.h."""
-    if not served.has("quic") or packet.kind is not Kind.UDP or len(packet.payload) < 7:
+    if not service.has("quic") or packet.kind is not Kind.UDP or len(packet.payload) < 7:
         return None
     is_long = bool(packet.payload[0] & QUIC_LONG_HEADER)
     at = 6 if is_long else 1
     config = packet.payload[at] >> 5
-    length = served.quic_lengths[config]
+    length = service.quic_lengths[config]
     server_id = packet.payload[at + 1 : at + 1 + length]
     if not length or len(server_id) < length or (is_long and packet.payload[5] < 1 + length):
         return None
-    number = tables.named_member(served, config, server_id)
-    return None if number is None else tables.member(served, number)
+    number = tables.named_member(service, config, server_id)
+    return None if number is None else tables.member(service, number)
 
 
 # What the program did
@@ -392,8 +392,8 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
 
-def found_by(served: FoundService) -> str:
-    vip = served.placed.vip
+def found_by(service: FoundService) -> str:
+    vip = service.allocation.vip
     how = ["exact address" if vip.is_one_address else f"prefix {vip.network}"]
     if vip.port == 0:
         how.append("any port")
@@ -404,9 +404,9 @@ def found_by(served: FoundService) -> str:
     return ", ".join(how)
 
 
-def members_reached(outcome: Outcome, packet: Packet, served: FoundService, tables: Tables) -> list[Member]:
+def members_reached(outcome: Outcome, packet: Packet, service: FoundService, tables: Tables) -> list[Member]:
     """Those to whom the bytes out can have gone: more than one where they are told apart by nothing in the frame."""
-    return [m for m in tables.members(served) if _reaches(outcome, packet, served.placed.mode, m)]
+    return [m for m in tables.members(service) if _reaches(outcome, packet, service.allocation.mode, m)]
 
 
 def _reaches(outcome: Outcome, packet: Packet, mode: Mode, member: Member) -> bool:
@@ -427,7 +427,7 @@ def disagreement(choice: Choice, outcome: Outcome, reached: Sequence[Member]) ->
     """A sentence if the program did what the tables do not account for."""
     by_tables = str(choice.member) if choice.member else "nobody"
     if outcome.reason == "forwarded" and choice.source is not Source.NAT_REPLY:
-        if choice.served and choice.member in reached:
+        if choice.service and choice.member in reached:
             return None
         chosen = " or ".join(map(str, reached)) or "none of the service's members"
         return f"the program chose {chosen}; by the maps it would be {by_tables}"
@@ -439,12 +439,12 @@ def disagreement(choice: Choice, outcome: Outcome, reached: Sequence[Member]) ->
 
 
 def _by_tables(choice: Choice) -> str:
-    return str(choice.request or (choice.served and choice.served.placed.vip))
+    return str(choice.request or (choice.service and choice.service.allocation.vip))
 
 
-# Words
+# Reasons as text
 
-WORDS: dict[str, tuple[str, str | None]] = {
+REASON_TEXTS: dict[str, tuple[str, str | None]] = {
     "forwarded": ("sent on", None),
     "answered_echo": ("an echo request, answered by the balancer", None),
     "answered_too_big": (
@@ -511,6 +511,6 @@ WORDS: dict[str, tuple[str, str | None]] = {
 }
 
 
-def words(reason: str) -> tuple[str, str | None]:
+def reason_text(reason: str) -> tuple[str, str | None]:
     """A reason in a sentence, and what to do about it."""
-    return WORDS.get(reason, (reason.replace("_", " "), None))
+    return REASON_TEXTS.get(reason, (reason.replace("_", " "), None))

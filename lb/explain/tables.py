@@ -17,7 +17,7 @@ from lb.dataplane.lookup_maps import Table
 from lb.dataplane.members import address_words
 from lb.dataplane.services import ServiceTable
 from lb.explain.packet import Flow, Packet
-from lb.explain.reasons import Choice, FoundService, Member, Recorded, Reply, client_of, source_words
+from lb.explain.reasons import Choice, FlowEntry, FoundService, Member, Reply, client_of, source_words
 from lb.hashing.flow_hash import flow_hash, mix
 from lb.model.state import Mode
 from lb.model.vip import Address
@@ -45,8 +45,9 @@ class KernelTables:
         self._flags = obj.types.enum("member_flag")
         options = obj.types.enum("service_option")
         self._options = {bit: name.removeprefix("OPTION_").lower() for name, bit in options.items()}
-        self._served = {
-            placed.number: placed for placed in ServiceTable(self._services, obj.types.enum("mode"), options)
+        self._allocations = {
+            allocation.number: allocation
+            for allocation in ServiceTable(self._services, obj.types.enum("mode"), options)
         }
 
     @property
@@ -82,12 +83,12 @@ class KernelTables:
         return self._value(f"sources{client.version}", key)
 
     def service(self, number: int) -> FoundService | None:
-        placed = self._served.get(number)
-        if placed is None:
+        allocation = self._allocations.get(number)
+        if allocation is None:
             return None
         entry = self._services[number]
         options = frozenset(name for bit, name in self._options.items() if entry.options & bit)
-        return FoundService(placed, options, tuple(entry.quic_lengths), entry.gue_port)
+        return FoundService(allocation, options, tuple(entry.quic_lengths), entry.gue_port)
 
     def _value(self, table: str, key: Key) -> int | None:
         found = self._object.map(table)
@@ -96,31 +97,31 @@ class KernelTables:
 
     # Rings and members
 
-    def word(self, served: FoundService, slot: int) -> int:
-        at = served.placed.ring_base + slot
+    def word(self, service: FoundService, slot: int) -> int:
+        at = service.allocation.ring_base + slot
         words = len(self._lines[0].words)
         return int(self._lines[at // words].words[at % words])
 
-    def member(self, served: FoundService, number: int) -> Member | None:
+    def member(self, service: FoundService, number: int) -> Member | None:
         if not number:
             return None
-        entry = self._members[served.placed.member_base + number]
+        entry = self._members[service.allocation.member_base + number]
         return self._member(entry, number) if entry.flags & self._flags["MEMBER_ALIVE"] else None
 
-    def members(self, served: FoundService) -> list[Member]:
-        found = (self.member(served, number) for number in range(1, served.placed.member_count))
+    def members(self, service: FoundService) -> list[Member]:
+        found = (self.member(service, number) for number in range(1, service.allocation.member_count))
         return [member for member in found if member]
 
     def member_at(self, place: int) -> tuple[FoundService, Member] | None:
-        for number, placed in self._served.items():
-            if placed.member_base <= place < placed.member_base + placed.member_count:
-                served = self.service(number)
-                member = served and self.member(served, place - placed.member_base)
-                return (served, member) if served and member else None
+        for number, allocation in self._allocations.items():
+            if allocation.member_base <= place < allocation.member_base + allocation.member_count:
+                service = self.service(number)
+                member = service and self.member(service, place - allocation.member_base)
+                return (service, member) if service and member else None
         return None
 
-    def named_member(self, served: FoundService, config: int, server_id: bytes) -> int | None:
-        return self._value("quic_members", QuicKey(served.placed.number, config, server_id))
+    def named_member(self, service: FoundService, config: int, server_id: bytes) -> int | None:
+        return self._value("quic_members", QuicKey(service.allocation.number, config, server_id))
 
     def _member(self, entry: Any, number: int) -> Member:
         size = 16 if entry.flags & self._flags["MEMBER_IP6"] else 4
@@ -138,13 +139,13 @@ class KernelTables:
 
     # Flows
 
-    def flow(self, flow: Flow) -> Recorded | None:
+    def flow(self, flow: Flow) -> FlowEntry | None:
         found = self._get(self.flow_entry("flows", flow))
-        return found and Recorded(found.member, found.uid, found.seen_ns, bool(found.closing))
+        return found and FlowEntry(found.member, found.uid, found.seen_ns, bool(found.closing))
 
-    def nat_flow(self, flow: Flow) -> Recorded | None:
+    def nat_flow(self, flow: Flow) -> FlowEntry | None:
         found = self._get(self.flow_entry("nat_flows", flow))
-        return found and Recorded(
+        return found and FlowEntry(
             found.member, found.uid, found.seen_ns, port=found.port, state=found.state, timeout_s=found.timeout_s
         )
 
@@ -165,9 +166,9 @@ class KernelTables:
             own_mac=bytes(found.hop.source),
         )
 
-    def fragment(self, packet: Packet) -> Recorded | None:
+    def fragment(self, packet: Packet) -> FlowEntry | None:
         found = self._get(self._fragment_entry(packet))
-        return found and Recorded(found.member, found.uid, service=found.service)
+        return found and FlowEntry(found.member, found.uid, service=found.service)
 
     @staticmethod
     def _get(entry: Entry) -> Any | None:
@@ -211,21 +212,21 @@ class KernelTables:
             yield self.flow_entry(tables, flow)
         if choice.request:
             yield self.flow_entry("nat_flows", choice.request)
-        if choice.served is None:
+        if choice.service is None:
             return
-        if choice.served.has("affinity"):
-            yield self.flow_entry("flows", client_of(flow, choice.served))
-        if choice.served.has("syn_limit_of_source"):
-            yield self._source_entry(choice.served, flow.source)
-        if choice.served.placed.mode is Mode.NAT:
+        if choice.service.has("affinity"):
+            yield self.flow_entry("flows", client_of(flow, choice.service))
+        if choice.service.has("syn_limit_of_source"):
+            yield self._source_entry(choice.service, flow.source)
+        if choice.service.allocation.mode is Mode.NAT:
             yield from self.replies_taken(packet, choice)
             if choice.member:
                 yield from self._first_replies(flow, choice.member)
 
-    def _source_entry(self, served: FoundService, client: Address) -> Entry:
+    def _source_entry(self, service: FoundService, client: Address) -> Entry:
         table = self._object.map("source_syn_times")
         network = ip_network((client, SOURCE_PREFIX[client.version]), strict=False).network_address
-        key = table.key_type(service=served.placed.number)
+        key = table.key_type(service=service.allocation.number)
         key.address[:] = address_words(network)[:2]
         return table, key
 
@@ -246,7 +247,7 @@ class KernelTables:
     def replies_taken(self, packet: Packet, choice: Choice) -> Iterator[Entry]:
         """That of the port that the flow has now, whoever its member is."""
         entry = self.nat_flow(packet.flow)
-        if entry and choice.served and (member := self.member(choice.served, entry.member)):
+        if entry and choice.service and (member := self.member(choice.service, entry.member)):
             yield self.flow_entry("nat_replies", _reply_flow(packet.flow, member, entry.port))
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.programs import Programs
 from lb.model.rules import At
 from xdp import attach as xdp_attach
 from xdp import tc
@@ -21,14 +21,14 @@ HookKey = tuple[str, At]
 class StageAttach:
     """In the balancer's path, for all interfaces that it is attached to."""
 
-    dataplane: KernelDataplane
+    programs: Programs
     pin: str = "prog_front"
 
     def exchange(self, _before: Program | None, after: Program | None) -> str | None:
-        stages = self.dataplane.stages
+        stages = self.programs.stages
         if after:
             stages.set(stages.filter, after.fd)
-        elif self.dataplane.loaded:
+        elif self.programs.loaded:
             stages.clear(stages.filter)
         return None
 

@@ -6,7 +6,7 @@ transaction -> exchange the programs -> commit. An error on the way leaves the o
 the kernel. A process that is killed in between leaves the old rules in the store; the next change of that hook brings
 the kernel back to it.
 
-The balancer tells when it comes to an interface or leaves it: make_way(), take_over().
+The balancer tells when it comes to an interface or leaves it: hand_over_to_balancer(), take_back().
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
-from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.programs import Programs
 from lb.errors import InvalidInput, NotFound, part
 from lb.firewall.attach_points import HookKey
 from lb.firewall.build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
@@ -191,11 +191,11 @@ class Firewall:
 
     # The balancer, coming and going
 
-    def make_way(self, name: str) -> None:
-        self._kernel.make_way(name, self._rules().in_time(clock()))
+    def hand_over_to_balancer(self, name: str) -> None:
+        self._kernel.hand_over_to_balancer(name, self._rules().in_time(clock()))
 
-    def take_over(self, name: str) -> None:
-        self._kernel.take_over(name, self._rules().in_time(clock()))
+    def take_back(self, name: str) -> None:
+        self._kernel.take_back(name, self._rules().in_time(clock()))
 
     # How a change is made
 
@@ -261,8 +261,8 @@ class Firewall:
         self, connection: Connection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
     ) -> Rule | None:
         frames = connection.frames(to_server=at is not At.TC_OUT, own_mac=own_mac(name))
-        with self._kernel.judge(rules, at, sets) as judge:
-            return next(filter(None, map(judge.dropped_by, frames)), None)
+        with self._kernel.tester(rules, at, sets) as tester:
+            return next(filter(None, map(tester.dropped_by, frames)), None)
 
     def _try(
         self,
@@ -273,16 +273,16 @@ class Firewall:
     ) -> FilterTestResult:
         rules = tuple(rule for hook in hooks for rule in hook)
         with ExitStack() as resources:
-            judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
+            testers = [resources.enter_context(self._kernel.tester(hook, hook[0].at, sets)) for hook in hooks if hook]
             count = dropped = untested = 0
             for position, packet in enumerate(packets):
                 count += 1
-                if not all(judge.can_run(packet.data) for judge in judges):
+                if not all(tester.can_run(packet.data) for tester in testers):
                     untested += 1
-                elif any(judge.dropped_by(packet.data) for judge in judges):
+                elif any(tester.dropped_by(packet.data) for tester in testers):
                     dropped += 1
                     keep(position, packet)
-            matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
+            matched = {slot: count for tester in testers for slot, count in tester.matched().items()}
         return FilterTestResult(rules, matched, count, dropped, untested)
 
 
@@ -330,20 +330,20 @@ def open_firewall(
             check_may_change()
             stack.enter_context(writer_lock(paths.filter_lock, paths.netns))
         store = stack.enter_context(Store.open(paths.store, write))
-        dataplane = KernelDataplane.open(paths)
-        stack.callback(dataplane.close)
-        yield stack.enter_context(firewall_of(paths, store, dataplane, asked_on))
+        programs = Programs.open(paths)
+        stack.callback(programs.close)
+        yield stack.enter_context(firewall_of(paths, store, programs, asked_on))
 
 
 @contextmanager
 def firewall_of(
     paths: Paths,
     store: Store,
-    dataplane: KernelDataplane,
+    programs: Programs,
     asked_on: Callable[[], Connection | None] = ssh_connection,
 ) -> Iterator[Firewall]:
     """For who has the store and the balancer's programs open."""
-    with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
+    with KernelFilters.open(paths, programs, partial(_stored_set, store)) as kernel:
         yield Firewall(store, kernel, asked_on=asked_on)
 
 

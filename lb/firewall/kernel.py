@@ -37,9 +37,9 @@ from filters.programs.program import (
 )
 from filters.programs.program import Rule as CompiledRule
 from filters.programs.sets import Prefixes, Tries
-from lb.dataplane.dataplane import KernelDataplane
 from lb.dataplane.errors import translated
 from lb.dataplane.programs import PROGRAM as BALANCER
+from lb.dataplane.programs import Programs
 from lb.errors import DataplaneError
 from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AttachPoint, HookKey, StageAttach, TcAttach, XdpAttach
 from lb.firewall.trial import RuleTester, test_actions
@@ -109,9 +109,9 @@ class KernelFilters:
     `stored_set` gives the prefixes of a stored rule, by its slot: they are asked for where the kernel has none.
     """
 
-    def __init__(self, paths: Paths, dataplane: KernelDataplane, stored_set: Callable[[int], Prefixes]) -> None:
+    def __init__(self, paths: Paths, programs: Programs, stored_set: Callable[[int], Prefixes]) -> None:
         self._pins, self._balancer_pins = Pins(paths.run_dir / FOLDER, paths.netns), Pins(paths.run_dir, paths.netns)
-        self._dataplane, self._stored_set = dataplane, stored_set
+        self._programs, self._stored_set = programs, stored_set
         self._resources = ExitStack()
         self._tries: dict[int, Tries] = {}
         self._unpinned_sets: set[int] = set()
@@ -119,8 +119,8 @@ class KernelFilters:
 
     @classmethod
     @contextmanager
-    def open(cls, paths: Paths, dataplane: KernelDataplane, stored_set: Callable[[int], Prefixes]) -> Iterator[Self]:
-        kernel = cls(paths, dataplane, stored_set)
+    def open(cls, paths: Paths, programs: Programs, stored_set: Callable[[int], Prefixes]) -> Iterator[Self]:
+        kernel = cls(paths, programs, stored_set)
         with kernel._resources:
             yield kernel
 
@@ -139,7 +139,7 @@ class KernelFilters:
         if (folder / f"{unit.pin}{NEXT}").exists():
             return False
         if isinstance(unit, StageAttach):
-            return unit.dataplane.stages.filter in unit.dataplane.stages.occupied()
+            return unit.programs.stages.filter in unit.programs.stages.occupied()
         if isinstance(unit, TcAttach):
             return tc.is_attached(unit.ifindex, TC_PLACES[at])
         return self.in_place(unit) is not None
@@ -176,12 +176,12 @@ class KernelFilters:
     def _unit(self, interface: str, ifindex: int, at: At) -> AttachPoint:
         if at is not At.XDP:
             return TcAttach(ifindex, at)
-        return StageAttach(self._dataplane) if interface in self._dataplane.attachments() else XdpAttach(ifindex)
+        return StageAttach(self._programs) if interface in self._programs.attachments() else XdpAttach(ifindex)
 
     def _exchange(
         self, rules: Rules, units: Iterable[AttachPoint], balanced: Iterable[str] | None = None
     ) -> ProgramSwap:
-        names = list(self._dataplane.attachments() if balanced is None else balanced)
+        names = list(self._programs.attachments() if balanced is None else balanced)
         goals = {unit: self._program(rules, unit, names) for unit in units}
         return ProgramSwap(self, goals, rules)
 
@@ -197,7 +197,7 @@ class KernelFilters:
         return self._load(hook, assemble(hook, [self._compiled(rule, hook, Pass()) for rule in own]))
 
     def _front_program(self, rules: Rules, balanced: Sequence[str]) -> LoadedProgram | None:
-        stages = self._dataplane.stages
+        stages = self._programs.stages
         go_on = GoOn(stages.map, (*stages.users, stages.balance))
         sections = {
             ifindex: [self._compiled(rule, XDP, go_on) for rule in rules.hook(name, At.XDP)]
@@ -293,7 +293,7 @@ class KernelFilters:
 
     # Beside the balancer
 
-    def make_way(self, name: str, rules: Rules) -> None:
+    def hand_over_to_balancer(self, name: str, rules: Rules) -> None:
         """Before the balancer is attached to an interface: the rules there move into its path, without a gap.
 
         First they are there, then the balancer's program replaces ours on the interface, in one step.
@@ -301,17 +301,17 @@ class KernelFilters:
         if not rules.hook(name, At.XDP) or (ifindex := ifindex_of(name)) is None:
             return
         with translated():
-            names = dict.fromkeys((*self._dataplane.attachments(), name))
-            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], names))
+            names = dict.fromkeys((*self._programs.attachments(), name))
+            self._at_once(self._exchange(rules, [StageAttach(self._programs)], names))
             plain = XdpAttach(ifindex)
             if ours := self.in_place(plain):
                 balancer = self._balancer()
                 xdp_attach.attach(ifindex, balancer.fd, balancer.id, replace_fd=ours.fd)
             self.unpin(plain.pin)
 
-    def take_over(self, name: str, rules: Rules) -> None:
+    def take_back(self, name: str, rules: Rules) -> None:
         """Before the balancer is detached from an interface: a program with the rules there replaces it."""
-        ifindex, attachments = ifindex_of(name), self._dataplane.attachments()
+        ifindex, attachments = ifindex_of(name), self._programs.attachments()
         if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
             return
         with translated():
@@ -321,7 +321,7 @@ class KernelFilters:
             self.pin(program.fd, plain.pin)
             replaced = self._running(attachments[name].program_id)
             xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
-            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], [n for n in attachments if n != name]))
+            self._at_once(self._exchange(rules, [StageAttach(self._programs)], [n for n in attachments if n != name]))
 
     def _at_once(self, exchange: ProgramSwap) -> None:
         exchange.swap()
@@ -338,7 +338,7 @@ class KernelFilters:
     # Tests
 
     @contextmanager
-    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
+    def tester(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
         """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
         with translated(), ExitStack() as resources:
             tries = {}

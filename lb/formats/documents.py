@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import astuple, fields
+from dataclasses import fields
 from typing import Any
 
 from lb.hashing.ring import Plan
@@ -89,7 +89,7 @@ def report_document(report: Report) -> Document:
         "attached": [_attachment_document(a) for a in report.attached],
         "detached": list(report.detached),
         "notes": list(report.notes),
-        "warnings": warnings(report),
+        "warnings": report.all_warnings,
     }
 
 
@@ -170,7 +170,7 @@ def _service_status_document(status: ServiceStatus) -> Document:
     return {
         **_service_head(status.service),
         "slots_in_transition": status.slots_in_transition,
-        **counters_document(total(status)),
+        **counters_document(status.total),
         "backends": [_backend_status_document(b) for b in status.backends],
     }
 
@@ -203,18 +203,6 @@ def counters_document(counters: Counters) -> Document:
         "connections": counters.connections,
         "repeated_syns": counters.repeated_syns,
     }
-
-
-def warnings(report: Report) -> list[str]:
-    """Each warning once, those of the interfaces included."""
-    of_interfaces = (a.warning for a in report.attached if a.warning)
-    return list(dict.fromkeys([*report.warnings, *of_interfaces]))
-
-
-def total(status: ServiceStatus) -> Counters:
-    """The counters of all backends of a service together."""
-    each = [astuple(b.counters) for b in status.backends]
-    return Counters(*(sum(column) for column in zip(*each, strict=True)))
 
 
 # The way back

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lb.formats import option_text
-from lb.formats.documents import total
 from lb.hashing.ring import Plan
 from lb.model.conditions import WHOLE
 from lb.model.forwarding import Attachment, Counters
@@ -352,7 +351,7 @@ def _service_headline(status: ServiceStatus) -> str:
 def _backend_status_table(status: ServiceStatus, loaded: bool, width: int, *, colour: bool) -> list[str]:
     if not status.backends:
         return []
-    every = total(status)
+    every = status.total
     shown = [name for name in COUNTERS if name != "repeated_syns" or every.repeated_syns]
     columns = [
         Column("BACKEND".ljust(width)),

@@ -70,21 +70,21 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.everything or self.links or self.neighbours or self.prefixes)
 
-    def concerned(self, ways: Iterable[InstalledNextHop]) -> set[Address]:
-        """The backends whose way may be another now. That of one behind a gateway is told by the gateway's MAC address,
+    def concerned(self, hops: Iterable[InstalledNextHop]) -> set[Address]:
+        """The backends whose next hop may be another now. One behind a gateway is known by the gateway's MAC address,
         or by none being known on that link."""
         if self.everything:
-            return {way.address for way in ways}
+            return {hop.address for hop in hops}
         addresses = {address for _, address in self.neighbours}
         macs: set[tuple[int, bytes | None]] = {(ifindex, mac) for (ifindex, _), mac in self.neighbours.items()}
         macs |= {(ifindex, None) for ifindex, _ in self.neighbours}
         return {
-            way.address
-            for way in ways
-            if way.ifindex in self.links
-            or (way.ifindex, way.mac) in macs
-            or way.address.packed in addresses
-            or self._is_routed_anew(way.address)
+            hop.address
+            for hop in hops
+            if hop.ifindex in self.links
+            or (hop.ifindex, hop.mac) in macs
+            or hop.address.packed in addresses
+            or self._is_routed_anew(hop.address)
         }
 
     def _is_routed_anew(self, address: Address) -> bool:

@@ -47,7 +47,7 @@ def in_force(service: Service, conditions: Mapping[str, Condition] | None) -> Se
     if all(found[b].down for b in eligible) and not service.options.fail_closed:
         return service
     scale = _scale(service) if any(found[b].share < WHOLE for b in eligible) else 1
-    return replace(service, backends=tuple(_met(b, found[b], scale) for b in service.backends))
+    return replace(service, backends=tuple(_effective(b, found[b], scale) for b in service.backends))
 
 
 def _scale(service: Service) -> int:
@@ -55,7 +55,7 @@ def _scale(service: Service) -> int:
     return max(1, min(WHOLE, MAX_WEIGHT // max(b.weight for b in service.backends)))
 
 
-def _met(backend: Backend, condition: Condition, scale: int) -> Backend:
+def _effective(backend: Backend, condition: Condition, scale: int) -> Backend:
     if condition.down:
         return replace(backend, down=True, server_ids=())  # nor does a QUIC connection ID lead to it
     if not backend.weight:

@@ -6,7 +6,7 @@ All values are frozen and plain, so that the command line, the JSON output and (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
 
 from lb.hashing.ring import Plan
@@ -49,6 +49,12 @@ class Report:
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
 
+    @property
+    def all_warnings(self) -> list[str]:
+        """Each warning once, those of the interfaces included."""
+        of_interfaces = (a.warning for a in self.attached if a.warning)
+        return list(dict.fromkeys([*self.warnings, *of_interfaces]))
+
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
@@ -70,6 +76,12 @@ class ServiceStatus:
     service: Service
     slots_in_transition: int
     backends: tuple[BackendStatus, ...]
+
+    @property
+    def total(self) -> Counters:
+        """The counters of all backends together."""
+        each = [astuple(b.counters) for b in self.backends]
+        return Counters(*(sum(column) for column in zip(*each, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

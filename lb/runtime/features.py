@@ -1,4 +1,4 @@
-"""What the API reaches beside the balancer: filter rules, explanations, users' stages.
+"""The features that the API reaches next to the balancer: filter rules, explanations, users' stages.
 
 Enters: work for one of them, from the event loop. Leaves: what the work returns. Each is opened for a request and
 closed behind it, as a command would, with locks of its own; so the balancer waits for none of them. Filter rules have a
@@ -26,7 +26,7 @@ class FeatureThreads:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self._filters = ThreadPoolExecutor(1, thread_name_prefix="filters")
-        self._others = ThreadPoolExecutor(1, thread_name_prefix="beside")
+        self._others = ThreadPoolExecutor(1, thread_name_prefix="features")
 
     async def filters(self, work: Callable[[Firewall], T]) -> T:
         """Work that only reads."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.programs import Programs
 from lb.errors import DataplaneError, InvalidInput
 from lb.paths import Paths
 from lb.stages.source import Chain
@@ -42,12 +42,12 @@ def program_id(program_fd: int) -> int:
 class Places:
     """Of a loaded balancer. Raises DataplaneError."""
 
-    def __init__(self, dataplane: KernelDataplane, generation: Path) -> None:
-        self._dataplane, self._generation = dataplane, generation
-        self._stages = dataplane.stages
+    def __init__(self, programs: Programs, generation: Path) -> None:
+        self._programs, self._generation = programs, generation
+        self._stages = programs.stages
 
     def serves(self, interface: str) -> bool:
-        return interface in self._dataplane.attachments()
+        return interface in self._programs.attachments()
 
     def of(self, at: str) -> range:
         return self._stages.exits if at == AT_XDP_EXIT else self._stages.users
@@ -92,11 +92,11 @@ def open_places(paths: Paths) -> Iterator[Places | None]:
     if generation is None:
         yield None
         return
-    dataplane = KernelDataplane.open(paths)
+    programs = Programs.open(paths)
     try:
-        yield Places(dataplane, generation)
+        yield Places(programs, generation)
     finally:
-        dataplane.close()
+        programs.close()
 
 
 def is_in_force(paths: Paths, stages_fd: int) -> bool:

@@ -18,7 +18,7 @@ WRITERS = ("lb/control/writer.py", "lb/store/", "lb/dataplane/", "lb/host/neighb
 
 def die_after(calls: int) -> None:
     """Have this process killed after so many calls within a change; for -1, print how many there were."""
-    carry_out, seen = Writer._carry_out, 0
+    carry_out, seen = Writer._apply, 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
         nonlocal seen
@@ -36,7 +36,7 @@ def die_after(calls: int) -> None:
             print(seen, file=sys.stderr)
 
     written = tuple(str(REPOSITORY / path) for path in WRITERS)
-    Writer._carry_out = counted  # type: ignore[assignment,method-assign]
+    Writer._apply = counted  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

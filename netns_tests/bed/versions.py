@@ -135,7 +135,14 @@ def signal_at(number: int, at: Collection[str]) -> None:
     sys.setprofile(count)
 
 
-WRITERS = ("lb/dataplane.py", "lb/programs.py", "xdp/object.py", "xdp/pins.py", "xdp/stages.py", "xdp/migrate.py")
+WRITERS = (
+    "dataplane/dataplane.py",
+    "dataplane/programs.py",
+    "xdp/object.py",
+    "xdp/pins.py",
+    "xdp/stages.py",
+    "xdp/migrate.py",
+)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ UNDER = ("setpriv", "--bounding-set=-all,+net_admin,+bpf,+perfmon", "--inh-caps=
 SUCCESSION = ("first", "alike", "grown", "first", "grown", "alike")
 DEATHS = int(os.environ.get("SOAK_DEATHS", "4"))
 SOAK = "SOAK_DEATHS" in os.environ
-KILLED_AT = (("load", 1), ("relay", 1), ("_use", 2), ("put_in_force", 1), ("attach", 2), ("end_relay", 1))
+KILLED_AT = (("load", 1), ("relay", 1), ("use", 2), ("put_in_force", 1), ("attach", 2), ("end_relay", 1))
 
 
 @dataclass

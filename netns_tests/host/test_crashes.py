@@ -75,7 +75,7 @@ def assert_in_force(bed: Bed) -> None:
         members = {vip: {str(b) for b in found} for vip, found in dataplane.statistics().backends.items()}
         assert members == {service.vip: {str(b) for b in service.backends} for service in state.services}
         assert [dataplane.plan(service).moved for service in state.services] == [0] * len(state.services)
-        assert dataplane._pins.others() == []
+        assert dataplane.programs._pins.others() == []
         for own in state.own_addresses:
             assert balancer.network.owner(own.address) == own.interface
 

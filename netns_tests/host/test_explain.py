@@ -22,7 +22,7 @@ from filters.compiler.hook import XDP
 from filters.programs.program import Drop, assemble, load
 from lb.explain.explainer import Explainer, open_explainer
 from lb.explain.packet import ACK, RST, SYN, Flow
-from lb.explain.reasons import WORDS, Explanation
+from lb.explain.reasons import REASON_TEXTS, Explanation
 from lb.model.vip import parse_address
 from lb.paths import Paths
 from netns_tests.bed.servers import start_http
@@ -303,7 +303,7 @@ def test_program_that_does_what_the_maps_do_not_say_is_shown(bed: Bed, explainer
 
 def test_every_reason_has_words(loaded: BpfObject) -> None:
     names = {name.lower() for name in loaded.types.enum("reason")}
-    assert set(WORDS) == {n for n in names if not n.startswith(("noted_", "go_on", "reason_count"))}
+    assert set(REASON_TEXTS) == {n for n in names if not n.startswith(("noted_", "go_on", "reason_count"))}
 
 
 # Packets from elsewhere

@@ -65,14 +65,21 @@ def maps(bed: Bed) -> Iterator[Any]:
 def contents(bed: Bed) -> list[object]:
     """All that the balancer has written."""
     with maps(bed) as held:
-        arrays = [held._obj.map(name).bytes()[:] for name in ("services", "rings", "members")]
-        return [held.generation, held._control.epoch, *arrays, *(t.held for t in held._directory._tables.values())]
+        arrays = [held.programs.obj.map(name).bytes()[:] for name in ("services", "rings", "members")]
+        return [
+            held.generation,
+            held.programs.obj.variable("control").epoch,
+            *arrays,
+            *(t.held for t in held.maps.lookups._tables.values()),
+        ]
 
 
 def ways(bed: Bed) -> dict[str, tuple[int, str | None]]:
     """Backend -> the interface's index and the MAC address that packets for it are sent to."""
     with maps(bed) as held:
-        return {str(way.address): (way.ifindex, way.mac.hex(":") if way.mac else None) for way in held.ways()}
+        return {
+            str(hop.address): (hop.ifindex, hop.mac.hex(":") if hop.mac else None) for hop in held.installed_next_hops()
+        }
 
 
 def answering(bed: Bed) -> set[str]:
@@ -98,47 +105,47 @@ def change_numbers(bed: Bed) -> None:
     bed.xdp_lb("backend", "add", WEB, "10.99.2.11:80")
     bed.xdp_lb("backend", "remove", WEB, "10.99.2.12:81")
     with maps(bed) as held:
-        assert sorted(held._held(held._placed[VIP]).values()) == [2, 3]
+        assert sorted(held.maps.members.numbers(held.maps.allocations[VIP]).values()) == [2, 3]
 
 
 def erase_slots(held: Any) -> None:
-    base = held._placed[VIP].ring_base
+    base = held.maps.allocations[VIP].ring_base
     for slot in range(base, base + 100):
-        held._words[slot] = 0
+        held.maps.rings._words[slot] = 0
 
 
 def lead_a_slot_to_nobody(held: Any) -> None:
-    held._words[held._placed[VIP].ring_base] = 30_000
+    held.maps.rings._words[held.maps.allocations[VIP].ring_base] = 30_000
 
 
 def erase_members(held: Any) -> None:
     """Of both backends: they have to get their own numbers again."""
     for number in (2, 3):
-        held._members._members[held._placed[VIP].member_base + number] = held._members._struct()
+        held.maps.members._members[held.maps.allocations[VIP].member_base + number] = held.maps.members._struct()
 
 
 def lead_a_member_elsewhere(held: Any) -> None:
-    member = held._members._members[held._placed[VIP].member_base + 2]
+    member = held.maps.members._members[held.maps.allocations[VIP].member_base + 2]
     member.address[0] = member.address[0] + 77
 
 
 def forget_the_service(held: Any) -> None:
-    held._services._services[held._placed[VIP].number] = held._services._struct()
+    held.maps.services._services[held.maps.allocations[VIP].number] = held.maps.services._struct()
 
 
 def delete_the_lookup(held: Any) -> None:
-    table = held._directory._tables["services4"]
+    table = held.maps.lookups._tables["services4"]
     table.remove(list(table.held))
 
 
 def add_a_lookup(held: Any) -> None:
-    table = held._directory._tables["services4"]
+    table = held.maps.lookups._tables["services4"]
     (key,) = table.held
     table.add({key[:-4] + b"\x09\x09\x11\x00": 0})
 
 
 def take_the_balancer_out_of_its_stage(held: Any) -> None:
-    del held.stages.map[held.stages.balance]
+    del held.programs.stages.map[held.programs.stages.balance]
 
 
 TAMPERING: dict[Callable[[Any], None], str] = {
@@ -173,7 +180,7 @@ def test_what_is_changed_in_a_map_by_hand_is_repaired_and_connections_stay(
 
 def slots(bed: Bed) -> list[int]:
     with maps(bed) as held:
-        return [current_member(word) for word in held._words_of(held._placed[VIP])]
+        return [current_member(word) for word in held.maps.rings.slot_words(held.maps.allocations[VIP])]
 
 
 # Interfaces
@@ -427,7 +434,7 @@ def test_ten_thousand_neighbours_of_others_concern_no_backend(bed: Bed) -> None:
     found = told(bed, lambda: add_neighbours(bed, count), lambda so_far: len(so_far.neighbours) >= count)
     assert not found.everything
     with maps(bed) as held:
-        assert found.concerned(held.ways()) == set()
+        assert found.concerned(held.installed_next_hops()) == set()
     assert ways(bed) == mine
 
 

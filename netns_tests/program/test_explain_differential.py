@@ -63,7 +63,7 @@ class ExplainedWorld(World):
             got = self.program.run(frame, ingress)
         assert self.flows() == before, told("leaves a trace", got)
         outcome = Explained(ACTIONS[got.verdict], got.reason.lower(), got.frame, egress(got.frame, choice))
-        reached = members_reached(outcome, packet, choice.served, tables) if choice.served else []
+        reached = members_reached(outcome, packet, choice.service, tables) if choice.service else []
         assert disagreement(choice, outcome, reached) is None, f"{choice}\n{told('program', got)}"
         if got.reason == "FORWARDED":
             assert choice.source

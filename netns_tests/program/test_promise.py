@@ -39,7 +39,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lb.dataplane import dataplane as dataplane_module
+from lb.dataplane import clock
 from lb.dataplane.dataplane import KernelDataplane
 from lb.model.forwarding import NextHop
 from lb.model.options import Options
@@ -152,7 +152,7 @@ class World:
     def start_process(self) -> None:
         """The control plane knows only what it finds in the maps."""
         self._dataplane = KernelDataplane(self._pins)
-        self._dataplane._use(self._program.bpf)
+        self._dataplane.programs.use(self._program.bpf)
 
     def clear(self) -> None:
         for vip in list(self._dataplane.vips()):
@@ -376,7 +376,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     run_dir: Path = tmp_path_factory.mktemp("run")
     with loaded_program(SETTINGS) as program, pytest.MonkeyPatch.context() as patch:
         world = World(program, Pins(run_dir, "promise"))
-        patch.setattr(dataplane_module, "now_ns", lambda: world.now_ns)
+        patch.setattr(clock, "now_ns", lambda: world.now_ns)
         yield world
 
 

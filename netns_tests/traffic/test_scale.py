@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from lb.dataplane import dataplane as dataplane_module
+from lb.dataplane import clock
 from lb.dataplane.allocation import Sizes
 from lb.dataplane.dataplane import KernelDataplane
 from lb.model.forwarding import NextHop
@@ -174,7 +174,7 @@ def bpf() -> Iterator[BpfObject]:
 @pytest.fixture
 def crowd(bpf: BpfObject, monkeypatch: pytest.MonkeyPatch) -> Crowd:
     crowd = Crowd(bpf)
-    monkeypatch.setattr(dataplane_module, "now_ns", lambda: crowd.now_ns)
+    monkeypatch.setattr(clock, "now_ns", lambda: crowd.now_ns)
     return crowd
 
 
@@ -182,7 +182,7 @@ def crowd(bpf: BpfObject, monkeypatch: pytest.MonkeyPatch) -> Crowd:
 def dataplane(bpf: BpfObject, tmp_path: Path) -> KernelDataplane:
     """On the maps of the driver, without pins."""
     dataplane = KernelDataplane(Pins(tmp_path, "scale"))
-    dataplane._use(bpf)
+    dataplane.programs.use(bpf)
     return dataplane
 
 

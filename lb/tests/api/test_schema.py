@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lb.api.access import Role
 from lb.api.app import create_app
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.tests.fakes.host import RING, Host
 from lb.tests.fakes.tls import Certificate, Remote, serving_tcp
 

@@ -789,28 +789,28 @@ class Calls(NoFilters):
         yield
         self.is_alone = False
 
-    def make_way(self, name: str) -> None:
+    def hand_over_to_balancer(self, name: str) -> None:
         assert self.is_alone
-        self.made.append(("make_way", name, name in self.dataplane.attachments()))
+        self.made.append(("hand_over_to_balancer", name, name in self.dataplane.attachments()))
 
-    def take_over(self, name: str) -> None:
+    def take_back(self, name: str) -> None:
         assert self.is_alone
-        self.made.append(("take_over", name, name in self.dataplane.attachments()))
+        self.made.append(("take_back", name, name in self.dataplane.attachments()))
 
 
 def test_guard_is_called_before_the_balancer_comes_and_before_it_goes(bed: Bed) -> None:
     calls = Calls(bed.dataplane)
     with Store.open(bed.path, write=True) as store:
         store.load()
-        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
+        balancer = Balancer(store, bed.dataplane, bed.network, handover=calls)
         balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
         balancer.detach(["eth1"])
         balancer.detach()
     assert calls.made == [
-        ("make_way", "eth0", False),
-        ("make_way", "eth1", False),
-        ("take_over", "eth1", True),
-        ("take_over", "eth0", True),
+        ("hand_over_to_balancer", "eth0", False),
+        ("hand_over_to_balancer", "eth1", False),
+        ("take_back", "eth1", True),
+        ("take_back", "eth0", True),
     ]
 
 
@@ -818,7 +818,7 @@ def test_changes_of_backends_do_not_wait_for_filter_rules(bed: Bed) -> None:
     calls = Calls(bed.dataplane)
     with Store.open(bed.path, write=True) as store:
         store.load()
-        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
+        balancer = Balancer(store, bed.dataplane, bed.network, handover=calls)
         balancer.attach([Interface("eth0")], [service(WEB, A, mode=Mode.DR)])
         calls.alone = refuse  # type: ignore[assignment, method-assign]
         balancer.add_backends(WEB, [B])
@@ -837,8 +837,8 @@ def test_guard_takes_over_where_an_attach_fails(bed: Bed) -> None:
     bed.dataplane.foreign.add("eth1")
     with Store.open(bed.path, write=True) as store:
         store.load()
-        balancer = Balancer(store, bed.dataplane, bed.network, filters=calls)
+        balancer = Balancer(store, bed.dataplane, bed.network, handover=calls)
         with pytest.raises(DataplaneError):
             balancer.attach([Interface("eth0"), Interface("eth1")], [service(WEB, A, mode=Mode.DR)])
-    assert calls.made[-1] == ("take_over", "eth0", True)
+    assert calls.made[-1] == ("take_back", "eth0", True)
     assert not bed.dataplane.attachments()

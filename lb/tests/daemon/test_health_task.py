@@ -21,7 +21,7 @@ from lb.model.health_check import HealthCheck
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip, parse_address
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 

@@ -23,7 +23,7 @@ from lb.host.events import Changes
 from lb.model.forwarding import InstalledNextHop, NextHop
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Address, Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import Fuse, MemoryDataplane, MemoryNetwork
 
@@ -254,7 +254,7 @@ def test_a_change_of_the_host_is_followed_at_once(bed: Bed) -> None:
 
 
 def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "WAYS_A_CHECK", 1)
+    monkeypatch.setattr(reconcile, "NEXT_HOPS_A_CHECK", 1)
     asked: list[Address] = []
     next_hops = bed.network.next_hops
 

@@ -32,7 +32,7 @@ from lb.daemon import listener, sd_notify, server
 from lb.errors import DaemonError, InvalidInput
 from lb.model.state import State
 from lb.model.vip import Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.daemon import Running, running, serving
 from lb.tests.fakes.host import RING, WEB, Host

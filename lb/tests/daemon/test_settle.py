@@ -11,7 +11,7 @@ from lb.control.balancer import Balancer
 from lb.daemon.settle import SettleTask
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
-from lb.runtime.owner import BalancerThread
+from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
 from lb.tests.fakes.memory import MemoryDataplane, MemoryNetwork
 

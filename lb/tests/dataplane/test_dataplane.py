@@ -118,16 +118,16 @@ class Kernel:
         return ip_address(Ether(self.send(frame(vip, port, flags))).payload.dst)
 
     def words(self, vip: Vip) -> list[int]:
-        placed = self.dataplane._placed[vip]
-        return list(self.dataplane._words_of(placed))
+        held = self.dataplane.maps.allocations[vip]
+        return list(self.dataplane.maps.rings.slot_words(held))
 
     def numbers(self, vip: Vip) -> dict[str, int]:
-        placed = self.dataplane._placed[vip]
-        return {str(ip_address(key)): number for (key, _), number in self.dataplane._members.held(placed).items()}
+        held = self.dataplane.maps.allocations[vip]
+        return {str(ip_address(key)): number for (key, _), number in self.dataplane.maps.members.numbers(held).items()}
 
     def members(self) -> Any:
         """The live map, as an array of struct member."""
-        return self.dataplane._obj.map("members").view()
+        return self.dataplane.programs.obj.map("members").view()
 
     def alive_members(self) -> int:
         """In all the map, whatever service they belong to."""
@@ -136,8 +136,8 @@ class Kernel:
             return sum(member.flags & 1 for member in obj.map("members").view())
 
     def uids(self, vip: Vip) -> list[int]:
-        placed, members = self.dataplane._placed[vip], self.members()
-        return [members[placed.member_base + n].uid for n in sorted(self.numbers(vip).values())]
+        held, members = self.dataplane.maps.allocations[vip], self.members()
+        return [members[held.member_base + n].uid for n in sorted(self.numbers(vip).values())]
 
     def counters(self, vip: Vip, name: Backend) -> Counters:
         found = self.dataplane.statistics().backends[vip]
@@ -223,11 +223,11 @@ def test_unload_leaves_no_pin_and_no_mount(kernel: Kernel) -> None:
 def test_next_process_finds_the_same_service(kernel: Kernel, vip: Vip, family: int, mode: Mode) -> None:
     given = service(vip, *backends(11, 12, family=family), mode=mode, flow_timeout_s=77)
     kernel.serve(given)
-    placed = dict(kernel.dataplane._placed)
+    allocations = dict(kernel.dataplane.maps.allocations)
     words = kernel.words(vip)
     kernel.reopen()
-    assert kernel.dataplane._placed == placed
-    assert (placed[vip].mode, placed[vip].ring_size, placed[vip].flow_timeout_s) == (mode, SMALL, 77)
+    assert kernel.dataplane.maps.allocations == allocations
+    assert (allocations[vip].mode, allocations[vip].ring_size, allocations[vip].flow_timeout_s) == (mode, SMALL, 77)
     assert kernel.words(vip) == words
     assert kernel.dataplane.plan(given) == Plan(SMALL, 0, 0, 0)
 
@@ -331,11 +331,11 @@ def test_outgrown_block_of_members_moves_with_all_that_is_in_it(kernel: Kernel) 
     many = backends(*range(100, 130))
     kernel.serve(service(WEB, A, B, ring_size=509), service(TLS, C))
     before = [kernel.backend_of(WEB, port) for port in range(1024, 1056)]
-    numbers, uids, base = kernel.numbers(WEB), kernel.uids(WEB), kernel.dataplane._placed[WEB].member_base
+    numbers, uids, base = kernel.numbers(WEB), kernel.uids(WEB), kernel.dataplane.maps.allocations[WEB].member_base
     counted = kernel.counters(WEB, A)
     kernel.serve(service(WEB, A, B, *many, ring_size=509), service(TLS, C))
     kernel.reopen()
-    assert kernel.dataplane._placed[WEB].member_base != base
+    assert kernel.dataplane.maps.allocations[WEB].member_base != base
     assert {name: number for name, number in kernel.numbers(WEB).items() if name in numbers} == numbers
     assert kernel.uids(WEB)[:2] == uids
     assert kernel.counters(WEB, A) == counted
@@ -346,9 +346,9 @@ def test_outgrown_block_of_members_moves_with_all_that_is_in_it(kernel: Kernel) 
 def test_room_of_the_moved_block_is_used_again_without_what_was_in_it(kernel: Kernel) -> None:
     kernel.serve(service(WEB, A, B, ring_size=509))
     kernel.send(frame(WEB, 1024))
-    base = kernel.dataplane._placed[WEB].member_base
+    base = kernel.dataplane.maps.allocations[WEB].member_base
     kernel.serve(service(WEB, A, B, *backends(*range(100, 130)), ring_size=509), service(TLS, A))
-    assert kernel.dataplane._placed[TLS].member_base == base
+    assert kernel.dataplane.maps.allocations[TLS].member_base == base
     assert kernel.counters(TLS, A) == Counters()
 
 
@@ -356,7 +356,7 @@ def test_members_that_a_killed_process_left_in_no_service_are_not_taken_over(ker
     kernel.serve(service(WEB, A, B, C))
     kernel.send(frame(WEB, 1024))
     uids = kernel.uids(WEB)
-    kernel.dataplane._services.erase(kernel.dataplane._placed[WEB])  # killed in the middle of remove()
+    kernel.dataplane.maps.services.erase(kernel.dataplane.maps.allocations[WEB])  # killed in the middle of remove()
     kernel.reopen()
     assert kernel.dataplane.vips() == set()
     kernel.serve(service(WEB, C, A))
@@ -384,7 +384,7 @@ def killed_before_erasing(kernel: Kernel, wanted: Service) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel.dataplane._members, "erase", killed)
+        patch.setattr(kernel.dataplane.maps.members, "erase", killed)
         with pytest.raises(KeyboardInterrupt):
             kernel.dataplane.put(wanted, hops_for(wanted))
     kernel.reopen()
@@ -448,7 +448,7 @@ def test_service_put_in_the_place_of_a_removed_one_inherits_nothing(kernel: Kern
     kernel.dataplane.remove(WEB)
     assert kernel.alive_members() == 0
     kernel.serve(service(TLS, B, C))
-    assert kernel.dataplane._placed[TLS].ring_base == 0
+    assert kernel.dataplane.maps.allocations[TLS].ring_base == 0
     assert {current_member(word) for word in kernel.words(TLS)} == {1, 2}
     assert set(kernel.dataplane.statistics().backends[TLS].values()) == {Counters()}
     assert kernel.send(frame(WEB, 1024)) == frame(WEB, 1024)
@@ -463,8 +463,8 @@ def test_service_of_another_shape_takes_the_place_of_what_a_killed_process_left(
     size = wanted.ring_size
     assert kernel.dataplane.plan(wanted) == Plan(size, size, size, 0)
     assert kernel.serve(wanted) == [Plan(size, size, size, 0)]
-    placed = kernel.reopen()._placed[WEB]
-    assert (placed.mode, placed.ring_size) == (wanted.mode, size)
+    web = kernel.reopen().maps.allocations[WEB]
+    assert (web.mode, web.ring_size) == (wanted.mode, size)
     assert kernel.numbers(WEB).keys() == {str(B.address), str(C.address)}
     assert kernel.alive_members() == 2
 
@@ -479,11 +479,11 @@ def test_map_that_is_broken_by_hand_is_repaired_by_putting_the_service_again(ker
     given = service(WEB, A, B)
     kernel.serve(given)
     words = kernel.words(WEB)
-    placed = kernel.dataplane._placed[WEB]
-    kernel.dataplane._words[placed.ring_base] = 77 | 99 << 15 | TRACK
-    kernel.dataplane._words[placed.ring_base + 1] = 0
+    web = kernel.dataplane.maps.allocations[WEB]
+    kernel.dataplane.maps.rings._words[web.ring_base] = 77 | 99 << 15 | TRACK
+    kernel.dataplane.maps.rings._words[web.ring_base + 1] = 0
     members = kernel.members()
-    members[placed.member_base + 2] = type(members[0])()
+    members[web.member_base + 2] = type(members[0])()
     kernel.reopen()
     kernel.serve(given)
     assert [current_member(word) for word in kernel.words(WEB)] == words
@@ -565,13 +565,13 @@ def test_server_ids_that_outgrow_their_map_are_all_in_force(small_maps: None, ke
     for count in (1, 2, 5, 30):
         ids = {f"0:{number:04x}" for number in range(count)}
         kernel.serve(service(Vip.parse("10.2.0.1:443/udp"), replace(A, server_ids=tuple(ids)), B, mode=Mode.DR))
-        held = kernel.dataplane._obj.map("quic_members")
+        held = kernel.dataplane.programs.obj.map("quic_members")
         assert {f"{key.config}:{bytes(key.server_id[:2]).hex()}" for key, _ in held.items()} == ids
 
 
 def test_no_table_is_as_small_as_it_was_compiled(kernel: Kernel) -> None:
     kernel.serve(service(WEB, A), service(DNS6, *backends(21, family=6)))
-    obj = kernel.dataplane._obj
+    obj = kernel.dataplane.programs.obj
     sizes = {name: len(obj.map(name)) for name in obj.map_names if not name.startswith(".")}
     assert {name for name, size in sizes.items() if size == 1} == {"verdicts"}  # one for each CPU
 
@@ -635,13 +635,13 @@ def cut_short(patch: pytest.MonkeyPatch, kernel: Kernel, where: str) -> None:
             raise KeyboardInterrupt
         attach(NEAR)
 
-    attach = kernel.dataplane.attach
+    attach = kernel.dataplane.programs.attach
     if where == "prepare":
         patch.setattr(BpfObject, "pin", killed)
     elif where == "put_in_force":
         patch.setattr(Pins, "put_in_force", killed)
     elif where.endswith("attach"):
-        patch.setattr(kernel.dataplane, "attach", killed)
+        patch.setattr(kernel.dataplane.programs, "attach", killed)
     else:
         patch.setattr(Pins, "discard", killed)
 
@@ -802,7 +802,7 @@ CLIENTS = (ip_network("10.0.9.0/24"),)
 
 def held_by_lookups(kernel: Kernel) -> dict[str, int]:
     """Map name -> how many entries it has, of those that have any."""
-    sizes = {name: len(list(kernel.dataplane._obj.map(name).items())) for name in lookup.TABLES}
+    sizes = {name: len(list(kernel.dataplane.programs.obj.map(name).items())) for name in lookup.TABLES}
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -887,7 +887,7 @@ def verdict_on(kernel: Kernel, vip: Vip) -> int:
 @pytest.fixture
 def stages(kernel: Kernel) -> Stages:
     kernel.serve(service(WEB, A))
-    return kernel.dataplane.stages
+    return kernel.dataplane.programs.stages
 
 
 def test_a_stage_in_front_drops_packets_before_the_balancer_sees_them(kernel: Kernel, stages: Stages) -> None:
@@ -916,7 +916,7 @@ def test_a_stage_behind_sees_the_verdict_and_may_drop(kernel: Kernel, stages: St
 
 
 def reason_number(kernel: Kernel, name: str) -> int:
-    return kernel.dataplane._obj.types.enum("reason")[name]
+    return kernel.dataplane.programs.obj.types.enum("reason")[name]
 
 
 def test_verdicts_are_recorded_only_while_somebody_wants_them(kernel: Kernel, stages: Stages) -> None:
@@ -935,11 +935,11 @@ def outgrow(grown: Kernel) -> None:
 
 
 def test_stages_stay_when_the_maps_grow(grown: Kernel) -> None:
-    stages = grown.dataplane.stages
+    stages = grown.dataplane.programs.stages
     with stage(hand_on_to=(stages, stages.balance), otherwise=XDP_DROP) as program:
         stages.set(stages.filter, program)
         outgrow(grown)
-        assert list(grown.dataplane.stages.occupied()) == [stages.filter]
+        assert list(grown.dataplane.programs.stages.occupied()) == [stages.filter]
         assert grown.backend_of(vips(9)[8], 4000) == A.address
 
 
@@ -955,7 +955,7 @@ def test_a_process_that_opened_the_smaller_maps_still_changes_stages(grown: Kern
 def test_another_process_that_changes_stages_is_waited_for(kernel: Kernel, stages: Stages) -> None:
     with stage(hand_on_to=None, otherwise=XDP_DROP) as program:
         change = Thread(target=stages.set, args=(stages.filter, program))
-        with Stages(kernel.dataplane._obj).alone():
+        with Stages(kernel.dataplane.programs.obj).alone():
             change.start()
             change.join(0.2)
             assert (change.is_alive(), stages.occupied()) == (True, {})

@@ -16,10 +16,10 @@ from lb.explain.reasons import (
     NS,
     Choice,
     Explanation,
+    FlowEntry,
     FoundService,
     Member,
     Outcome,
-    Recorded,
     Reply,
     Slot,
     Source,
@@ -58,8 +58,8 @@ def member(number: int, **fields: Any) -> Member:
 
 
 def served(mode: Mode = Mode.DR, *options: str, vip: str = "203.0.113.10:443", **fields: Any) -> FoundService:
-    placed = Allocation(Vip.parse(vip), mode, 0, 0, 251, 0, 16, 3600, 300, changed_ns=NOW_NS)
-    return FoundService(placed, frozenset(options), **fields)
+    allocation = Allocation(Vip.parse(vip), mode, 0, 0, 251, 0, 16, 3600, 300, changed_ns=NOW_NS)
+    return FoundService(allocation, frozenset(options), **fields)
 
 
 @dataclass
@@ -69,10 +69,10 @@ class FakeTables:
     serves: FoundService | None = field(default_factory=served)
     slot_word: int = pack(1)
     alive: tuple[int, ...] = (1, 2, 3)
-    flows: dict[Flow, Recorded] = field(default_factory=dict)
-    nat_flows: dict[Flow, Recorded] = field(default_factory=dict)
+    flows: dict[Flow, FlowEntry] = field(default_factory=dict)
+    nat_flows: dict[Flow, FlowEntry] = field(default_factory=dict)
     replies: dict[Flow, Reply] = field(default_factory=dict)
-    fragments: dict[int, Recorded] = field(default_factory=dict)
+    fragments: dict[int, FlowEntry] = field(default_factory=dict)
     sources: dict[Address, int] = field(default_factory=dict)
     names: dict[tuple[int, bytes], int] = field(default_factory=dict)
     now_ns: int = NOW_NS
@@ -88,28 +88,28 @@ class FakeTables:
     def service(self, _number: int) -> FoundService | None:
         return self.serves
 
-    def word(self, _served: FoundService, _slot: int) -> int:
+    def word(self, _service: FoundService, _slot: int) -> int:
         return self.slot_word
 
-    def member(self, _served: FoundService, number: int) -> Member | None:
+    def member(self, _service: FoundService, number: int) -> Member | None:
         return member(number) if number in self.alive else None
 
-    def members(self, _served: FoundService) -> list[Member]:
+    def members(self, _service: FoundService) -> list[Member]:
         return [member(number) for number in self.alive]
 
-    def named_member(self, _served: FoundService, config: int, server_id: bytes) -> int | None:
+    def named_member(self, _service: FoundService, config: int, server_id: bytes) -> int | None:
         return self.names.get((config, server_id))
 
-    def flow(self, flow: Flow) -> Recorded | None:
+    def flow(self, flow: Flow) -> FlowEntry | None:
         return self.flows.get(flow)
 
-    def nat_flow(self, flow: Flow) -> Recorded | None:
+    def nat_flow(self, flow: Flow) -> FlowEntry | None:
         return self.nat_flows.get(flow)
 
     def nat_reply(self, flow: Flow) -> Reply | None:
         return self.replies.get(flow)
 
-    def fragment(self, packet: Packet) -> Recorded | None:
+    def fragment(self, packet: Packet) -> FlowEntry | None:
         return self.fragments.get(packet.datagram)
 
     def member_at(self, place: int) -> tuple[FoundService, Member] | None:
@@ -129,7 +129,7 @@ def where(packet: Packet, **tables: Any) -> tuple[Source | None, int]:
     return choice.source, choice.member.number if choice.member else 0
 
 
-RECORDED = {FLOW: Recorded(3, 103, NOW_NS)}
+RECORDED = {FLOW: FlowEntry(3, 103, NOW_NS)}
 IN_TRANSITION = pack(1, previous=2, track=True)
 
 
@@ -146,14 +146,14 @@ def test_slot_in_transition_gives_new_flows_to_current_and_older_ones_to_previou
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        (Recorded(3, 103, NOW_NS), (Source.FLOW_TABLE, 3)),
-        (Recorded(3, 999, NOW_NS), (Source.RING_CURRENT, 1)),
-        (Recorded(3, 103, NOW_NS, closing=True), (Source.RING_CURRENT, 1)),
-        (Recorded(3, 103, NOW_NS - 3601 * NS), (Source.RING_CURRENT, 1)),
+        (FlowEntry(3, 103, NOW_NS), (Source.FLOW_TABLE, 3)),
+        (FlowEntry(3, 999, NOW_NS), (Source.RING_CURRENT, 1)),
+        (FlowEntry(3, 103, NOW_NS, closing=True), (Source.RING_CURRENT, 1)),
+        (FlowEntry(3, 103, NOW_NS - 3601 * NS), (Source.RING_CURRENT, 1)),
     ],
     ids=["living", "of another member", "closed", "timed out"],
 )
-def test_flow_table_decides_as_long_as_its_entry_holds(entry: Recorded, expected: tuple[Source, int]) -> None:
+def test_flow_table_decides_as_long_as_its_entry_holds(entry: FlowEntry, expected: tuple[Source, int]) -> None:
     assert where(tcp(SYN), slot_word=IN_TRANSITION, flows={FLOW: entry}) == expected
 
 
@@ -164,7 +164,7 @@ def test_udp_is_older_than_the_change_for_the_time_of_its_timeout() -> None:
 
 def test_affinity_asks_for_the_client_in_the_place_of_the_flow() -> None:
     client = Flow(6, CLIENT, 0, VIP, 443)
-    tables = FakeTables(served(Mode.DR, "affinity"), IN_TRANSITION, flows={client: Recorded(3, 103, NOW_NS)})
+    tables = FakeTables(served(Mode.DR, "affinity"), IN_TRANSITION, flows={client: FlowEntry(3, 103, NOW_NS)})
     choice = choose(tcp(), tables)
     assert (choice.source, choice.affinity) == (Source.FLOW_TABLE, True)
 
@@ -177,7 +177,7 @@ def test_connection_id_comes_before_the_ring() -> None:
 
 
 def test_nat_table_comes_before_the_ring_and_ends_with_the_connection() -> None:
-    entry = Recorded(2, 102, NOW_NS, port=2000, timeout_s=60)
+    entry = FlowEntry(2, 102, NOW_NS, port=2000, timeout_s=60)
     nat = served(Mode.NAT)
     assert where(tcp(ACK), serves=nat, nat_flows={FLOW: entry}) == (Source.NAT_TABLE, 2)
     assert where(tcp(SYN), serves=nat, nat_flows={FLOW: replace(entry, state=2)}) == (Source.RING_CURRENT, 1)
@@ -195,7 +195,7 @@ def test_reply_is_known_by_the_nat_table() -> None:
 
 def test_later_fragment_follows_the_first() -> None:
     later = Packet(FLOW._replace(source_port=0, destination_port=0), Kind.LATER_FRAGMENT, datagram=77)
-    assert where(later, fragments={77: Recorded(3, 103)}) == (Source.FRAGMENT_TABLE, 3)
+    assert where(later, fragments={77: FlowEntry(3, 103)}) == (Source.FRAGMENT_TABLE, 3)
     assert where(later) == (None, 0)
 
 

@@ -205,7 +205,7 @@ class MemoryDataplane:
             self.fuse.burn()
             del held.hops[held.ids.pop(backend)]
 
-    def programs(self) -> Mapping[str, int]:
+    def program_ids(self) -> Mapping[str, int]:
         return dict.fromkeys(self.foreign, 7) | {name: each.program_id for name, each in self._attachments.items()}
 
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
@@ -238,7 +238,7 @@ class MemoryDataplane:
             held.hops[held.ids[backend]] = hop
         return {backend.address for backend in stale}
 
-    def ways(self) -> Iterator[InstalledNextHop]:
+    def installed_next_hops(self) -> Iterator[InstalledNextHop]:
         for held in self.rings.values():
             for backend, number in held.ids.items():
                 yield InstalledNextHop(backend.address, held.hops[number].ifindex, held.hops[number].dst_mac)
