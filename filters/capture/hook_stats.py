@@ -28,7 +28,7 @@ def measured() -> Iterator[None]:
     try:
         fd = libbpf.enable_stats(_RUN_TIME)
     except OSError as error:
-        raise NotPermitted(f"--hook-stats: the kernel does not measure programs: {error.strerror}") from error
+        raise NotPermitted(f"--hook-stats: cannot enable BPF statistics: {error.strerror}") from error
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ class Rings:
 
     def __init__(self, size: int) -> None:
         if not LEAST_SIZE <= size <= MOST_SIZE:
-            raise FilterError(f"buffer of {size} bytes: {LEAST_SIZE} to {MOST_SIZE} for each CPU are possible")
+            raise FilterError(f"buffer size {size}: out of range {LEAST_SIZE} to {MOST_SIZE} bytes per CPU")
         self.size, self.stride = size, RECORDS + size + LARGEST_RECORD + 7 & ~7
         self.map = _create_map(self.stride, libbpf.possible_cpus())
         self._memory: mmap.mmap = self.map.bytes()
@@ -167,7 +167,7 @@ class Rings:
         before, now = None, self.counts()
         while before != now or now.matched != now.captured + now.lost + now.over:
             if time.monotonic() > deadline:
-                raise MapError(f"capture buffers: still written to {_SETTLED_WITHIN_S:g} s after the end")
+                raise MapError(f"capture buffers: still being written {_SETTLED_WITHIN_S:g} s after detach")
             os.sched_yield()
             before, now = now, self.counts()
         return now

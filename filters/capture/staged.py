@@ -140,7 +140,7 @@ class Balancer:
         free = [place for place in (self.stages.exits if behind else self.stages.users) if place not in occupied]
         if not free:
             where = "behind" if behind else "in front of"
-            raise NotSupported(f"all places {where} the balancer are taken: see `xdp-lb stage list`")
+            raise NotSupported(f"all places {where} the balancer are in use: see `xdp-lb stage list`")
         return free[-1]
 
     def _onward(self, place: int) -> Onward:

@@ -182,7 +182,7 @@ class Taps:
 
         running = attached(interface.index)
         if running is None:
-            raise NotSupported(f"{interface.name}: runs no XDP program, so there is nothing behind one")
+            raise NotSupported(f"{interface.name}: no XDP program attached: --at xdp-exit requires one")
         try:
             self._trace(interface, place, running.program_id)
         except (NotSupported, NotPermitted, LoadError) as refusal:
@@ -297,5 +297,5 @@ Held = AbstractContextManager[object]  # a program at work, until the end of the
 
 def _why(refusal: XdpError) -> str:
     if isinstance(refusal, NotPermitted):
-        return "this kernel lets nobody trace it (fentry)"
+        return "this kernel does not support tracing it (fentry)"
     return str(refusal).splitlines()[0]

@@ -191,7 +191,7 @@ def _direction(value: str) -> str:
 
 def _place(value: str) -> str:
     if value not in PLACES:
-        raise DumpError(f"unknown place `{value}': one of {', '.join(PLACES)}")
+        raise DumpError(f"unknown capture point `{value}': use one of {', '.join(PLACES)}")
     return value
 
 

@@ -202,7 +202,7 @@ def _first_loop(instructions: Sequence[Instruction]) -> tuple[int, int] | None:
     start = jumps[0][1]
     end = max(number for number, to in jumps if to == start)
     if start < 0 or any(to != start and (number < end or to <= end) for number, to in jumps):
-        raise InvalidFilter(f"instruction {jumps[0][0]}: jumps back in a way that is no simple loop")
+        raise InvalidFilter(f"instruction {jumps[0][0]}: backward jump that is not a simple loop")
     return start, end
 
 

@@ -175,7 +175,7 @@ def _answered(operation: Operation, hook: Hook) -> Operation:
         return operation
     if operation.what not in hook.ancillary:
         primitive = f" ({_PRIMITIVES[operation.what]})" if operation.what in _PRIMITIVES else ""
-        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]{primitive}: not known at {hook}")
+        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]{primitive}: not available at {hook}")
     match hook.ancillary[operation.what]:
         case FrameField(offset):
             return LoadPacket(2, offset)

@@ -262,7 +262,7 @@ def refused(name: str, error: OSError, log: list[str]) -> Exception:
     if error.errno == errno.EPERM:
         return NotPermitted("not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)")
     if error.errno == errno.E2BIG:
-        return TooLong(f"{name}: more than the 1,000,000 instructions that the verifier goes through: split the filter")
+        return TooLong(f"{name}: exceeds the verifier's limit of 1,000,000 processed instructions: split the filter")
     if error.errno == errno.EFAULT:  # of the verifier's push_stack()
-        return TooLong(f"{name}: more branches than the 8,192 that the verifier keeps in mind: split the filter")
-    return LoadError(f"{name}: the kernel refuses it: {error.strerror}{useful_tail(log)}")
+        return TooLong(f"{name}: exceeds the verifier's limit of 8,192 pending branches: split the filter")
+    return LoadError(f"{name}: rejected by the kernel: {error.strerror}{useful_tail(log)}")

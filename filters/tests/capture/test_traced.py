@@ -170,7 +170,7 @@ def tracing(
         try:
             program = load("traced", hook, assemble(hook, [rule], entry=entry), traced)
         except NotPermitted:
-            pytest.skip("this kernel lets nobody trace programs (fentry)")
+            pytest.skip("this kernel does not support tracing programs (fentry)")
         cleanup.enter_context(program)
         cleanup.enter_context(hold_at_program(program.fd, hook.expected_attach_type))
         yield
@@ -226,9 +226,7 @@ def test_program_without_types_cannot_be_traced() -> None:
     bare = Rule(translate(EVERYTHING, XDP), [])
     with (
         load("bare", XDP, assemble(XDP, [bare])) as program,
-        pytest.raises(
-            NotSupported, match=rf"^program {program.id} \(bare\): has no BTF, without which it cannot be traced$"
-        ),
+        pytest.raises(NotSupported, match=rf"^program {program.id} \(bare\): has no BTF: cannot be traced$"),
     ):
         target(program.id)
 

@@ -67,7 +67,7 @@ def test_wrong_words_are_told_as_getopt_tells_them(words: list[str], message: st
         (["-c", "²"], "invalid packet count ²"),
         (["-s", "-1"], "invalid snaplen -1 (must be >= 0 and <= 262144)"),
         (["-G", "-1"], "invalid number of seconds -1"),
-        (["--at", "nowhere"], "unknown place `nowhere': one of xdp, xdp-exit, tc-in, tc-out"),
+        (["--at", "nowhere"], "unknown capture point `nowhere': use one of xdp, xdp-exit, tc-in, tc-out"),
     ],
 )
 def test_bad_values_are_named(words: list[str], message: str) -> None:

@@ -161,7 +161,7 @@ def test_program_that_the_verifier_refuses_is_shown_with_the_end_of_its_log() ->
     with pytest.raises(LoadError) as refusal:
         load("bad", XDP, asm.assemble())
     first, *log = str(refusal.value).split("\n  ")
-    assert first == "bad: the kernel refuses it: Permission denied"
+    assert first == "bad: rejected by the kernel: Permission denied"
     assert log[-1] == "invalid bpf_context access off=4000 size=4"
 
 

@@ -86,7 +86,7 @@ def test_program_that_the_kernel_does_not_take_is_interpreted() -> None:
     long = (*[Instruction(cbpf.LD | cbpf.LEN)] * cbpf.MAX_INSTRUCTIONS, Instruction(cbpf.RET | cbpf.A))
     with oracle(long) as classic:
         assert classic.accepted(FRAMES["udp"]) == bpf_filter(long, FRAMES["udp"]) == len(FRAMES["udp"])
-    with pytest.raises(InvalidFilter, match=r"^4097 instructions: the kernel refuses them: Invalid argument$"):
+    with pytest.raises(InvalidFilter, match=r"^4097 instructions: rejected by the kernel: Invalid argument$"):
         KernelFilter(long)
 
 
@@ -94,7 +94,7 @@ def test_program_that_a_socket_has_no_memory_for_is_interpreted() -> None:
     """net.core.optmem_max, 128 KB as a rule, is less than the longest program takes once the kernel has it."""
     load = Instruction(cbpf.LD | cbpf.W | cbpf.ABS, k=14)
     long = (*[load] * (cbpf.MAX_INSTRUCTIONS - 1), Instruction(cbpf.RET | cbpf.K, k=cbpf.WORD))
-    with pytest.raises(InvalidFilter, match=r"^4096 instructions: the kernel refuses them: Cannot allocate memory$"):
+    with pytest.raises(InvalidFilter, match=r"^4096 instructions: rejected by the kernel: Cannot allocate memory$"):
         KernelFilter(long)
     with oracle(long) as classic:
         assert classic.accepted(FRAMES["udp"]) == len(FRAMES["udp"])
