@@ -18,9 +18,9 @@ from lb.runtime.owner import BalancerThread, to_bytes
 
 JSON = "application/json"
 
-DryRun = Annotated[bool, Query(description="Say what would change; change nothing")]
-IfMatch = Annotated[str | None, Header(description="Entity tags; another one now: 412")]
-IfNoneMatch = Annotated[str | None, Header(description="Entity tags; one of them now: 304")]
+DryRun = Annotated[bool, Query(description="Report what would change without changing anything")]
+IfMatch = Annotated[str | None, Header(description="Entity tags; 412 if none matches")]
+IfNoneMatch = Annotated[str | None, Header(description="Entity tags; 304 if one matches")]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -63,7 +63,7 @@ def check_unchanged(if_match: str | None, etag: str | None, what: str) -> None:
     """Raises Conflict. `etag` None: it is not there."""
     if if_match is None or (etag and (if_match.strip() == "*" or etag in _tags(if_match))):
         return
-    raise Conflict(f"{what}: has changed meanwhile: read it again, and decide anew")
+    raise Conflict(f"{what}: modified since it was read: fetch it again and retry")
 
 
 def _is_known(if_none_match: str | None, etag: str) -> bool:

@@ -50,10 +50,10 @@ async def on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        detail = "there is nothing at this path: see /openapi.json"
+        detail = "no such path: see /openapi.json"
     elif error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
-        detail = f"{request.method} means nothing here: {headers['Allow']} do"
+        detail = f"method {request.method} not allowed: use {headers['Allow']}"
     else:
         detail = str(error.detail)
     return _response(request, Problem(error.status_code, detail, headers=headers))
@@ -68,7 +68,7 @@ def _allowed(request: Request) -> list[str]:
 
 async def on_bug(request: Request, error: Exception) -> Response:
     # starlette raises the error again behind this, for lb.api.guard to log
-    return _response(request, Problem(500, "internal error: the log of the daemon has more"))
+    return _response(request, Problem(500, "internal error: see the daemon's log"))
 
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {

@@ -48,5 +48,5 @@ def _captured(pcap: bytes, body: ExplainBody, asked: ExplainService) -> Iterator
         found = explain_capture(asked, capture, body.number, body.interface)
         for count, document in enumerate(found):
             if count == MOST_PACKETS:
-                raise InvalidInput(f"pcap: has more than {MOST_PACKETS} packets: ask for one by its number")
+                raise InvalidInput(f"pcap: more than {MOST_PACKETS} packets: select one with number")
             yield document

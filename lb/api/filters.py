@@ -53,8 +53,8 @@ async def _interface(interface: Annotated[str, "A name"]) -> str:
 
 async def _how(
     dry_run: DryRun = False,
-    force: Annotated[bool, Query(description="Also if it ends the connection that this comes on")] = False,
-    selftest: Annotated[bool, Query(description="Run new expressions against the kernel's own first")] = True,
+    force: Annotated[bool, Query(description="Apply even if the rules drop the connection of this request")] = False,
+    selftest: Annotated[bool, Query(description="Compare new filters with the kernel's classic BPF first")] = True,
 ) -> ApplyOptions:
     return ApplyOptions(force=force, selftest=selftest, dry_run=dry_run)
 
@@ -63,7 +63,9 @@ async def _asked_on(
     request: Request,
     ssh: Annotated[
         str | None,
-        Header(alias=SSH_HEADER, description="On the Unix socket: $SSH_CONNECTION of whom no rule may lock out"),
+        Header(
+            alias=SSH_HEADER, description="Unix socket only: the caller's $SSH_CONNECTION, which rules must not drop"
+        ),
     ] = None,
 ) -> Connection | None:
     """Raises InvalidInput."""
@@ -72,7 +74,7 @@ async def _asked_on(
         return own
     found = SshConnection.parse(ssh) if ssh else None
     if ssh and found is None:
-        raise InvalidInput(f"{SSH_HEADER}: not CLIENT PORT SERVER PORT, as the variable SSH_CONNECTION has them")
+        raise InvalidInput(f"{SSH_HEADER}: not CLIENT PORT SERVER PORT: send the value of $SSH_CONNECTION")
     return found
 
 
@@ -126,7 +128,7 @@ def _tell(owner: BalancerThread, report: FilterReport) -> None:
 
 @router.get("/filters", response_model=list[models.RuleStatusAnswer], responses=ALWAYS)
 async def list_rules(
-    beside: TheBeside, interface: Annotated[str | None, Query(description="Of this one alone")] = None
+    beside: TheBeside, interface: Annotated[str | None, Query(description="Only this interface")] = None
 ) -> Response:
     """All rules, and what they have counted."""
     body = await beside.filters(lambda firewall: to_bytes(status_document(firewall.status(interface))))
@@ -250,7 +252,7 @@ async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> R
     are not there take a token of role write: what is compiled takes its time."""
     wishes, pcap = body.to_wishes(is_here=is_here(request)), pcap_bytes(body.pcap)
     if wishes and request.scope["state"]["caller"].role is not Role.WRITE:
-        raise Problem(403, "the token may only read: rules that are not there take one of role write")
+        raise Problem(403, "the token is read-only: testing new rules requires role write")
 
     def try_them(firewall: Firewall) -> bytes:
         dropped: list[int] = []

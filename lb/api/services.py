@@ -90,7 +90,7 @@ def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -
     for service in wanted:
         check = service.options.health
         if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
-            raise Problem(403, f"vip {service}: a script as health check can be set on the balancer itself alone")
+            raise Problem(403, f"vip {service}: script health checks can only be set on the balancer's host")
 
 
 # Services
@@ -119,10 +119,10 @@ async def put_service(
     request: Request,
     vip: VipInPath,
     body: models.ServiceBody,
-    own_address: Annotated[bool, Query(description="Put a VIP that nobody has on an interface")] = True,
+    own_address: Annotated[bool, Query(description="Add a VIP that is no host's address to an interface")] = True,
     dry_run: DryRun = False,
     if_match: IfMatch = None,
-    if_none_match: Annotated[str | None, Header(description="*: only if it is not there")] = None,
+    if_none_match: Annotated[str | None, Header(description="*: only create")] = None,
 ) -> Response:
     """Have the service served as the body says, whether it is there or not."""
     service = body.to_model(Place(), vip)
@@ -140,9 +140,9 @@ async def put_service(
 def _check_absent(balancer: Balancer, service: Service, if_none_match: str) -> None:
     """Raises Problem."""
     if if_none_match.strip() != "*":
-        raise Problem(400, "If-None-Match: only * has a meaning here")
+        raise Problem(400, "If-None-Match: only * is supported")
     if any(other.vip == service.vip for other in balancer.state.services):
-        raise of_error(AlreadyExists(f"vip {service}: already served"), status=412)
+        raise of_error(AlreadyExists(f"vip {service}: already exists"), status=412)
 
 
 @router.patch("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
@@ -232,7 +232,7 @@ async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Resp
     return content(lambda: b'{"services":%b}' % now.body, now.etag, if_none_match)
 
 
-OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]
+OwnAddresses = Annotated[bool, Query(description="Add VIPs that are no host's address to an interface")]
 
 
 @router.put("/config", response_model=models.ReportAnswer, responses=CHANGES)
@@ -285,7 +285,7 @@ async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = Fa
 @router.delete("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
 async def detach(
     request: Request,
-    name: Annotated[list[str] | None, Query(description="May be repeated; none: all")] = None,
+    name: Annotated[list[str] | None, Query(description="May be repeated; default: all")] = None,
     dry_run: DryRun = False,
 ) -> Response:
     """Serve there no longer. Services stay stored."""

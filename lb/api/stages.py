@@ -35,7 +35,7 @@ async def get_tables(number: int, beside: TheBeside) -> Response:
 async def stop_stages(
     request: Request,
     beside: TheBeside,
-    number: Annotated[list[int] | None, Query(description="May be repeated; none: all")] = None,
+    number: Annotated[list[int] | None, Query(description="May be repeated; default: all")] = None,
 ) -> Response:
     """End stages: packets go on as if they had never been there. The answer has them as they were."""
     ended = await beside.stages(lambda paths: Here(paths).stop(number or ()))

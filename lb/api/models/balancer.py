@@ -39,7 +39,9 @@ class BackendBody(Body):
     port: Port | None = None
     weight: Weight | None = None
     draining: bool = False
-    server_ids: list[str] = Field(default_factory=list, description="CONFIG:HEX, of QUIC connection IDs")
+    server_ids: list[str] = Field(
+        default_factory=list, description="CONFIG:HEX, the server's IDs in QUIC connection IDs"
+    )
 
     def to_model(self, vip: Vip, place: Place) -> Backend:
         text = self.backend if self.backend is not None else self.address
@@ -94,7 +96,7 @@ class ServiceBody(Body):
         if named is None:
             raise InvalidInput("vip: missing")
         if vip and named != vip:
-            raise InvalidInput(f"vip {named}: is not {vip}, which the request is for")
+            raise InvalidInput(f"vip {named}: does not match {vip} in the path")
         return named
 
 
@@ -105,7 +107,9 @@ def _check_agrees(given: Mapping[str, Any], document: Mapping[str, Any], keys: S
     for key in keys:
         if given.get(key) not in (None, document[key]):
             with place / key:
-                raise InvalidInput(f"{key} {given[key]}: is {document[key]} by what else is given: leave it out")
+                raise InvalidInput(
+                    f"{key} {given[key]}: conflicts with {document[key]} from the other keys: leave it out"
+                )
 
 
 def backends_of(bodies: Sequence[BackendBody], vip: Vip, place: Place) -> tuple[Backend, ...]:
@@ -129,7 +133,7 @@ def _one_option(name: str, value: object) -> None:
     try:
         from_values({name: value})
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise InvalidInput(f"option {name}: not as it should be: {error}") from None
+        raise InvalidInput(f"option {name}: invalid value: {error}") from None
 
 
 def _built(vip: Vip, parts: Mapping[str, Any], place: Place) -> Service:
@@ -214,7 +218,7 @@ class AttachBody(Body):
 
     interfaces: Annotated[list[InterfaceBody], Field(min_length=1)]
     services: list[ServiceBody] = Field(default_factory=list)
-    own_address: bool = Field(True, description="Put a VIP that nobody has on an interface")
+    own_address: bool = Field(True, description="Add a VIP that is no host's address to an interface")
 
 
 # What goes out, for the description alone: lb.formats.documents makes it.

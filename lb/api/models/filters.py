@@ -26,10 +26,10 @@ LONGEST_NAME = 4096  # of a set: PATH_MAX
 class SetBody(Body):
     """Packets with an address in a list of prefixes."""
 
-    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="What it is called", examples=["bad"])
+    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="Name of the set", examples=["bad"])
     side: Literal["src", "dst"] = "src"
-    list: str | None = Field(None, description="A prefix a line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
-    prefixes: Count | None = Field(None, description="How many there are: as it was read, of no effect")
+    list: str | None = Field(None, description="One prefix per line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
+    prefixes: Count | None = Field(None, description="Number of prefixes; read-only")
 
 
 class RuleBody(Body):
@@ -37,10 +37,10 @@ class RuleBody(Body):
 
     at: AtName = At.XDP
     action: ActionName
-    rate: str | None = Field(None, description="Of limit", examples=["1k/s"])
-    expression: str = Field("", description="As tcpdump's; empty: all packets", examples=["udp port 53"])
+    rate: str | None = Field(None, description="Only with action limit", examples=["1k/s"])
+    expression: str = Field("", description="tcpdump expression; empty: all packets", examples=["udp port 53"])
     set: SetBody | None = None
-    until: Whole | None = Field(None, description="Unix time, in seconds, at which it ends by itself")
+    until: Whole | None = Field(None, description="Unix time in seconds at which the rule expires")
 
     def to_wish(self, interface: str, place: Place, *, is_here: bool) -> RuleSpec:
         """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
@@ -55,7 +55,7 @@ class RuleBody(Body):
     def _rate(self, place: Place) -> Rate | None:
         with place:
             if self.rate is not None and self.action is not Action.LIMIT:
-                raise InvalidInput(f"rate {self.rate}: is for limit alone, and this is {self.action}")
+                raise InvalidInput(f"rate {self.rate}: requires action limit, not {self.action}")
             if self.action is not Action.LIMIT:
                 return None
             return Rate.parse(self.rate or "")
@@ -66,12 +66,12 @@ class RuleBody(Body):
         with place / "path":
             _check_printable("set", self.set.path)
             if self.set.path.startswith("/") and self.set.list is not None and not is_here:
-                raise InvalidInput(f"set {self.set.path}: no file of the balancer's is read: call it something else")
+                raise InvalidInput(f"set {self.set.path}: files of the balancer's host are not read: use another name")
 
 
 class NewRuleBody(RuleBody):
-    for_s: Count | None = Field(None, description="For how long, in seconds, instead of until")
-    position: Whole | None = Field(None, description="Which number it gets; by default behind the last")
+    for_s: Count | None = Field(None, description="Lifetime in seconds, instead of until")
+    position: Whole | None = Field(None, description="Number of the new rule; default: after the last")
 
     def to_new_wish(self, interface: str, *, is_here: bool) -> RuleSpec:
         wish = self.to_wish(interface, Place(), is_here=is_here)
@@ -82,7 +82,7 @@ class NewRuleBody(RuleBody):
             return wish
         with Place() / "for_s":
             if not 0 < self.for_s <= LONGEST_S or self.until is not None:
-                raise InvalidInput(f"for_s {self.for_s}: not from 1 to {LONGEST_S}, without until")
+                raise InvalidInput(f"for_s {self.for_s}: out of range 1 to {LONGEST_S}, or combined with until")
         return replace(wish, seconds=self.for_s)
 
 
@@ -97,7 +97,7 @@ class RulesBody(Body):
 
 
 class MoveBody(Body):
-    number: Whole = Field(description="The one that it is to have")
+    number: Whole = Field(description="New number of the rule")
 
 
 class TrialBody(Body):
@@ -113,15 +113,15 @@ class TrialBody(Body):
         place = Place() / "rules"
         if (self.rules is None) == (self.interface is None):
             with place:
-                raise InvalidInput("rules: give either an interface or rules")
+                raise InvalidInput("rules: give either interface or rules")
         if self.rules and self.at:
             with Place() / "at":
-                raise InvalidInput("at: is said by each of the rules")
+                raise InvalidInput("at: not allowed with rules: give it in each rule")
         wishes = [r.to_wish("", place / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
         for number, wish in enumerate(wishes):
             with place / number:
                 if wish.at is not wishes[0].at:
-                    raise InvalidInput(f"rules: not all at one place: {wishes[0].at} and {wish.at}")
+                    raise InvalidInput(f"rules: different attach points: {wishes[0].at} and {wish.at}")
                 if wish.set_path is not None and wish.set_list is None:
                     raise InvalidInput(f"set {wish.set_path}: list: missing")
         return wishes
@@ -129,7 +129,7 @@ class TrialBody(Body):
 
 def _check_printable(name: str, text: str) -> None:
     if not " ".join(text.split()).isprintable():
-        raise InvalidInput(f"{name}: has characters that cannot be printed")
+        raise InvalidInput(f"{name}: contains unprintable characters")
 
 
 # What goes out

@@ -75,7 +75,7 @@ def test_names_are_names_and_each_is_there_once(path: Path) -> None:
         access.create("deploy", Role.READ)
         with pytest.raises(AlreadyExists, match="token deploy: there already"):
             access.create("deploy", Role.WRITE)
-        with pytest.raises(NotFound, match="token nobody: there is none"):
+        with pytest.raises(NotFound, match="token nobody: not found"):
             access.revoke("nobody")
         for name in ("", "-x", "a b", "a\nb", "x" * 64, "é"):
             with pytest.raises(InvalidInput, match="not a name"):
@@ -193,11 +193,11 @@ def test_a_token_is_revoked_by_name(here: Path) -> None:
     assert lines("token", "revoke", "deploy") == ["token deploy: revoked"]
     assert lines("token", "list") == ["no tokens: create one with xdp-lb token create"]
     failed = run("token", "revoke", "deploy")
-    assert (failed.exit_code, failed.stderr) == (1, "xdp-lb: token deploy: there is none: see xdp-lb token list\n")
+    assert (failed.exit_code, failed.stderr) == (1, "xdp-lb: token deploy: not found: see xdp-lb token list\n")
 
 
 def test_the_audit_log_says_who_has_made_and_revoked_tokens(here: Path) -> None:
-    assert lines("audit") == ["nothing yet: what goes through xdp-lb serve is recorded"]
+    assert lines("audit") == ["no entries: only changes made through xdp-lb serve are recorded"]
     lines("token", "create", "deploy", "--role", "write")
     lines("token", "revoke", "deploy")
     heading, created, revoked = lines("audit")
