@@ -30,7 +30,7 @@ class Capture:
         self._file, self._path, self.name = file, path, name
         self.snaplen = file.snaplen
         if file.link_type != ETHERNET:
-            raise InvalidInput(f"{name}: has no Ethernet frames, but {file.link_type_words}")
+            raise InvalidInput(f"{name}: not a capture of Ethernet frames: {file.link_type_words}")
 
     def packets(self) -> Iterator[Packet]:
         with _named(self._path, self.name):

@@ -41,7 +41,7 @@ WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "affinity_s": ("affinity", _seconds),
     "sources": ("sources", _prefixes("any")),
     "syn_limit": ("syn limit", _rate),
-    "syn_limit_of_source": ("syn limit of a source", _rate),
+    "syn_limit_of_source": ("syn limit per source", _rate),
     "mss": ("mss", _number),
     "echo": ("echo", _switch),
     "tunnel_sources": ("tunnel source", _prefixes("own")),

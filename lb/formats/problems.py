@@ -38,15 +38,15 @@ class Kind:
 
 
 KINDS: dict[type[LbError], Kind] = {
-    InvalidInput: Kind("invalid-input", "The values given describe nothing that can be served", 422),
-    NotFound: Kind("not-found", "There is no such thing", 404),
-    AlreadyExists: Kind("already-exists", "It is there already", 409),
-    NoRoute: Kind("no-route", "The host has no way to a backend", 409),
-    Conflict: Kind("conflict", "It is not as it was when it was read", 412),
-    Busy: Kind("busy", "Something else is changing this network namespace", 503),
-    StoreError: Kind("store-error", "The desired state cannot be read or written", 503),
-    DataplaneError: Kind("dataplane-error", "The kernel refused; the old state is in force", 503),
-    DaemonError: Kind("refused", "The daemon refuses", 403),
+    InvalidInput: Kind("invalid-input", "Invalid values", 422),
+    NotFound: Kind("not-found", "Not found", 404),
+    AlreadyExists: Kind("already-exists", "Already exists", 409),
+    NoRoute: Kind("no-route", "No route to a backend", 409),
+    Conflict: Kind("conflict", "Modified since it was read", 412),
+    Busy: Kind("busy", "Another process is changing this network namespace", 503),
+    StoreError: Kind("store-error", "Store cannot be read or written", 503),
+    DataplaneError: Kind("dataplane-error", "Rejected by the kernel; previous state kept", 503),
+    DaemonError: Kind("refused", "Refused by the daemon", 403),
 }
 CLASSES = {kind.name: error for error, kind in KINDS.items()}
 

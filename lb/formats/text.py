@@ -31,7 +31,7 @@ STYLES = {
     "generic": "yellow",
     "total": "dim",
 }
-OUTDATED = "the program in force is of xdp-lb {}, not the installed one: xdp-lb attach IFACE exchanges it"
+OUTDATED = "the running program is of xdp-lb {}, not the installed version: run xdp-lb attach IFACE to upgrade it"
 WIDTH = 80  # of text that may be broken
 # Headings of the counters, by name. Bytes stand right of the packets they belong to.
 COUNTERS = {
@@ -126,7 +126,7 @@ def _moves(plan: Plan | None) -> str:
         return ""
     if not plan.moved:
         return "no slot moves"
-    flows = "" if plan.flows is None else f", {plan.flows} open connections are on them"
+    flows = "" if plan.flows is None else f", {plan.flows} open connections on them"
     return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum}){flows}"
 
 
@@ -302,9 +302,9 @@ def status_lines(status: Status, *, colour: bool) -> list[str]:
 def _headline(status: Status) -> list[str]:
     where = "" if status.netns == "default" else f"network namespace {status.netns}: "
     if not status.services and not status.interfaces:
-        return [f"{where}nothing is served: start with xdp-lb attach IFACE --backends A,B"]
+        return [f"{where}no services: start with xdp-lb attach IFACE --backends A,B"]
     if not status.loaded:
-        return [f"{where}nothing is attached: xdp-lb attach IFACE starts what is stored"]
+        return [f"{where}not attached: run xdp-lb attach IFACE"]
     if status.outdated:
         return [f"{where}{OUTDATED.format(status.outdated)}"]
     return [where.removesuffix(": ")] if where else []
@@ -339,7 +339,9 @@ def _fault(status: BackendStatus) -> str:
         return ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(condition.since))
     return (
-        f"down since {since}: {condition.why}" if condition.down else f"up since {since}: starts at {condition.share} %"
+        f"down since {since}: {condition.why}"
+        if condition.down
+        else f"up since {since}: slow start at {condition.share} %"
     )
 
 
@@ -377,7 +379,7 @@ def _counter_cells(counters: Counters, shown: Iterable[str]) -> tuple[str, ...]:
 
 
 def _reasons_table(status: Status, *, colour: bool) -> list[str]:
-    columns = [Column("NOT BALANCED"), Column("PACKETS", number=True)]
+    columns = [Column("REASON"), Column("PACKETS", number=True)]
     rows = [(reason, short(n)) for reason, n in _counted(status)]
     return table(columns, rows, colour=colour) if rows else []
 
