@@ -129,7 +129,7 @@ def _capabilities(host: Host) -> Findings:
     if host.missing_capabilities:
         yield _fail("capabilities", f"{' and '.join(host.missing_capabilities)} missing", "sudo xdp-lb doctor")
     else:
-        yield _ok("capabilities", "all that are needed")
+        yield _ok("capabilities", "all present")
 
 
 def _program_loads(host: Host) -> Findings:
@@ -137,9 +137,9 @@ def _program_loads(host: Host) -> Findings:
         case Refusal(why, fix):
             yield _fail("program", why, fix)
         case Dataplane(instructions=count):
-            yield _ok("program", f"the kernel takes it: {count:,} instructions verified")
+            yield _ok("program", f"loads: {count:,} instructions verified")
         case None:
-            yield _warn("program", "not tried, for want of capabilities", "sudo xdp-lb doctor")
+            yield _warn("program", "not tested: capabilities missing", "sudo xdp-lb doctor")
 
 
 def _jit(host: Host) -> Findings:
@@ -153,11 +153,11 @@ def _jit(host: Host) -> Findings:
 
 def _bpffs(host: Host) -> Findings:
     if not host.has_bpffs:
-        yield _fail("bpffs", "not in this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y")
+        yield _fail("bpffs", "not supported by this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y")
     elif host.loaded:
         yield _ok("bpffs", f"in use: {host.pins}")
     else:
-        yield _ok("bpffs", f"attach mounts one: {host.pins}")
+        yield _ok("bpffs", f"mounted by attach: {host.pins}")
 
 
 def _store(host: Host) -> Findings:
@@ -174,7 +174,7 @@ def _memory(host: Host) -> Findings:
     needed = host.dataplane.map_bytes
     room = f"{_mebibytes(needed)} for maps, {_mebibytes(host.free_bytes)} free"
     if host.loaded:
-        yield _ok("memory", "maps are allocated")
+        yield _ok("memory", "maps already allocated")
     elif needed > host.free_bytes:
         yield _fail("memory", room, _more_memory(host, needed))
     elif 2 * needed > host.free_bytes:
@@ -191,7 +191,7 @@ def _more_memory(host: Host, needed: int) -> str:
     missing = _mebibytes(needed - host.free_bytes + (1 << 20))
     if host.memory_limit:
         return f"raise the limit by {missing}: {host.memory_limit}"
-    return f"free {missing} of memory, or add them"
+    return f"free or add {missing} of memory"
 
 
 def _nat_ports(host: Host) -> Findings:
@@ -199,19 +199,19 @@ def _nat_ports(host: Host) -> Findings:
         return
     (low, high), (first, last) = host.local_ports, host.dataplane.nat_ports
     if low > last or high < first:
-        yield _ok("nat ports", f"{first}-{last}, apart from the host's {low}-{high}")
+        yield _ok("nat ports", f"{first}-{last}, outside the host's ephemeral range {low}-{high}")
     else:
         default = " ".join(map(str, LOCAL_PORTS))
         yield _warn(
             "nat ports",
-            f"{first}-{last} overlap the host's own {low}-{high}",
+            f"{first}-{last} overlaps the host's ephemeral range {low}-{high}",
             f'sysctl -w net.ipv4.ip_local_port_range="{default}"',
         )
 
 
 def _neighbours(host: Host) -> Findings:
     for table in host.neighbours:
-        check, value = f"neighbours v{table.family}", f"{table.backends} backends, room for {table.limit}"
+        check, value = f"neighbours v{table.family}", f"{table.backends} backends, table limit {table.limit}"
         if 2 * table.backends <= table.limit:
             yield _ok(check, value)
         else:
@@ -248,10 +248,12 @@ def _native(interface: Interface, _host: Host) -> Findings:
     if native:
         yield _ok("native xdp", driver)
     elif interface.is_veth and interface.native is not None:
-        yield _warn("native xdp", f"{driver}: its other end sends on more queues", _as_many_queues(interface))
+        yield _warn("native xdp", f"{driver}: peer has more TX queues", _as_many_queues(interface))
     else:
-        accept = f"to accept that: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
-        yield _warn("native xdp", f"{driver}: none known, generic mode is several times slower", accept)
+        accept = f"to accept generic mode: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
+        yield _warn(
+            "native xdp", f"{driver}: not known to support native XDP; generic mode is several times slower", accept
+        )
 
 
 def _as_many_queues(interface: Interface) -> str:
@@ -266,14 +268,14 @@ def _transmit(interface: Interface, _host: Host) -> Findings:
     if not (interface.is_veth and interface.native):
         return
     if interface.transmits:
-        yield _ok("transmit", "the other end takes what XDP sends")
+        yield _ok("transmit", "peer accepts frames sent by XDP")
     else:
-        yield _warn("transmit", "its other end drops what XDP sends", _at_other_end(interface, "gro on"))
+        yield _warn("transmit", "peer drops frames sent by XDP", _at_other_end(interface, "gro on"))
 
 
 def _at_other_end(veth: Interface, setting: str) -> str:
     if veth.peer is None:
-        return f"in the network namespace of its other end DEV: ethtool -K DEV {setting}"
+        return f"in the peer's network namespace, DEV being the peer: ethtool -K DEV {setting}"
     return f"ethtool -K {_word(veth.peer.name)} {setting}"
 
 
@@ -282,11 +284,11 @@ def _running(interface: Interface, _host: Host) -> Findings:
     if program is None:
         yield _ok("attached", "nothing")
     elif program.lost:
-        value = f"id {program.program_id}, name {program.name}, {program.mode}: its pins are gone"
-        yield _fail("attached", value, f"xdp-lb attach {name}, by the same version")
+        value = f"id {program.program_id}, name {program.name}, {program.mode}: pins missing"
+        yield _fail("attached", value, f"xdp-lb attach {name}, using the same version")
     elif not program.ours:
         link_word = "xdp" if program.mode == "native" else f"xdp{program.mode}"
-        value = f"a program of someone else: id {program.program_id}, name {program.name}, {program.mode}"
+        value = f"foreign program: id {program.program_id}, name {program.name}, {program.mode}"
         yield _fail("attached", value, f"ip link set dev {name} {link_word} off")
     elif program.mode == "generic":
         value = f"xdp-lb, id {program.program_id}, generic: several times slower than native"
@@ -301,7 +303,7 @@ def _lro(interface: Interface, _host: Host) -> Findings:
 
 def _hardware_gro(interface: Interface, _host: Host) -> Findings:
     if interface.driver == "virtio_net" and interface.offloads - interface.fixed_offloads >= {"rx-gro-hw"}:
-        yield _ok("hardware gro", "on: the driver turns it off for XDP")
+        yield _ok("hardware gro", "on: disabled by the driver for XDP")
     else:
         yield _merging(interface, "hardware gro", "rx-gro-hw", "rx-gro-hw")
 
@@ -311,10 +313,10 @@ def _merging(interface: Interface, check: str, feature: str, word: str) -> Findi
     if feature not in interface.offloads:
         return _ok(check, "off")
     if feature not in interface.fixed_offloads:
-        return _warn(check, "on: native XDP is refused", f"ethtool -K {_word(interface.name)} {word} off")
-    accept = f"to accept that: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
+        return _warn(check, "on: incompatible with native XDP", f"ethtool -K {_word(interface.name)} {word} off")
+    accept = f"to accept generic mode: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
     fix = QEMU_OFFLOADS_OFF if interface.driver == "virtio_net" else accept
-    return _warn(check, "on, and fixed: native XDP is refused", fix)
+    return _warn(check, "on [fixed]: incompatible with native XDP", fix)
 
 
 def _vlan(interface: Interface, _host: Host) -> Findings:
@@ -324,7 +326,7 @@ def _vlan(interface: Interface, _host: Host) -> Findings:
         hidden = interface.peer is not None and interface.peer.leaves_vlan_tags_out
         fix = _at_other_end(interface, "txvlan off")
     if hidden:
-        yield _warn("vlan offload", "on: XDP sees no tags, any VLAN looks untagged", fix)
+        yield _warn("vlan offload", "on: XDP does not see VLAN tags", fix)
     else:
         yield _ok("vlan offload", "off")
 
@@ -334,9 +336,13 @@ def _checksums(interface: Interface, _host: Host) -> Findings:
     if not interface.is_veth:
         return
     if interface.peer and not interface.peer.leaves_checksums_out:
-        yield _ok("checksums", f"complete in what {interface.peer.name} sends")
+        yield _ok("checksums", f"complete in frames from {interface.peer.name}")
     else:
-        lacking = f"lacking in what {interface.peer.name} sends" if interface.peer else "of its other end: out of sight"
+        lacking = (
+            f"missing in frames from {interface.peer.name}"
+            if interface.peer
+            else "unknown: peer in another network namespace"
+        )
         yield _warn("checksums", lacking, _at_other_end(interface, "tx off"))
 
 
@@ -344,7 +350,7 @@ def _mtu(interface: Interface, host: Host) -> Findings:
     most = host.page_size - ROOM_OF_A_PAGE
     name, mtu = _sender(interface)
     if mtu > most:
-        value = f"{mtu}: native XDP is refused, frames exceed a page"
+        value = f"{mtu}: too large for native XDP, frames exceed a page"
         yield _warn("mtu", value, f"ip link set dev {_word(name)} mtu {most}")
     else:
         yield _tunnel_room(interface, host)
@@ -362,11 +368,11 @@ def _tunnel_room(interface: Interface, host: Host) -> Finding:
     if not tunnels:
         return _ok("mtu", str(interface.mtu))
     overhead = max(TUNNEL_BYTES[mode] for mode in tunnels)
-    value = f"{interface.mtu}: tunnels leave {interface.mtu - overhead}"
+    value = f"{interface.mtu}: {interface.mtu - overhead} inside tunnels"
     if interface.mtu >= CLIENT_MTU + overhead:
         return _ok("mtu", value)
     wider = f"ip link set dev {_word(interface.name)} mtu {CLIENT_MTU + overhead}"
-    return _warn("mtu", f"{value} of clients' {CLIENT_MTU}", wider)
+    return _warn("mtu", f"{value}, clients send {CLIENT_MTU}", wider)
 
 
 def _queues(interface: Interface, host: Host) -> Findings:
@@ -389,7 +395,7 @@ def _forwarding(interface: Interface, host: Host) -> Findings:
     if off:
         families = " and ".join(f"IPv{family}" for family in off)
         settings = (_setting(interface, family, "forwarding", 1) for family in off)
-        value = f"{families} off: backends down when added stay unserved"
+        value = f"{families} off: bpf_fib_lookup cannot resolve next hops"
         yield _warn("forwarding", value, f"sysctl -w {' '.join(settings)}")
     else:
         yield _ok("forwarding", "on")
@@ -397,7 +403,7 @@ def _forwarding(interface: Interface, host: Host) -> Findings:
 
 def _rp_filter(interface: Interface, _host: Host) -> Findings:
     if interface.rp_filter == STRICT:
-        value = "strict: drops what the host gets another way than it answers"
+        value = "strict: drops packets on asymmetric routes"
         yield _warn("rp_filter", value, f"sysctl -w {_setting(interface, 4, 'rp_filter', LOOSE)}")
     else:
         yield _ok("rp_filter", "loose" if interface.rp_filter == LOOSE else "off")
@@ -409,10 +415,10 @@ def _arp(interface: Interface, host: Host) -> Findings:
         return
     addresses = ", ".join(host.loopback_addresses)
     if interface.arp_ignore >= 1 and interface.arp_announce >= 2:
-        yield _ok("arp", f"silent about {addresses} on lo")
+        yield _ok("arp", f"no ARP replies for {addresses} on lo")
     else:
         settings = (_setting(interface, 4, "arp_ignore", 1), _setting(interface, 4, "arp_announce", 2))
-        yield _warn("arp", f"answers for {addresses} on lo", f"sysctl -w {' '.join(settings)}")
+        yield _warn("arp", f"ARP replies for {addresses} on lo", f"sysctl -w {' '.join(settings)}")
 
 
 def _setting(interface: Interface, family: int, key: str, value: int) -> str:

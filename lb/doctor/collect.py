@@ -41,7 +41,7 @@ IFF_UP = 1
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 BUILD = "make build"
-OTHER_KERNEL = "boot Linux 6.1 or later; where it is, report this with uname -r"
+OTHER_KERNEL = "boot Linux 6.1 or later; if it is, report this with the output of uname -r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +208,9 @@ def _named(messages: Collection[Any], names: Collection[str]) -> list[Any]:
     by_name = {_name(message): message for message in messages}
     for name in names:
         if name not in by_name:
-            raise NotFound(f"interface {name}: not there: see ip link")
+            raise NotFound(f"interface {name}: does not exist: see ip link")
         if not _is_ethernet(by_name[name]):
-            raise InvalidInput(f"interface {name}: not Ethernet: name one that is, see ip link")
+            raise InvalidInput(f"interface {name}: not an Ethernet interface: see ip link")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
