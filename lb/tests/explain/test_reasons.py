@@ -237,15 +237,15 @@ def test_program_that_chooses_another_member_is_told_from_the_tables() -> None:
     reached = members_reached(outcome, tcp(), served(), tables)
     assert reached == [member(2)]
     assert disagreement(choice, outcome, reached) == (
-        "the program chose 10.1.0.12:443; by the maps it would be 10.1.0.11:443"
+        "the program chose 10.1.0.12:443; according to the maps it is 10.1.0.11:443"
     )
 
 
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("drop_no_backend", "the program found no backend; by the maps it would be 10.1.0.11:443"),
-        ("pass_not_a_service", "the program found no service; by the maps it would be 203.0.113.10:443/tcp"),
+        ("drop_no_backend", "the program found no backend; according to the maps it is 10.1.0.11:443"),
+        ("pass_not_a_service", "the program found no service; according to the maps it is 203.0.113.10:443/tcp"),
         ("drop_syn_limit", None),
     ],
 )
@@ -284,9 +284,9 @@ def test_forwarded_packet_in_lines() -> None:
 def test_dropped_packet_in_lines_has_a_fix() -> None:
     told = explanation(Choice(served()), Outcome("drop", "drop_no_backend", b""))
     assert lines(document(told), colour=False)[3:] == [
-        "verdict    dropped: the service has no backend for it",
+        "verdict    dropped: no backend available",
         "reason     drop_no_backend",
-        "fix        xdp-lb backend list, then backend add, or give one a weight above 0",
+        "fix        add a backend, or set a weight above 0: see xdp-lb backend list",
         "service    203.0.113.10:443/tcp, exact address, exact port, mode dr",
     ]
 
