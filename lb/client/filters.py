@@ -131,7 +131,7 @@ def _read_answer(document: Document) -> tuple[TestResult, list[int]]:
 
 def _added(one: TestResult, other: TestResult) -> TestResult:
     if one.rules != other.rules:
-        raise Conflict("filter: rules have changed meanwhile: repeat the test")
+        raise Conflict("filter: rules changed during the test: repeat it")
     return replace(
         one,
         matched={slot: count + other.matched[slot] for slot, count in one.matched.items()},

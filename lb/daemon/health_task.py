@@ -72,7 +72,7 @@ class HealthTask:
             self._fault = ""
         except OSError as error:
             if self._fault != str(error):
-                log.warning("what health checks find is lost when this process ends", reason=str(error))
+                log.warning("cannot save health state: it is lost when this process exits", reason=str(error))
             self._fault = str(error)
 
     async def _stay_fresh(self) -> None:

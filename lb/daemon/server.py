@@ -41,7 +41,7 @@ from lb.runtime.owner import BalancerThread
 log = structlog.get_logger("xdp-lb")
 
 AGAIN_S = 5.0  # after a task has failed
-STARTING = "starting: what is stored is being written to the kernel"
+STARTING = "starting: writing the stored configuration to the kernel"
 
 
 class Task(Protocol):
@@ -154,7 +154,7 @@ class Daemon:
             self.unready = ""
         except LbError as error:
             if self.unready != str(error):
-                log.error("the kernel does not hold what is wanted", reason=str(error), again_after_s=AGAIN_S)
+                log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
     async def _reconcile_again(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
@@ -178,7 +178,7 @@ class Daemon:
                 wanted = config.read(self._settings.config)
                 _log_report("reloaded", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
         except LbError as error:
-            log.error("not reloaded: all stays as it was", reason=str(error))
+            log.error("reload failed: configuration unchanged", reason=str(error))
 
     def _reload_certificate(self) -> None:
         certificate, key = self._settings.tls_certificate, self._settings.tls_key
@@ -210,7 +210,7 @@ async def _kept_running(task: Task, owner: BalancerThread) -> None:
             await task.run(owner)
             return
         except Exception:
-            log.exception("a task has failed: it is started again", task=type(task).__name__, after_s=AGAIN_S)
+            log.exception("task failed: restarting", task=type(task).__name__, after_s=AGAIN_S)
         await asyncio.sleep(AGAIN_S)
 
 
@@ -235,7 +235,7 @@ async def _serve(
         loop.add_signal_handler(number, daemon.stop)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     await daemon.run()
-    log.info("ended: programs and maps go on")
+    log.info("stopped: programs and maps stay loaded")
 
 
 def _ready() -> None:

@@ -166,7 +166,7 @@ class KernelDataplane(Programs):
         """Where the service lies from now on, with those of its members that it has already."""
         old, placed = self._alike(service), self._find_place(self._layout, service)
         if placed is None:
-            raise DataplaneError("the maps are full: load() makes them larger")
+            raise DataplaneError("maps full: load() grows them")
         if old is None or placed.member_block != old.member_block:
             self._members.wipe(*placed.member_block)
             if old:
@@ -271,27 +271,27 @@ class KernelDataplane(Programs):
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         found = []
         if changed := self._directory.reread():
-            found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by someone else")
+            found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by another process")
         self.publish(services)
         stages, behind = self.stages, self._obj.program(BEHIND_STAGES)
         if stages.balance not in stages.map or stages.map[stages.balance].value != behind.id:
             self._balance_behind_stages()
-            found.append("stages: the balancer was taken out from behind them")
+            found.append("stages: the balancer was missing at the end of the chain")
         return found
 
     @translated()
     def differences(self, service: Service) -> list[str]:
         placed = self._alike(service)
         if placed is None:
-            return ["was not there"]
-        found = [] if self._services.holds(placed, service) else ["its entry was changed"]
+            return ["was missing"]
+        found = [] if self._services.holds(placed, service) else ["map entry was modified"]
         numbers = self._known_numbers(placed, service)
         if not self._members.is_whole(placed, numbers):
-            found.append("entries of its backends were changed")
+            found.append("backend entries were modified")
         elif service.vip not in self._remembered:
             self._remember(placed, service, numbers)
         if slots := self._slots_changed(placed, service, numbers):
-            found.append(f"{slots} of its {placed.ring_size} slots {'was' if slots == 1 else 'were'} changed")
+            found.append(f"{slots} of {placed.ring_size} slots {'was' if slots == 1 else 'were'} modified")
         return found
 
     def _remember(self, placed: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> None:

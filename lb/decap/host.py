@@ -84,7 +84,7 @@ class DecapHost:
             if not self._is_local(vip):
                 self._network.add_address(LOOPBACK, vip)
                 self._remember(replace(self._made, addresses=(*self._made.addresses, str(vip))))
-                notes.append(f"{vip}: put on {LOOPBACK}")
+                notes.append(f"{vip}: added to {LOOPBACK}")
         return notes
 
     def commit(self, vips: Sequence[Address]) -> None:
@@ -128,11 +128,11 @@ class DecapHost:
         for address in self._made.addresses:
             if address not in target.addresses:
                 self._network.remove_address(LOOPBACK, ip_address(address))
-                notes.append(f"{address}: taken off {LOOPBACK}")
+                notes.append(f"{address}: removed from {LOOPBACK}")
         for name, before in self._made.sysctls.items():
             if name not in target.sysctls and _value(name) == WANTED[Path(name).name]:
                 _write(name, before)
-                notes.append(f"{_dotted(name)}: back to {before}")
+                notes.append(f"{_dotted(name)}: restored to {before}")
         self._remember(target)
         return notes
 
@@ -148,16 +148,16 @@ class DecapHost:
         if self._is_local(destination.network_address):
             return None
         name = prefix_text(destination)
-        remedy = "give --setup-vip" if is_address(destination) else f"ip route add local {name} dev {LOOPBACK}"
-        return f"{name}: not an address of this host, which will not take its packets: {remedy}"
+        remedy = "use --setup-vip" if is_address(destination) else f"ip route add local {name} dev {LOOPBACK}"
+        return f"{name}: not an address of this host, so its packets are not accepted: {remedy}"
 
     def _answers_arp(self, destination: Prefix, interfaces: Sequence[str]) -> str | None:
         loud = [name for name in interfaces if _effective("arp_ignore", name) == 0]
         if destination.version == 6 or not loud or not self._is_local(destination.network_address):
             return None
         return (
-            f"{prefix_text(destination)}: this host answers ARP for it on {', '.join(loud)}, in the balancer's place:"
-            " give --setup-vip, or sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2"
+            f"{prefix_text(destination)}: this host answers ARP for it on {', '.join(loud)}, instead of the balancer:"
+            " use --setup-vip, or run sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2"
         )
 
     def _drops_by_source(self, name: str) -> str | None:
@@ -166,7 +166,7 @@ class DecapHost:
         if _effective("rp_filter", name) != RP_FILTER_STRICT or name in ways:
             return None
         return (
-            f"{name}: strict rp_filter drops packets of clients, to whom replies leave on"
+            f"{name}: strict rp_filter drops packets from clients, replies to whom leave on"
             f" {', '.join(sorted(ways)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
         )
 

@@ -169,8 +169,8 @@ class KernelDecap:
                 obj.adopt(str(current))
             except LoadError as error:
                 raise DataplaneError(
-                    f"the programs in force are of another version of xdp-lb ({error}): xdp-lb decap attach"
-                    " replaces them"
+                    f"the loaded programs are of another version of xdp-lb ({error}): run xdp-lb decap attach"
+                    " to replace them"
                 ) from error
             return _read_config(obj), _read_statistics(obj)
 

@@ -55,7 +55,7 @@ class XdpAttach:
                 describe=lambda number: f"id {number}, name {program_name(number)}",
             )
         except Occupied as error:
-            raise Occupied(f"{error}, or filter with --at tc-in, beside it") from error
+            raise Occupied(f"{error}, or use --at tc-in") from error
         return done.warning if done.mode == xdp_attach.GENERIC and not before else None
 
 

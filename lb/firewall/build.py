@@ -77,7 +77,7 @@ def check_has_list(wish: RuleSpec) -> None:
     """Raises InvalidInput."""
     if wish.set_path is not None and wish.set_list is None:
         with part("set", "list"):
-            raise InvalidInput(f"set {wish.set_path}: list: missing: no rule that is there has this set")
+            raise InvalidInput(f"set {wish.set_path}: list: missing: no existing rule uses this set")
 
 
 def _compile(wish: RuleSpec) -> tuple[cbpf.Instruction, ...]:
@@ -87,8 +87,8 @@ def _compile(wish: RuleSpec) -> tuple[cbpf.Instruction, ...]:
         length = len(compile_expression(wish.expression, netmask=mask, optimise=False))
         if length > LONGEST_EXPRESSION:
             raise InvalidInput(
-                f"expression {wish.expression[:40]}...: {length} instructions of classic BPF, the most is"
-                f" {LONGEST_EXPRESSION}: put addresses into a file and say --set FILE"
+                f"expression {wish.expression[:40]}...: {length} classic BPF instructions, at most"
+                f" {LONGEST_EXPRESSION}: put addresses into a file and use --set FILE"
             )
         return compile_expression(wish.expression, netmask=mask)
     except FilterError as error:

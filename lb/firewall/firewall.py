@@ -225,7 +225,7 @@ class Firewall:
         exchange = self._kernel.prepare(after, wanted, new)
         if not how.force:
             self._check_connection(before, after, wanted, {})
-        warnings = [f"interface {name}: does not exist: its rules wait" for name in _absent(wanted)]
+        warnings = [f"interface {name}: does not exist: rules stay pending" for name in _absent(wanted)]
         if how.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
         packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}

@@ -89,7 +89,9 @@ class RealPath:
         self._bed.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
         if len(backends) > len(MEMBERS):
-            raise DataplaneError(f"health checks: {len(backends)} backends outside of mode nat: at most {len(MEMBERS)}")
+            raise DataplaneError(
+                f"health checks: {len(backends)} backends in modes other than nat: at most {len(MEMBERS)}"
+            )
         self._numbers = numbered(self._numbers, list(backends))
         vips = {service.vip.address for service in services}
         return {
@@ -122,7 +124,7 @@ class RealPath:
         if own is None:
             return CheckPath(
                 backend.address,
-                fault=f"{hop.interface}: has no IPv{service.vip.address.version} address for answers to come to",
+                fault=f"{hop.interface}: has no IPv{service.vip.address.version} address to send checks from",
             )
         self._bed.lead(number, service, backend, hop)
         network = NETWORK4 if service.vip.address.version == 4 else NETWORK6

@@ -73,7 +73,7 @@ async def probe(target: Target) -> Outcome:
     try:
         return await _PROBES[target.check.kind](target)
     except TimeoutError:
-        return Outcome(f"no answer within {seconds_text(target.check.timeout_s)}")
+        return Outcome(f"no response within {seconds_text(target.check.timeout_s)}")
     except ssl.SSLCertVerificationError as error:
         return Outcome(f"TLS: {error.verify_message}")
     except ssl.SSLError as error:
@@ -273,7 +273,7 @@ async def _answer(check: HealthCheck, read: Read) -> Outcome:
     head, rest = await _head(read)
     status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
     if status is None:
-        return Outcome("the answer is not HTTP")
+        return Outcome("response is not HTTP")
     code = int(status[1])
     if not any(first <= code <= last for first, last in check.status):
         return Outcome(f"status {code}")
@@ -320,9 +320,9 @@ def _unchunked(data: bytes) -> bytes:
 def _judged(check: HealthCheck, body: bytes) -> Outcome:
     text = body.decode(errors="replace")
     if check.body not in text:
-        return Outcome(f"the body does not contain {check.body}")
+        return Outcome(f"response body does not contain {check.body}")
     if not re.search(check.match, text):
-        return Outcome(f"the body does not match {check.match}")
+        return Outcome(f"response body does not match {check.match}")
     return SUCCESS
 
 
@@ -351,13 +351,13 @@ async def _run(target: Target) -> Outcome:
             start_new_session=True,
         )
     except FileNotFoundError:
-        return Outcome(f"{target.check.command[0]}: not there")
+        return Outcome(f"{target.check.command[0]}: not found")
     try:
         async with asyncio.timeout(target.check.timeout_s):
             code = await process.wait()
     finally:
         await _end(process)
-    return SUCCESS if code == 0 else Outcome(f"exit code {code}" if code > 0 else f"ended by signal {-code}")
+    return SUCCESS if code == 0 else Outcome(f"exit code {code}" if code > 0 else f"killed by signal {-code}")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -56,7 +56,7 @@ class Connection:
 
     @property
     def refusal(self) -> str:
-        return f"would drop the connection from {self} that this was asked for on: force=true does it all the same"
+        return f"would drop the connection from {self} of this request: use force=true to override"
 
     def __str__(self) -> str:
         return f"{self.client} port {self.client_port}"
@@ -80,7 +80,7 @@ class SshConnection(Connection):
 
     @property
     def refusal(self) -> str:
-        return f"would drop the SSH connection from {self} that this was typed in: --force does it all the same"
+        return f"would drop the SSH connection from {self} that runs this command: use --force to override"
 
 
 def _address(text: str) -> Address:

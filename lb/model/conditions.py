@@ -70,8 +70,8 @@ def left_behind(service: Service, conditions: Mapping[str, Condition] | None) ->
     found = ((b, (conditions or {}).get(str(b), UP)) for b in service.backends)
     kept = [f"{b} ({'down' if c.down else f'at {c.share} %'})" for b, c in found if c.down or c.share < WHOLE]
     names = ", ".join(kept[:SHOWN]) + (f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else "")
-    stay, them = ("stays", "it") if len(kept) == 1 else ("stay", "them")
-    return f"{service.vip}: {names} {stay} as health checks left {them}, until xdp-lb serve runs or --health off"
+    keep = "keeps its" if len(kept) == 1 else "keep their"
+    return f"{service.vip}: {names} {keep} last health state until xdp-lb serve runs or --health off"
 
 
 def with_other_conditions(before: Conditions, after: Conditions) -> set[Vip]:

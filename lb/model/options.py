@@ -87,12 +87,12 @@ class Options:
         object.__setattr__(self, "tunnel_sources", _ordered(self.tunnel_sources))
         _check("affinity", self.affinity_s, range(1, LONGEST_AFFINITY_S + 1))
         _check("syn limit", self.syn_limit, range(1, MOST_SYNS_PER_S + 1))
-        _check("syn limit of a source", self.syn_limit_of_source, range(1, MOST_SYNS_PER_S + 1))
+        _check("syn limit per source", self.syn_limit_of_source, range(1, MOST_SYNS_PER_S + 1))
         _check("mss", self.mss, MSS_RANGE)
         _check("slow start", self.slow_start_s, range(1, LONGEST_SLOW_START_S + 1))
         _check("gue port", self.gue_port, range(1, 65536), off=None)
         if len({prefix.version for prefix in self.tunnel_sources}) < len(self.tunnel_sources):
-            raise InvalidInput("tunnel source: two prefixes of one family: give one each")
+            raise InvalidInput("tunnel source: two prefixes of one address family: give one per family")
         for prefix in self.tunnel_sources:
             _check_varies(prefix)
 
@@ -126,7 +126,7 @@ def changed_values(options: Options) -> dict[str, Any]:
 def from_values(found: Mapping[str, Any]) -> Options:
     """The way back; what is left out has its default. Raises InvalidInput, also for a name that is no field."""
     for name in found.keys() - set(FIELDS):
-        raise InvalidInput(f"option {name}: not known")
+        raise InvalidInput(f"option {name}: unknown")
     prefixes = {name: tuple(map(parse_network, found[name])) for name in PREFIX_FIELDS if name in found}
     health = {"health": HealthCheck.parse(found["health"])} if found.get("health") else {"health": None}
     return Options(**{**found, **prefixes, **health})

@@ -52,12 +52,12 @@ class Rate:
         found = re.fullmatch(r"([0-9]{1,12})([kM]?)/([a-z]+)", text)
         period = _PERIOD_WORDS.get(found[3], found[3]) if found else ""
         if found is None or period not in _PERIODS:
-            raise InvalidInput(f"rate {text or '(empty)'}: not packets in a time, such as 1000/s, 10k/s or 60/min")
+            raise InvalidInput(f"rate {text or '(empty)'}: not a packet rate such as 1000/s, 10k/s or 60/min")
         return cls(int(found[1]) * _THOUSANDS[found[2]], period)
 
     def __post_init__(self) -> None:
         if not self.packets:
-            raise InvalidInput(f"rate {self}: lets nothing through: use drop")
+            raise InvalidInput(f"rate {self}: passes no packets: use drop")
         if self.packets > MOST_PACKETS_PER_S * _PERIODS[self.period]:
             raise InvalidInput(f"rate {self}: more than {MOST_PACKETS_PER_S // 1_000_000}M/s")
 
@@ -82,7 +82,7 @@ def parse_duration(text: str) -> int:
     """Seconds, of `90`, `90s`, `10m`, `1h30m`, `2d`."""
     parts = re.findall(r"([0-9]{1,10})([smhdw]?)", text)
     if not parts or "".join(map("".join, parts)) != text or any(not unit for _, unit in parts[:-1]):
-        raise InvalidInput(f"time {text or '(empty)'}: not a time, such as 90s, 10m or 1h30m")
+        raise InvalidInput(f"time {text or '(empty)'}: not a duration such as 90s, 10m or 1h30m")
     seconds = sum(int(number) * _SECONDS[unit] for number, unit in parts)
     if not 0 < seconds <= LONGEST_S:
         raise InvalidInput(f"time {text}: out of range 1s to {LONGEST_S // 86400}d")
@@ -184,7 +184,9 @@ class Rules:
         if not rules:
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         if not 1 <= number <= len(rules):
-            raise NotFound(f"{interface}: no rule {number}: there are {len(rules)}: see xdp-lb filter list {interface}")
+            raise NotFound(
+                f"{interface}: no rule {number}: the last is {len(rules)}: see xdp-lb filter list {interface}"
+            )
         return rules[number - 1]
 
     def number(self, rule: Rule) -> int:
@@ -194,7 +196,7 @@ class Rules:
         """Raises InvalidInput when there are as many rules as can be counted."""
         taken = {rule.slot for rule in self.all}
         if len(taken) >= MOST_RULES:
-            raise InvalidInput(f"there are {MOST_RULES} rules already, which is the most: delete some, or use a set")
+            raise InvalidInput(f"limit of {MOST_RULES} rules reached: delete some, or use a set")
         return next(slot for slot in range(MOST_RULES) if slot not in taken)
 
     def with_rule(self, rule: Rule, position: int | None = None) -> Rules:

@@ -62,7 +62,7 @@ def ask_tables(path: Path, number: int) -> list[Document]:
             content = b"".join(iter(lambda: connection.recv(1 << 16), b""))
             found: list[Document] = json.loads(content)
         except (OSError, ValueError) as error:
-            raise DataplaneError(f"stage {number}: its process does not tell its tables ({error}): try again") from None
+            raise DataplaneError(f"stage {number}: cannot read tables from its process ({error}): try again") from None
     return found
 
 

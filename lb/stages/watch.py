@@ -234,4 +234,4 @@ def _fields(data: Any) -> str:
 
 
 def _lost_line(events: int) -> str:
-    return f"{_clock()} {events} event{'' if events == 1 else 's'} lost: they come faster than they are shown"
+    return f"{_clock()} {events} event{'' if events == 1 else 's'} lost: they arrive faster than they are shown"

@@ -13,16 +13,16 @@ from pathlib import Path
 from lb.errors import StoreError
 
 LOCK_WAIT_S = 5.0
-UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
+UNWRITABLE = "not writable: run as root on a writable file system"
 WAYS_OUT = {
-    sqlite3.SQLITE_NOTADB: "not a store of xdp-lb: move the file away",
+    sqlite3.SQLITE_NOTADB: "not an xdp-lb store: move the file away",
     sqlite3.SQLITE_CORRUPT: "damaged: move the file away and run xdp-lb apply -f lb.toml",
     sqlite3.SQLITE_FULL: "the disk is full: free some space and repeat the command",
     sqlite3.SQLITE_READONLY: UNWRITABLE,
     sqlite3.SQLITE_CANTOPEN: UNWRITABLE,
     sqlite3.SQLITE_PERM: "not permitted: run as root",
-    sqlite3.SQLITE_IOERR: "the disk reports an error: see the kernel's log",
-    sqlite3.SQLITE_BUSY: "another program holds it open: end that program and repeat the command",
+    sqlite3.SQLITE_IOERR: "I/O error: see the kernel log",
+    sqlite3.SQLITE_BUSY: "locked by another process: stop it and repeat the command",
 }
 _IN_THE_WAY = {EEXIST, EISDIR, ENOTDIR}
 

@@ -95,5 +95,5 @@ def _row(rule: Rule) -> Iterator[object]:
 def read_set(connection: sqlite3.Connection, slot: int) -> PackedSet:
     row = connection.execute("SELECT ipv4, ipv6 FROM rule_set WHERE slot = ?", (slot,)).fetchone()
     if row is None:
-        raise sqlite3.DatabaseError(f"lacks the prefixes of rule {slot}")
+        raise sqlite3.DatabaseError(f"prefixes of rule {slot} missing")
     return row[0], row[1]

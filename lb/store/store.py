@@ -148,8 +148,8 @@ class Store:
         version = self._version()
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"store {self._path}: written by a newer xdp-lb (schema {version},"
-                f" this one knows {SCHEMA_VERSION}): upgrade xdp-lb"
+                f"store {self._path}: created by a newer xdp-lb (schema {version},"
+                f" supported: {SCHEMA_VERSION}): upgrade xdp-lb"
             )
         if write and version < SCHEMA_VERSION:
             steps = [create_script()] if version == 0 else [MIGRATIONS[v] for v in range(version, SCHEMA_VERSION)]

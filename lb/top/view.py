@@ -218,8 +218,8 @@ def _counted(view: View) -> list[ReasonRow]:
 
 
 def _reason_lines(reasons: Sequence[ReasonRow], measured: bool) -> list[Text]:
-    width = max(map(len, ("NOT BALANCED", *(reason.name for reason in reasons))))
-    lines = [Text(f"{'NOT BALANCED'.ljust(width)} PKT/S PACKETS", style=HEADING)]
+    width = max(map(len, ("REASON", *(reason.name for reason in reasons))))
+    lines = [Text(f"{'REASON'.ljust(width)} PKT/S PACKETS", style=HEADING)]
     for reason in reasons:
         rate = figure(reason.rate) if measured else "-"
         fault = FAULT if reason.rate and reason.name.startswith("drop_") else ""
@@ -234,7 +234,7 @@ def _title(view: View, display: Display) -> Text:
         *([Text("paused", PAUSED)] if display.paused else []),
         Text(f"by {display.order}", DIM),
         *([] if view.netns == DEFAULT_NETNS else [Text(view.netns)]),
-        *(_interfaces(view) or [Text("nothing is attached", FAULT)]),
+        *(_interfaces(view) or [Text("not attached", FAULT)]),
         Text(f"every {display.interval_s:g} s", DIM),
     ]
     return _fitting(parts, display.width)

@@ -115,13 +115,13 @@ def _explain(
 ) -> Explain:
     """What is asked for; nothing is done yet but what tells right words from wrong ones."""
     if [protocol, pcap, digits].count(None) != 2:
-        raise click.UsageError("say one of: tcp, udp or icmp with two addresses; --pcap FILE; --hex TEXT.")
+        raise click.UsageError("give one of: tcp, udp or icmp with two addresses; --pcap FILE; --hex TEXT.")
     if number is not None and pcap is None:
-        raise click.UsageError("-n is for packets of --pcap.")
+        raise click.UsageError("-n requires --pcap.")
     if (syn or flags is not None) and protocol != "tcp":
-        raise click.UsageError("--syn and --flags are for tcp.")
+        raise click.UsageError("--syn and --flags require tcp.")
     if syn and flags is not None:
-        raise click.UsageError("--syn and --flags exclude each other.")
+        raise click.UsageError("--syn and --flags are mutually exclusive.")
     if pcap is not None:
         return _of_file(pcap, number, interface)
     if digits is not None:

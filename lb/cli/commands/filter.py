@@ -235,7 +235,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
     from lb.model.rule_report import ApplyOptions
 
     if everywhere == (interface is not None):
-        raise click.UsageError("Name an interface, or say --all.")
+        raise click.UsageError("Give an interface or --all.")
     run(lambda firewall: firewall.flush(interface, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
@@ -329,7 +329,7 @@ def test(
     from lb.firewall.text import trial_lines
 
     if bool(rules) == (interface is not None):
-        raise click.UsageError("Name an interface, or give rules by --rule.")
+        raise click.UsageError("Give an interface or --rule.")
     wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
     with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:
@@ -348,7 +348,7 @@ def _split(text: str) -> tuple[str, list[str]]:
         action, *words = shlex.split(text)
         return Action(action).value, words
     except ValueError:
-        raise InvalidInput(f"rule {text!r}: does not begin with drop, pass, count or limit RATE") from None
+        raise InvalidInput(f"rule {text!r}: no action: begin with drop, pass, count or limit RATE") from None
 
 
 def run(change: Callable[[Filters], FilterReport], as_json: bool) -> None:

@@ -78,9 +78,9 @@ def serve(
         click.echo(unit(), nl=False)
         return
     if bool(tls_cert) != bool(tls_key):
-        raise click.UsageError("--tls-cert and --tls-key belong together.")
+        raise click.UsageError("--tls-cert and --tls-key must be given together.")
     if listen and not tls_cert:
-        raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens do not travel in the clear.")
+        raise click.UsageError("--listen needs --tls-cert and --tls-key: tokens are not sent unencrypted.")
     from lb.control.open import open_balancer
     from lb.daemon import logs, server
     from lb.daemon.health_task import HealthTask
@@ -243,7 +243,7 @@ def _audit_table(entries: list[Entry]) -> list[str]:
     from lb.formats.text import Column, table
 
     if not entries:
-        return ["nothing yet: what goes through xdp-lb serve is recorded"]
+        return ["no entries: only changes made through xdp-lb serve are recorded"]
     headings = ("TIME", "WHO", "FROM", "REQUEST", "CHANGE", "OUTCOME")
     rows = [(_when(e.time_s), e.who, e.address, f"{e.method} {e.path}", e.change or "-", e.outcome) for e in entries]
     return table([Column(heading) for heading in headings], rows, colour=False)

@@ -103,7 +103,7 @@ def vip_set(vip: Vip, option_words: OptionWords, request: Request) -> None:
       xdp-lb vip set 10.0.0.100:80 --allow any
     """
     if not option_words:
-        raise click.UsageError("no option named: say what to change.")
+        raise click.UsageError("no option given: nothing to change.")
 
     def change(balancer: Balancer) -> Report:
         options = option_words.change(vip, balancer.state.service(vip).options)

@@ -212,7 +212,7 @@ def test_a_change_without_a_daemon_leaves_conditions_in_force_and_says_so(tmp_pa
     host = Host(tmp_path)
     serve(host, checked(refused_port()))
     asyncio.run(run(host))
-    kept = f"{WEB}: {A} (down), {B} (down) stay as health checks left them, until xdp-lb serve runs or --health off"
+    kept = f"{WEB}: {A} (down), {B} (down) keep their last health state until xdp-lb serve runs or --health off"
     with host.balancer() as balancer:
         assert kept in balancer.set_weight(WEB, A, 2, dry_run=True).notes
         assert kept in balancer.set_weight(WEB, A, 2).notes

@@ -419,7 +419,7 @@ def test_a_wrong_token_is_refused_and_recorded_and_never_repeated(remote: Remote
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
     (entry,) = audit(remote)
-    assert (entry.who, entry.address, entry.outcome) == ("unknown", "127.0.0.1", "401: wrong token")
+    assert (entry.who, entry.address, entry.outcome) == ("unknown", "127.0.0.1", "401: invalid token")
     everything = f"{answer.text} {answer.headers} {entry} {remote.running.said}"
     for secret in (wrong, *remote.tokens.values()):
         assert secret.removeprefix("xlb_") not in everything

@@ -12,7 +12,7 @@ from lb.errors import DataplaneError
 from lb.tests.cli.test_cli import RING, Host
 from lb.tests.fakes.daemon import Running, serving
 
-TAKEN_OVER = "the installed program has taken over from that of xdp-lb 0.0.9"
+TAKEN_OVER = "program upgraded from xdp-lb 0.0.9 to the installed version"
 
 
 @pytest.fixture
