@@ -268,8 +268,8 @@ def test_version_that_the_verifier_refuses_leaves_the_old_one_in_force(life: Lif
         assert (refused.returncode, refused.stdout) == (1, "")
         (line,) = refused.stderr.splitlines()
         assert line.startswith(
-            "xdp-lb: the installed program cannot take over, the one in force goes on:"
-            " lb.bpf.o: the kernel refuses it: Permission denied: "
+            "xdp-lb: upgrade to the installed program failed, the running program is kept:"
+            " lb.bpf.o: rejected by the kernel: Permission denied: "
         )
         assert "packet" in line.rpartition(":")[2]
         assert life.programs("first") == before
