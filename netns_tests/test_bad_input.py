@@ -145,8 +145,8 @@ REFUSED = {
     f"backend list {FREE}": f"vip {FREE}/tcp: no such service: see xdp-lb vip list",
     f"vip add {FREE} --backends 10.99.2.12,,": "address (empty): not an IPv4 or IPv6 address",
     f"vip add {FREE} --backends 10.99.2.12,10.99.2.12": f"backend 10.99.2.12:80: already in service {FREE}/tcp",
-    f"vip add {FREE} --backends 10.99.2.12:81 --mode dr": "backend 10.99.2.12:81: mode dr keeps the port: leave it"
-    " out or use 80",
+    f"vip add {FREE} --backends 10.99.2.12:81 --mode dr": "backend 10.99.2.12:81: mode dr does not translate"
+    " ports: leave the port out or use 80",
     f"vip add {FREE} --backends 10.99.1.101": "backend 10.99.1.101:80: is the VIP's own address",
     f"vip add {FREE} --backends 10.99.1.2": "backend 10.99.1.2: is an address of this host: use another host's address",
     f"backend add {VIP} 10.99.2.2": "backend 10.99.2.2: is an address of this host: use another host's address",
@@ -431,7 +431,7 @@ def test_program_of_someone_else_stays_and_is_named(attached: Bed, mode: str, wo
         with attached.lb.entered():
             xdp_attach.detach(index)
     assert line == (
-        f"eth1: another XDP program is attached (id {theirs.id}, name xdp_lb): take it off first:"
+        f"eth1: another XDP program is attached (id {theirs.id}, name xdp_lb): detach it first:"
         f" ip link set dev eth1 {word} off"
     )
     attached.xdp_lb("attach", "eth0")

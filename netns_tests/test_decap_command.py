@@ -151,7 +151,7 @@ def test_interface_with_a_program_of_someone_else_is_refused_and_nothing_is_done
     before = footprint(bed, bed.lb)
     line = refusal(bed, bed.lb, "attach", "eth0", "--vip", bed.vip4, "--setup-vip")
     assert line.startswith("xdp-lb: eth0: another XDP program is attached (id ")
-    assert "name xdp_lb): take it off first: " in line
+    assert "name xdp_lb): detach it first: " in line
     assert footprint(bed, bed.lb) == before
     assert decap_status(bed, bed.lb)["interfaces"] == []
     bed.xdp_lb("detach")
@@ -170,7 +170,7 @@ def test_second_interface_that_refuses_leaves_the_first_as_it_was(bed: Bed, back
 
 def test_host_that_will_not_take_the_packets_is_warned_of(bed: Bed, backend: Host) -> None:
     warnings = attach(bed, backend, "eth0", "--vip", f"{bed.vip4},10.7.0.0/16")["warnings"]
-    why = "not an address of this host, which will not take its packets"
+    why = "not an address of this host, so its packets are not accepted"
     assert [line for line in warnings if "tx off" not in line] == [
         f"{bed.vip4}: {why}: give --setup-vip",
         f"10.7.0.0/16: {why}: ip route add local 10.7.0.0/16 dev lo",

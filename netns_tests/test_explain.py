@@ -341,7 +341,7 @@ def test_hexadecimal_digits_are_the_frame(bed: Bed, between: str) -> None:
 def test_lines_for_people_tell_the_same(bed: Bed) -> None:
     said = bed.xdp_lb("explain", "tcp", f"{bed.client.ipv4}:40000", f"{bed.vip4}:{PORTS['gue']}", "--syn").stdout
     labels = dict(re.findall(r"^(\S+(?: \S+)?) {2,}(.*)$", said, re.MULTILINE))
-    assert labels["verdict"] == "sent on: out on eth1"
+    assert labels["verdict"] == "forwarded: out on eth1"
     assert labels["service"] == f"{bed.vip4}:{PORTS['gue']}/tcp, exact address, exact port, mode gue"
     assert re.fullmatch(r"10\.99\.2\.1[12]:83, from the ring \(current\)", labels["member"])
     assert "BUG" not in labels

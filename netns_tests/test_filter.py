@@ -449,7 +449,7 @@ def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
     hosts = " or ".join(f"host 10.0.{number // 250}.{number % 250}" for number in range(700))
     assert re.fullmatch(
         r"expression host 10\.0\.0\.0 .*: \d+ classic BPF instructions, at most 16384: put addresses into a file"
-        r" and say --set FILE",
+        r" and use --set FILE",
         wire.refusal("add", FAR, "drop", hosts),
     )
 

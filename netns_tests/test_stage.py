@@ -361,7 +361,7 @@ def connect_once(source: Host, address: str, *, refused: bool) -> None:
 
 def test_an_interface_without_native_xdp_is_served_by_generic_xdp_with_a_warning(bed: Bed) -> None:
     with running(bed, bed.client, written(bed, "drops.c", DROPS), interface="lo") as stage:
-        assert "xdp-lb: warning: lo: generic XDP, which is slow" in stage.errors
+        assert "xdp-lb: warning: lo: using generic XDP, which is slow" in stage.errors
         assert not bed.client.pings("127.0.0.1", timeout_s=0.5)
     assert bed.client.pings("127.0.0.1")
 

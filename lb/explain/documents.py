@@ -78,7 +78,7 @@ def _member_document(explanation: Explanation) -> Document | None:
     }
 
 
-ACTIONS = {"pass": "passed to the host", "drop": "dropped", "tx": "sent back out", "redirect": "sent on"}
+ACTIONS = {"pass": "passed to the host", "drop": "dropped", "tx": "sent back", "redirect": "redirected"}
 
 
 def verdict(explanation: Explanation) -> tuple[str, str | None]:

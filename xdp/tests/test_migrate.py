@@ -202,7 +202,7 @@ REFUSED = {
     "narrower": ({"flow": "__u64 seen_ns; __u16 uid; __u16 member; __be16 port; __u16 zero;"}, "map flows.uid: "),
     "shorter": ({"member": "__u32 uid; __u8 mac[4]; __u16 flags; __u16 zero;"}, "map members.mac: "),
     "other byte order": ({"flow": "__u64 seen_ns; __u32 uid; __u16 member; __u16 port;"}, "map flows.port: "),
-    "key": ({"key": "__be32 address; __u32 zero;"}, "map flows: its key has no port"),
+    "key": ({"key": "__be32 address; __u32 zero;"}, "map flows: key no longer has port"),
     "meaning": ({"modes": "MODE_B, MODE_A"}, "MODE_[AB] was [01] and is [01] now"),
 }
 

@@ -156,7 +156,7 @@ def rings() -> Iterator[Rings]:
 def tracing(
     balancer: Balancer, rings: Rings, hook: Hook, expression: str = "", ifindex: int = LOOPBACK, snaplen: int = 262144
 ) -> Iterator[None]:
-    """Skips where the kernel refuses it to everybody."""
+    """Skips where rejected by the kernel to everybody."""
     with ExitStack() as cleanup:
         types = cleanup.enter_context(kernel_types())
         packets = contexts()

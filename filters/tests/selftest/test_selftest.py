@@ -31,7 +31,7 @@ def test_right_translation_passes_at_every_hook(expression: str) -> None:
 def test_wrong_translation_is_refused_with_a_frame_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(emit._CONDITIONS, cbpf.JGT, ebpf.JGE)
     monkeypatch.setitem(emit._OPPOSITES, cbpf.JGT, ebpf.JLT)
-    with pytest.raises(SelftestFailed, match=r"classic BPF accepts \d+ bytes, the translation \d+"):
+    with pytest.raises(SelftestFailed, match=r"classic BPF accepts \d+ bytes, the translated filter \d+"):
         selftest.check(compile_expression("ip[2:2] > 576"), XDP)
 
 
@@ -41,7 +41,7 @@ def test_mismatch_says_what_was_expected_of_which_frame(monkeypatch: pytest.Monk
     wrong = selftest.selftest(compile_expression("ip"), XDP, [FRAMES["udp"]], count=0)
     size = len(FRAMES["udp"])
     assert wrong == [selftest.Mismatch(FRAMES["udp"], size, 0)]
-    assert str(wrong[0]).endswith(f"classic BPF accepts {size} bytes, the translation 0")
+    assert str(wrong[0]).endswith(f"classic BPF accepts {size} bytes, the translated filter 0")
 
 
 # The frames

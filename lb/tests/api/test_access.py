@@ -73,7 +73,7 @@ def test_what_another_process_creates_or_revokes_is_known_at_once(path: Path) ->
 def test_names_are_names_and_each_is_there_once(path: Path) -> None:
     with Access.open(path) as access:
         access.create("deploy", Role.READ)
-        with pytest.raises(AlreadyExists, match="token deploy: there already"):
+        with pytest.raises(AlreadyExists, match="token deploy: already exists"):
             access.create("deploy", Role.WRITE)
         with pytest.raises(NotFound, match="token nobody: not found"):
             access.revoke("nobody")
@@ -111,7 +111,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as newer:
         newer.execute("PRAGMA user_version = 9")
     newer.close()
-    with pytest.raises(StoreError, match="written by a newer xdp-lb"):
+    with pytest.raises(StoreError, match="created by a newer xdp-lb"):
         Access.open(path)
 
 

@@ -453,7 +453,7 @@ def test_bad_input_is_one_line(serving: Host, words: tuple[str, ...], message: s
 
 
 def test_attach_with_nothing_to_serve_is_an_error(host: Host) -> None:
-    assert host.error("attach", "eth0").startswith("xdp-lb: attach: nothing to serve: ")
+    assert host.error("attach", "eth0").startswith("xdp-lb: attach: no services: ")
 
 
 def test_a_foreign_program_is_named(host: Host) -> None:

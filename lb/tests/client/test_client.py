@@ -281,7 +281,10 @@ def test_an_answer_of_something_else_is_one_line(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with Client.unix(tmp_path / "other.sock") as client, pytest.raises(DaemonError, match="of another version"):
+        with (
+            Client.unix(tmp_path / "other.sock") as client,
+            pytest.raises(DaemonError, match="check that its version is the same"),
+        ):
             client.status()
         thread.join()
 

@@ -130,13 +130,13 @@ def test_attach_serves_and_says_what_it_did(bed: Bed) -> None:
 
 
 def test_attach_with_nothing_to_serve_is_refused(bed: Bed) -> None:
-    with pytest.raises(InvalidInput, match="attach: nothing to serve: give --backends, or add a"):
+    with pytest.raises(InvalidInput, match="attach: no services: give --backends or add a"):
         bed.run(lambda b: b.attach([ETH0]))
     bed.assert_in_force(State())
 
 
 def test_attach_to_no_interface_is_refused(bed: Bed) -> None:
-    with pytest.raises(InvalidInput, match="attach: no interface: name one"):
+    with pytest.raises(InvalidInput, match="attach: no interface given"):
         bed.run(lambda b: b.attach([], [service(WEB, A)]))
 
 
@@ -540,7 +540,7 @@ def test_apply_cannot_change_the_shape_of_what_is_served(serving: Bed, wanted: S
 
 def test_apply_before_attach_is_stored(bed: Bed) -> None:
     report = bed.run(lambda b: b.apply([service(WEB, A)]))
-    assert report.notes[0].startswith("stored only")
+    assert report.notes[0].startswith("stored, not active")
     assert bed.state.services == (service(WEB, A),)
 
 
@@ -714,7 +714,7 @@ def test_a_store_that_cannot_commit_leaves_the_old_state_in_force(serving: Bed) 
         store._connection.execute("PRAGMA busy_timeout = 0")
         reader._connection.execute("BEGIN")
         reader._connection.execute("SELECT * FROM service").fetchone()
-        with pytest.raises(StoreError, match="another program holds it open"):
+        with pytest.raises(StoreError, match="locked by another process"):
             balancer.add_backend(WEB, C)
     serving.assert_in_force(before)
     assert serving.network.neighbours == {A.address, B.address}
@@ -726,7 +726,7 @@ def test_a_store_that_is_locked_keeps_the_kernel_untouched(serving: Bed) -> None
         balancer = Balancer(store, serving.dataplane, serving.network)
         store._connection.execute("PRAGMA busy_timeout = 0")
         other._connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="another program holds it open"):
+        with pytest.raises(StoreError, match="locked by another process"):
             balancer.add_backend(WEB, C)
     assert serving.fuse.writes == writes
     serving.assert_in_force(before)

@@ -37,7 +37,7 @@ def refuse(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attach_has_the_installed_program_take_over_and_says_so_once(host: Host) -> None:
-    assert "the program in force is of xdp-lb 0.0.9, not the installed one" in host.run("status").stdout
+    assert "the running program is of xdp-lb 0.0.9, not the installed version" in host.run("status").stdout
     assert TAKEN_OVER in host.run("attach", "eth0").stdout
     assert host.dataplane.outdated == ""
     assert TAKEN_OVER not in host.run("attach", "eth0").stdout

@@ -269,7 +269,7 @@ def test_forwarded_packet_in_lines() -> None:
         "packet     02:00:00:00:00:10 > 02:00:00:00:00:02",
         "           IPv4 192.0.2.7 > 203.0.113.10, ttl 64, TCP 40000 > 443 [S]",
         "in         eth0",
-        "verdict    sent on: out on eth1",
+        "verdict    forwarded: out on eth1",
         "reason     forwarded",
         "service    203.0.113.10:443/tcp, exact address, exact port, mode dr",
         "slot       17 of 251, hash 000000000000abcd: current 10.1.0.11:443, previous 10.1.0.12:443, flows tracked",
@@ -295,7 +295,7 @@ def test_rule_that_stopped_a_packet_in_lines_and_json() -> None:
     stage = Stage("filter", 7, "xdp_lb_filter", "rule 2: drop tcp")
     told = explanation(Choice(), Outcome("drop", None, b"", stages=(stage,)))
     assert lines(document(told), colour=False)[3:] == [
-        "verdict    dropped by a program that is not the balancer's",
+        "verdict    dropped by another program",
         "ended by   filter rule 2: drop tcp",
         "fix        xdp-lb filter list",
     ]

@@ -118,7 +118,7 @@ class MemoryDataplane:
 
     def _need_loaded(self) -> None:
         if not self._loaded:
-            raise DataplaneError("memory: nothing is loaded: load it first")
+            raise DataplaneError("memory: no program loaded: load it first")
 
     def load(self, services: Sequence[Service]) -> None:
         if not self._loaded:

@@ -206,7 +206,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
             SERVICE + 'sources = ["10.0.0.1/8"]',
             f"{HERE}: sources: prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8",
         ),
-        (SERVICE + 'sources = ["2001:db8::/32"]', f"{HERE}: sources: not all of them IPv4"),
+        (SERVICE + 'sources = ["2001:db8::/32"]', f"{HERE}: sources: not all IPv4"),
         (SERVICE + "syn_limit = 1_000_000_001", f"{HERE}: syn limit 1000000001: out of range 1 to 1000000000"),
         (SERVICE + "syn_limit_of_source = -1", f"{HERE}: syn limit per source -1: out of range 1 to 1000000000"),
         (SERVICE + "mss = 87", f"{HERE}: mss 87: out of range 88 to 65495"),

@@ -297,7 +297,7 @@ def test_notes_are_indented_under_what_has_happened() -> None:
         "10.0.0.1:80/tcp: added: nat, 2 backends, ring 16381",
         "  eth0 has 10.0.0.1",
     ]
-    assert output.report_lines(Report(notes=("stored only",))) == ["stored only"]
+    assert output.report_lines(Report(notes=("stored, not active",))) == ["stored, not active"]
 
 
 def test_every_line_of_a_dry_run_says_so() -> None:

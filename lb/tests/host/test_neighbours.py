@@ -261,7 +261,7 @@ def test_backend_on_this_host_is_refused(network: Network, backend: Any) -> None
 
 
 def test_broadcast_address_is_no_backend(network: Network) -> None:
-    with pytest.raises(NoRoute, match=r"^backend 10\.0\.0\.255: no route to one host"):
+    with pytest.raises(NoRoute, match=r"^backend 10\.0\.0\.255: not a unicast route"):
         network.next_hops([ip_address("10.0.0.255")])
 
 
@@ -270,7 +270,9 @@ def test_backend_behind_a_tunnel_device_is_refused(bed: Bed, network: Network) -
     tun = bed.here.link_lookup(ifname="tun0")[0]
     bed.here.link("set", index=tun, state="up")
     bed.here.addr("add", index=tun, address="10.8.0.1", prefixlen=24)
-    with pytest.raises(NoRoute, match=r"^backend 10\.8\.0\.2: is behind tun0, which is not an Ethernet interface"):
+    with pytest.raises(
+        NoRoute, match=r"^backend 10\.8\.0\.2: reached through tun0, which is not an Ethernet interface"
+    ):
         network.next_hops([ip_address("10.8.0.2")])
 
 

@@ -162,7 +162,7 @@ PREFIX = parse_network("10.7.0.0/16")
         ("10.0.0.1:53/udp", Mode.NAT, {"syn_limit": 1}, "syn limit: needs a TCP service"),
         ("10.0.0.1:53/udp", Mode.NAT, {"syn_limit_of_source": 1}, "syn limit per source: needs a TCP service"),
         ("10.0.0.1:80@eu", Mode.NAT, {}, "sources: missing: a member set requires source prefixes"),
-        ("[2001:db8::1]:80", Mode.NAT, {"sources": (PREFIX,)}, "sources: not all of them IPv6"),
+        ("[2001:db8::1]:80", Mode.NAT, {"sources": (PREFIX,)}, "sources: not all IPv6"),
         ("10.0.0.0/24:80", Mode.NAT, {"echo": True}, "echo: needs a VIP of one address"),
     ],
 )
