@@ -46,7 +46,7 @@ def _row(tap: Tap, counts: Counts) -> Sequence[str]:
     info = program_info(tap.program.fd)
     runs, mean = str(info.run_cnt), f"{info.run_time_ns / info.run_cnt:.0f}" if info.run_cnt else "-"
     interfaces = ",".join(interface.name for interface in tap.interfaces)
-    return tap.place.words, interfaces, *(("-", "-") if tap.is_staged else (runs, mean)), *_numbers(counts)
+    return tap.point.words, interfaces, *(("-", "-") if tap.is_staged else (runs, mean)), *_numbers(counts)
 
 
 def _numbers(counts: Counts) -> Sequence[str]:

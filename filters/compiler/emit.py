@@ -146,7 +146,7 @@ class Emitter(ABC):
         if load.header:
             self.asm.jump_if(ebpf.JGT, to, BEYOND - 1, self.exits.reject)
             self.asm.alu(ebpf.ADD, to, load.header)
-        if load.tag_beside:
+        if load.out_of_band_tag:
             self.step_over_tag(load, to)
 
     def step_over_tag(self, load: LoadPacket, to: Reg) -> None:

@@ -21,7 +21,7 @@ _VERSION = (2, 4)
 _HEADER = struct.Struct("=IHHiIII")
 _RECORD = struct.Struct("=IIII")  # seconds, fraction, captured length, length
 _WORD = 0xFFFFFFFF
-_MOST_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
+_MAX_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
 
 Span = memoryview | bytes | bytearray
 Offsets = Callable[[Span], Iterator[tuple[int, int, int]]]
@@ -206,7 +206,7 @@ class File:
         waiting = [span for span in waiting if len(span)]
         while waiting:
             try:
-                written = os.writev(self._fd, waiting[:_MOST_SPANS])
+                written = os.writev(self._fd, waiting[:_MAX_SPANS])
             except BrokenPipeError:
                 raise
             except OSError as error:

@@ -40,7 +40,7 @@ PASS, DROP = 2, 1
 def loaded(
     hook: Hook, *rules: tuple[str, Sequence[FilterAction]], otherwise: FilterAction | None = None
 ) -> LoadedProgram:
-    made = [Rule(translate(compile_expression(expression), hook), tails) for expression, tails in rules]
+    made = [Rule(translate(compile_expression(expression), hook), actions) for expression, actions in rules]
     return load("rules", hook, assemble(hook, made, otherwise))
 
 

@@ -82,7 +82,8 @@ def test_text_has_only_what_is_not_the_default() -> None:
         ("http 'x", "health check http 'x: no closing quotation"),
         (
             "tcp body=x",
-            "health check tcp: body=x: unknown option: known options are port=, interval=, timeout=, rise=, fall=, jitter=",
+            "health check tcp: body=x: unknown option: known options are port=, interval=, timeout=, rise=, fall=,"
+            " jitter=",
         ),
         ("tcp fall=1 fall=2", "health check tcp: fall: given twice"),
         ("tcp fall=x", "health check tcp: fall x: not a number"),
