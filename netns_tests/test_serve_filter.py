@@ -157,11 +157,11 @@ def test_a_file_larger_than_a_request_is_tested_piece_by_piece(bed: Bed, monkeyp
     path.write_bytes(capture([packet(bed, 53 + n % 3) for n in range(300)]))
     monkeypatch.setattr("lb.client.filters.CHUNK", 1000)
     with daemon(bed), Client.unix(socket_of(bed)) as client:
-        wishes = [
+        specs = [
             RuleSpec("", Action.DROP, expression="udp port 53"),
             RuleSpec("", Action.COUNT, expression="udp port 54"),
         ]
-        trial = client.filters.test_wishes(wishes, str(path), str(kept))
+        trial = client.filters.test_specs(specs, str(path), str(kept))
     assert (trial.packets, trial.dropped, trial.untested) == (300, 100, 0)
     assert list(trial.matched.values()) == [100, 100]
     assert kept.read_bytes()[24:].count(packet(bed, 53)) == 100
@@ -383,7 +383,9 @@ def test_fault_is_named_with_its_place(http: httpx.Client, body: dict[str, Any],
 
 def test_changes_of_rules_are_events_and_dry_runs_are_none(api: Api, http: httpx.Client) -> None:
     with Client.unix(socket_of(api.bed)) as client:
-        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp port 1701"), how=ApplyOptions(dry_run=True))
+        client.filters.add(
+            RuleSpec("eth0", Action.DROP, expression="udp port 1701"), options=ApplyOptions(dry_run=True)
+        )
         client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp port 1702"))
         seen = []
         for event in client.events(after="nothing-0"):
@@ -434,7 +436,7 @@ def test_rule_that_would_end_the_request_it_comes_by_is_refused(api: Api, http: 
         with pytest.raises(InvalidInput, match="would drop the connection"):
             client.filters.add(RuleSpec("eth0", Action.DROP, expression=f"tcp src port {PORT}", at=At.TC_OUT))
         client.filters.add(RuleSpec("eth0", Action.DROP, expression="tcp port 22"))
-        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp"), how=ApplyOptions(force=True))
+        client.filters.add(RuleSpec("eth0", Action.DROP, expression="udp"), options=ApplyOptions(force=True))
     refused = http.post(ETH0, json={"action": "drop", "expression": "tcp"}, headers={"SSH-Connection": "nonsense"})
     assert problem(refused, 422)[0].startswith("SSH-Connection: not CLIENT PORT SERVER PORT")
     assert [expression for expression, _ in rules(http)] == ["tcp port 22", "udp"]
@@ -448,8 +450,8 @@ def test_no_file_of_the_balancer_is_read_for_who_is_elsewhere(api: Api, http: ht
     assert http.delete(ETH0).status_code == 200
     with api.remote() as client, pytest.raises(InvalidInput, match="files of the balancer's host are not read"):
         client.filters.add(RuleSpec("eth0", Action.COUNT, set_path=str(secret), set_list="192.0.2.1"))
-    wish = {"action": "count", "set": {"path": str(secret)}}
-    assert problem(http.put(ETH0, json={"rules": [wish]}), 422)[1] == "/rules/0/set/list"
+    spec = {"action": "count", "set": {"path": str(secret)}}
+    assert problem(http.put(ETH0, json={"rules": [spec]}), 422)[1] == "/rules/0/set/list"
     assert rules(http) == []
 
 

@@ -24,8 +24,8 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(owner: BalancerThread, unready: Callable[[], str], beside: FeatureThreads | None = None) -> FastAPI:
-    """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
+def create_app(owner: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
+    """`unready` says why the daemon is not ready, or nothing. `features`: the kernel that filters, explanations and
     stages are of; None: there is none."""
     app = FastAPI(
         title="xdp-lb",
@@ -36,12 +36,12 @@ def create_app(owner: BalancerThread, unready: Callable[[], str], beside: Featur
         redirect_slashes=False,
         exception_handlers=HANDLERS,
     )
-    app.state.owner, app.state.beside = owner, beside
+    app.state.owner, app.state.features = owner, features
     routers = [
         services.router,
         status.router,
         page.router,
-        *((filters.router, explain.router, stages.router) if beside else ()),
+        *((filters.router, explain.router, stages.router) if features else ()),
     ]
     for each in routers:
         app.include_router(each)

@@ -38,13 +38,13 @@ async def _owner(request: Request) -> BalancerThread:
     return owner
 
 
-async def _beside(request: Request) -> FeatureThreads:
-    beside: FeatureThreads = request.app.state.beside
-    return beside
+async def _features(request: Request) -> FeatureThreads:
+    features: FeatureThreads = request.app.state.features
+    return features
 
 
 TheOwner = Annotated[BalancerThread, Depends(_owner)]
-TheBeside = Annotated[FeatureThreads, Depends(_beside)]
+TheFeatures = Annotated[FeatureThreads, Depends(_features)]
 
 
 def is_here(request: Request) -> bool:

@@ -40,9 +40,9 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     where, *steps = first["loc"]
     if first["type"] == "json_invalid":
         return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
-    place = pointer(steps) if where == "body" else None
+    field = pointer(steps) if where == "body" else None
     named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
-    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=place)
+    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=field)
     return _response(request, wrong)
 
 

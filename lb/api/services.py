@@ -31,7 +31,7 @@ from lb.api.models.balancer import backends_of, options_of, services_of
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
 from lb.formats.documents import backend_document, interface_document
-from lb.formats.problems import Place, Problem, of_error
+from lb.formats.problems import Pointer, Problem, of_error
 from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
@@ -125,7 +125,7 @@ async def put_service(
     if_none_match: Annotated[str | None, Header(description="*: only create")] = None,
 ) -> Response:
     """Have the service served as the body says, whether it is there or not."""
-    service = body.to_model(Place(), vip)
+    service = body.to_model(Pointer(), vip)
 
     def put(balancer: Balancer) -> Report:
         _check_scripts(request, balancer.state, [service])
@@ -153,8 +153,8 @@ async def patch_service(
 
     def patch(balancer: Balancer) -> Report:
         before = balancer.state.service(vip)
-        options = options_of(body.options.given, before.options, Place() / "options")  # type: ignore[attr-defined]
-        with Place() / "options":
+        options = options_of(body.options.given, before.options, Pointer() / "options")  # type: ignore[attr-defined]
+        with Pointer() / "options":
             _check_scripts(request, balancer.state, [replace(before, options=options)])
         return balancer.set_options(vip, options, dry_run=dry_run)
 
@@ -185,7 +185,7 @@ async def add_backends(
     request: Request, vip: VipInPath, body: models.BackendsBody, dry_run: DryRun = False, if_match: IfMatch = None
 ) -> Response:
     """Add backends. Connections stay where they are."""
-    backends = backends_of(body.backends, vip, Place() / "backends")
+    backends = backends_of(body.backends, vip, Pointer() / "backends")
     return await _change(
         request, lambda balancer: balancer.add_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
     )
@@ -275,7 +275,7 @@ async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = Fa
     interfaces = [interface.to_model() for interface in body.interfaces]
 
     def attach(balancer: Balancer) -> Report:
-        services = services_of(body.services, Place() / "services")
+        services = services_of(body.services, Pointer() / "services")
         _check_scripts(request, balancer.state, services)
         return balancer.attach(interfaces, services, own_addresses=body.own_address, dry_run=dry_run)
 

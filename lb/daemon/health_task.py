@@ -30,38 +30,38 @@ QUIET_S = 3600.0
 
 
 class HealthTask:
-    """`ways` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
+    """`paths` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
 
     def __init__(
         self,
-        ways: Callable[[], CheckPaths],
+        paths: Callable[[], CheckPaths],
         file: HealthFile,
         listen: Callable[[], AbstractContextManager[HostChanges]],
     ) -> None:
-        self._ways, self._file, self._listen = ways, file, listen
+        self._paths, self._file, self._listen = paths, file, listen
         self._found: Found | None = None  # by an earlier run
         self._fault = ""
 
     async def run(self, owner: BalancerThread) -> None:
         found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
-        told = conditions_of(found)
+        reported = conditions_of(found)
 
         async def put_in_force(conditions: Conditions) -> None:
-            nonlocal told
+            nonlocal reported
             await self._remember(checker.remembered)
             await owner.call(lambda balancer: balancer.writer.set_conditions(conditions))
-            for document in turns(told, conditions):
+            for document in turns(reported, conditions):
                 owner.events.publish("health", document)
-            told = conditions
+            reported = conditions
 
-        ways = self._ways()
-        checker = Checker(put_in_force, ways, previous=found)
-        await owner.call(lambda balancer: balancer.writer.set_conditions(told))
+        paths = self._paths()
+        checker = Checker(put_in_force, paths, previous=found)
+        await owner.call(lambda balancer: balancer.writer.set_conditions(reported))
         with self._listen() as host:
             async with asyncio.TaskGroup() as group:
                 group.create_task(checker.run())
                 group.create_task(_follow(owner, checker))
-                group.create_task(_follow_host(host, ways, checker))
+                group.create_task(_follow_host(host, paths, checker))
                 group.create_task(self._stay_fresh())
 
     async def _remember(self, found: Found) -> None:
@@ -90,10 +90,10 @@ async def _follow(owner: BalancerThread, checker: Checker) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def _follow_host(host: HostChanges, ways: CheckPaths, checker: Checker) -> None:
+async def _follow_host(host: HostChanges, paths: CheckPaths, checker: Checker) -> None:
     while True:
-        if ways.concerned(await host.next(QUIET_S)):
-            checker.look_for_ways()
+        if paths.concerned(await host.next(QUIET_S)):
+            checker.update_paths()
         await asyncio.sleep(AGAIN_S)
 
 

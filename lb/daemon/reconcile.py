@@ -27,9 +27,9 @@ from lb.runtime.owner import BalancerThread
 log = structlog.get_logger("xdp-lb")
 
 PERIOD_S = 60.0
-AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
-WAYS_A_CHECK = 1000  # backends whose next hops are looked for without a notification
-SENTENCES = 20  # of an event
+NEXT_HOPS_AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
+NEXT_HOPS_PER_CHECK = 1000  # backends whose next hops are looked for without a notification
+MAX_MESSAGES = 20  # of an event
 
 
 class HostChanges(Protocol):
@@ -44,8 +44,8 @@ class ReconcileTask:
 
     def __init__(self, listen: Callable[[], AbstractContextManager[HostChanges]], period_s: float = PERIOD_S) -> None:
         self._listen, self._period_s = listen, period_s
-        self._told: frozenset[str] = frozenset()
-        self._ways_begin = 0
+        self._reported: frozenset[str] = frozenset()
+        self._next_hops_begin = 0
 
     async def run(self, owner: BalancerThread) -> None:
         with self._listen() as host:
@@ -54,69 +54,73 @@ class ReconcileTask:
                 changes = await host.next(max(0.0, check_at - time.monotonic()))
                 began = time.monotonic()
                 if changes.everything or began >= check_at:
-                    await self._check(owner, every_way=changes.everything)
+                    await self._check(owner, all_next_hops=changes.everything)
                     check_at = time.monotonic() + self._period_s
                 else:
                     await self._follow(owner, changes)
                 await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
 
-    async def _check(self, owner: BalancerThread, *, every_way: bool) -> None:
+    async def _check(self, owner: BalancerThread, *, all_next_hops: bool) -> None:
         """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
         by then is told again if it comes back."""
-        found = Found(owner)
+        found = Results(owner)
         await found.add(_host)
         for service in owner.snapshot.state.services:
             await found.add(_service(service.vip))
         addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
-        await found.add_ways(addresses if every_way else self._part_of(addresses))
-        self._tell(found)
-        self._told = frozenset(found.unmended)
+        await found.add_next_hops(addresses if all_next_hops else self._part_of(addresses))
+        self._report(found)
+        self._reported = frozenset(found.unrepaired)
 
     def _part_of(self, addresses: Sequence[Address]) -> Sequence[Address]:
         """Those behind the last part, in turn."""
-        begin = self._ways_begin if self._ways_begin < len(addresses) else 0
-        self._ways_begin = begin + WAYS_A_CHECK
-        return addresses[begin : begin + WAYS_A_CHECK]
+        begin = self._next_hops_begin if self._next_hops_begin < len(addresses) else 0
+        self._next_hops_begin = begin + NEXT_HOPS_PER_CHECK
+        return addresses[begin : begin + NEXT_HOPS_PER_CHECK]
 
     async def _follow(self, owner: BalancerThread, changes: Changes) -> None:
-        found = Found(owner)
+        found = Results(owner)
         if changes.links:
             await found.add(_host)
-        await found.add_ways(await owner.call(lambda balancer: changes.concerned(balancer.repairs.ways())))
-        self._tell(found)
-        self._told |= frozenset(found.unmended)
+        await found.add_next_hops(await owner.call(lambda balancer: changes.concerned(balancer.repairs.ways())))
+        self._report(found)
+        self._reported |= frozenset(found.unrepaired)
 
-    def _tell(self, found: Found) -> None:
-        news = [sentence for sentence in found.unmended if sentence not in self._told]
-        for sentence in _some(news):
-            log.warning(sentence)
-        for sentence in _some(found.mended):
-            log.info("drift", what=sentence)
-        if sentences := [*news, *found.mended]:
-            document = {"mended": _some(found.mended), "unmended": _some(news), "summary": "; ".join(_some(sentences))}
+    def _report(self, found: Results) -> None:
+        new = [message for message in found.unrepaired if message not in self._reported]
+        for message in _shortened(new):
+            log.warning(message)
+        for message in _shortened(found.repaired):
+            log.info("drift", what=message)
+        if messages := [*new, *found.repaired]:
+            document = {
+                "mended": _shortened(found.repaired),
+                "unmended": _shortened(new),
+                "summary": "; ".join(_shortened(messages)),
+            }
             found.owner.events.publish("drift", document)
 
 
-class Found:
+class Results:
     """In one look at everything or at a part: sentences of what has been mended, and of what cannot be."""
 
     def __init__(self, owner: BalancerThread) -> None:
         self.owner = owner
-        self.mended: list[str] = []
-        self.unmended: dict[str, None] = {}
+        self.repaired: list[str] = []
+        self.unrepaired: dict[str, None] = {}
 
     async def add(self, work: Callable[[Balancer], Report]) -> None:
         try:
             report = (await self.owner.change(work)).report
         except LbError as error:
             report = Report(warnings=(str(error),))
-        self.mended += report.notes
-        self.unmended |= dict.fromkeys(report.warnings)
+        self.repaired += report.notes
+        self.unrepaired |= dict.fromkeys(report.warnings)
 
-    async def add_ways(self, addresses: Collection[Address]) -> None:
+    async def add_next_hops(self, addresses: Collection[Address]) -> None:
         waiting = list(addresses)
-        for at in range(0, len(waiting), AT_ONCE):
-            await self.add(_ways(waiting[at : at + AT_ONCE]))
+        for at in range(0, len(waiting), NEXT_HOPS_AT_ONCE):
+            await self.add(_follow_next_hops(waiting[at : at + NEXT_HOPS_AT_ONCE]))
 
 
 def _host(balancer: Balancer) -> Report:
@@ -127,10 +131,10 @@ def _service(vip: Vip) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.reconcile_service(vip)
 
 
-def _ways(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
+def _follow_next_hops(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.follow(addresses)
 
 
-def _some(sentences: Sequence[str]) -> list[str]:
-    more = len(sentences) - SENTENCES
-    return [*sentences[:SENTENCES], f"{more} more"] if more > 0 else list(sentences)
+def _shortened(messages: Sequence[str]) -> list[str]:
+    more = len(messages) - MAX_MESSAGES
+    return [*messages[:MAX_MESSAGES], f"{more} more"] if more > 0 else list(messages)

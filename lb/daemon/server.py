@@ -102,21 +102,21 @@ class Daemon:
             stack.callback(access.close)
             self._listen(owner, access, stack)
             running = [asyncio.create_task(each.run_until_exit()) for each in self._listeners]
-            beside = asyncio.create_task(self._beside(owner, wanted))
+            background = asyncio.create_task(self._run_tasks(owner, wanted))
             await self._ending.wait()
             notify("STOPPING=1")
             owner.events.close()
-            beside.cancel()
+            background.cancel()
             for listener in self._listeners:
                 listener.should_exit = True
-            await asyncio.gather(beside, *running, return_exceptions=True)
+            await asyncio.gather(background, *running, return_exceptions=True)
 
     def _listen(self, owner: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
         """Connections are taken from here on; they wait until the balancer is free."""
-        beside = FeatureThreads(self._settings.paths) if self._settings.paths else None
-        if beside:
-            stack.callback(beside.close)
-        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
+        features = FeatureThreads(self._settings.paths) if self._settings.paths else None
+        if features:
+            stack.callback(features.close)
+        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, features), access), owner.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))
@@ -127,17 +127,17 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _beside(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _run_tasks(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
         await self._upgrade(owner)
         await self._reconcile(owner, wanted)
         self._on_ready()
         notify("READY=1")
         async with asyncio.TaskGroup() as group:
             group.create_task(self._reconcile_again(owner, wanted))
-            group.create_task(self._reload_when_told(owner))
+            group.create_task(self._reload_on_request(owner))
             group.create_task(feed_watchdog(owner))
             for task in self._tasks:
-                group.create_task(_kept_running(task, owner))
+                group.create_task(_restarting(task, owner))
 
     async def _upgrade(self, owner: BalancerThread) -> None:
         """Once: what the verifier refuses now, it will refuse again."""
@@ -163,7 +163,7 @@ class Daemon:
             await asyncio.sleep(AGAIN_S)
             await self._reconcile(owner, wanted)
 
-    async def _reload_when_told(self, owner: BalancerThread) -> None:
+    async def _reload_on_request(self, owner: BalancerThread) -> None:
         while True:
             await self._reloading.wait()
             self._reloading.clear()
@@ -204,7 +204,7 @@ def _name(listening: socket.socket) -> str:
     return name if isinstance(name, str) else f"{name[0]} port {name[1]}"
 
 
-async def _kept_running(task: Task, owner: BalancerThread) -> None:
+async def _restarting(task: Task, owner: BalancerThread) -> None:
     while True:
         try:
             await task.run(owner)

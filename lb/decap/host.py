@@ -67,7 +67,7 @@ class DecapHost:
     def __init__(self, open_socket: Callable[[], IPRoute], path: Path) -> None:
         self._open_socket, self._path = open_socket, path
         self._network = Network(open_socket)
-        self._made = self._before = AppliedHostChanges.read(path)
+        self._applied = self._before = AppliedHostChanges.read(path)
 
     def own_addresses(self, names: Sequence[str]) -> dict[int, Address]:
         """IP version -> the first address that these interfaces have, and send from. Raises NotFound."""
@@ -83,18 +83,18 @@ class DecapHost:
         for vip in vips:
             if not self._is_local(vip):
                 self._network.add_address(LOOPBACK, vip)
-                self._remember(replace(self._made, addresses=(*self._made.addresses, str(vip))))
+                self._remember(replace(self._applied, addresses=(*self._applied.addresses, str(vip))))
                 notes.append(f"{vip}: added to {LOOPBACK}")
         return notes
 
     def commit(self, vips: Sequence[Address]) -> None:
         """What set_up() did stays; of what it did earlier, addresses that are no VIPs any more go."""
         kept = {str(vip) for vip in vips}
-        for address in self._made.addresses:
+        for address in self._applied.addresses:
             if address not in kept:
                 self._network.remove_address(LOOPBACK, ip_address(address))
-        self._remember(replace(self._made, addresses=tuple(a for a in self._made.addresses if a in kept)))
-        self._before = self._made
+        self._remember(replace(self._applied, addresses=tuple(a for a in self._applied.addresses if a in kept)))
+        self._before = self._applied
 
     def undo(self) -> None:
         """Take back what was done since the last commit()."""
@@ -115,21 +115,21 @@ class DecapHost:
 
     def _set(self, name: str) -> str:
         before, wanted = _value(name), WANTED[Path(name).name]
-        self._remember(replace(self._made, sysctls={name: before} | self._made.sysctls))
+        self._remember(replace(self._applied, sysctls={name: before} | self._applied.sysctls))
         _write(name, wanted)
         return f"{_dotted(name)}: {before} -> {wanted}"
 
-    def _remember(self, made: AppliedHostChanges) -> None:
-        made.write(self._path)
-        self._made = made
+    def _remember(self, applied: AppliedHostChanges) -> None:
+        applied.write(self._path)
+        self._applied = applied
 
     def _return_to(self, target: AppliedHostChanges) -> list[str]:
         notes = []
-        for address in self._made.addresses:
+        for address in self._applied.addresses:
             if address not in target.addresses:
                 self._network.remove_address(LOOPBACK, ip_address(address))
                 notes.append(f"{address}: removed from {LOOPBACK}")
-        for name, before in self._made.sysctls.items():
+        for name, before in self._applied.sysctls.items():
             if name not in target.sysctls and _value(name) == WANTED[Path(name).name]:
                 _write(name, before)
                 notes.append(f"{_dotted(name)}: restored to {before}")
@@ -162,15 +162,15 @@ class DecapHost:
 
     def _drops_by_source(self, name: str) -> str | None:
         """RFC 3704's strict mode takes a client's packet only where packets to the client leave."""
-        ways = set(self._default_ways())
-        if _effective("rp_filter", name) != RP_FILTER_STRICT or name in ways:
+        egress = set(self._default_interfaces())
+        if _effective("rp_filter", name) != RP_FILTER_STRICT or name in egress:
             return None
         return (
             f"{name}: strict rp_filter drops packets from clients, replies to whom leave on"
-            f" {', '.join(sorted(ways)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
+            f" {', '.join(sorted(egress)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
         )
 
-    def _default_ways(self) -> Iterator[str]:
+    def _default_interfaces(self) -> Iterator[str]:
         """The interfaces of the IPv4 default routes."""
         with self._open_socket() as ipr:
             messages = ipr.get_default_routes(family=AF_INET)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lb.doctor.facts import Dataplane, Host, Interface, Refusal
 
-LEAST_KERNEL = (6, 1)
+MIN_KERNEL = (6, 1)
 
 # What a mode puts in front of a packet at most: IPv6 40; GUE besides UDP 8, its header 4, and on slots in transition 20
 # (xdp/bpf/tunnel.h).
@@ -118,10 +118,10 @@ def findings_document(found: Sequence[Finding]) -> list[dict[str, Any]]:
 
 def _kernel(host: Host) -> Findings:
     version = tuple(int(number) for number in re.findall(r"\d+", host.kernel)[:2])
-    if version >= LEAST_KERNEL:
+    if version >= MIN_KERNEL:
         yield _ok("kernel", host.kernel)
     else:
-        needed = ".".join(map(str, LEAST_KERNEL))
+        needed = ".".join(map(str, MIN_KERNEL))
         yield _fail("kernel", f"{host.kernel}: too old", f"boot Linux {needed} or later (Debian 12, Ubuntu 24.04)")
 
 

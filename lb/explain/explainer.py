@@ -249,8 +249,8 @@ def rule_that_stopped(paths: Paths, interface: str, frame: bytes) -> str | None:
         filters = resources.enter_context(KernelFilters.open(paths, dataplane, partial(_stored_set, store)))
         rules = store.rules().in_time(clock())
         hook = rules.hook(interface, At.XDP)
-        judge = resources.enter_context(filters.judge(hook, At.XDP))
-        rule = judge.dropped_by(frame) or _limiting(hook, judge.matched())
+        tester = resources.enter_context(filters.tester(hook, At.XDP))
+        rule = tester.dropped_by(frame) or _limiting(hook, tester.matched())
         return f"rule {rules.number(rule)}: {action_words(rule)} {match_words(rule)}" if rule else None
 
 

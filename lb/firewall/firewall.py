@@ -46,87 +46,87 @@ class Firewall:
     """The filter rules of one network namespace. Changes are to be made with its lock held. Raises LbError."""
 
     def __init__(
-        self, store: Store, kernel: KernelFilters, *, asked_on: Callable[[], Connection | None] = ssh_connection
+        self, store: Store, kernel: KernelFilters, *, own_connection: Callable[[], Connection | None] = ssh_connection
     ) -> None:
-        """`asked_on`: the connection that no change may end unasked."""
-        self._store, self._kernel, self._asked_on = store, kernel, asked_on
+        """`own_connection`: the connection that no change may end unasked."""
+        self._store, self._kernel, self._own_connection = store, kernel, own_connection
 
     # What an operator can ask for
 
-    def add(self, wish: RuleSpec, position: int | None = None, how: ApplyOptions | None = None) -> FilterReport:
+    def add(self, spec: RuleSpec, position: int | None = None, options: ApplyOptions | None = None) -> FilterReport:
         """Behind the last rule of its interface, or at a position."""
-        how, before = how or ApplyOptions(), self._rules()
-        rule, prefixes = new_rule(wish, before.free_slot(), clock(), how)
+        options, before = options or ApplyOptions(), self._rules()
+        rule, prefixes = new_rule(spec, before.free_slot(), clock(), options)
         goal = before.with_rule(rule, position)
         sets = {} if prefixes is None else {rule.slot: prefixes}
-        return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
+        return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), options, sets)
 
-    def replace(self, interface: str, wishes: Sequence[RuleSpec], how: ApplyOptions | None = None) -> FilterReport:
+    def replace(self, interface: str, specs: Sequence[RuleSpec], options: ApplyOptions | None = None) -> FilterReport:
         """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
         of a set may leave out the text of it, which no other may."""
-        how, now, before = how or ApplyOptions(), clock(), self._rules()
+        options, now, before = options or ApplyOptions(), clock(), self._rules()
         left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
         sets: dict[int, Prefixes] = {}
-        for place, wish in enumerate(wishes):
+        for place, spec in enumerate(specs):
             with part("rules", place):
-                prefixes = given_prefixes(wish)
-                rule = next((rule for rule in left if self._is_as_wanted(rule, wish, prefixes)), None)
+                prefixes = given_prefixes(spec)
+                rule = next((rule for rule in left if self._is_as_wanted(rule, spec, prefixes)), None)
                 if rule:
                     left.remove(rule)
                 else:
-                    check_has_list(wish)
+                    check_has_list(spec)
                     slot = Rules((*before.all, *new)).free_slot()
-                    rule, prefixes = new_rule(wish, slot, now, how, prefixes)
+                    rule, prefixes = new_rule(spec, slot, now, options, prefixes)
                     new.append(rule)
                     sets |= {} if prefixes is None else {slot: prefixes}
                 wanted.append(rule)
         goal = before.ordered(interface, wanted)
-        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), how, sets)
+        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), options, sets)
 
-    def _is_as_wanted(self, rule: Rule, wish: RuleSpec, prefixes: Prefixes | None) -> bool:
+    def _is_as_wanted(self, rule: Rule, spec: RuleSpec, prefixes: Prefixes | None) -> bool:
         own_set = (rule.set.path, rule.set.side) if rule.set else None
-        wanted_set = (wish.set_path, wish.set_side) if wish.set_path is not None else None
+        wanted_set = (spec.set_path, spec.set_side) if spec.set_path is not None else None
         own = (rule.at, rule.action, rule.rate, rule.expression, own_set, rule.deadline and rule.deadline.unix_s)
-        if own != (wish.at, wish.action, wish.rate, wish.expression, wanted_set, wish.until_s):
+        if own != (spec.at, spec.action, spec.rate, spec.expression, wanted_set, spec.until_s):
             return False
         return prefixes is None or prefixes == Prefixes.unpacked(*self._store.rule_set(rule.slot))
 
-    def delete(self, interface: str, number: int, how: ApplyOptions | None = None) -> FilterReport:
+    def delete(self, interface: str, number: int, options: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
         return self._change(
-            rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), how or ApplyOptions()
+            rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), options or ApplyOptions()
         )
 
-    def move(self, interface: str, number: int, to: int, how: ApplyOptions | None = None) -> FilterReport:
+    def move(self, interface: str, number: int, to: int, options: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
         moved = RuleChange("moved", rule, number, f"to {to}")
-        return self._change(rules.moved(rule, to), [], lambda _: moved, how or ApplyOptions())
+        return self._change(rules.moved(rule, to), [], lambda _: moved, options or ApplyOptions())
 
-    def flush(self, interface: str | None = None, how: ApplyOptions | None = None) -> FilterReport:
+    def flush(self, interface: str | None = None, options: ApplyOptions | None = None) -> FilterReport:
         """All rules of an interface, or (None) all."""
         rules = self._rules()
         gone = rules.all if interface is None else rules.of(interface)
         if not gone and interface is not None:
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         changes = [RuleChange("deleted", rule, rules.number(rule)) for rule in gone]
-        return self._change(rules.without(gone), [], lambda _: changes, how or ApplyOptions())
+        return self._change(rules.without(gone), [], lambda _: changes, options or ApplyOptions())
 
     def reload(
-        self, interface: str, number: int, how: ApplyOptions | None = None, *, set_list: str | None = None
+        self, interface: str, number: int, options: ApplyOptions | None = None, *, set_list: str | None = None
     ) -> FilterReport:
         """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
         differs."""
-        how, rules = how or ApplyOptions(), self._rules()
+        options, rules = options or ApplyOptions(), self._rules()
         rule = rules.numbered(interface, number)
         source = set_of(rule, number)
         prefixes = read_set_file(set_file(rule, number)) if set_list is None else parse_list(set_list, source.path)
         now = replace(rule, set=replace(source, prefixes=len(prefixes)))
         goal = rules.replacing(now)
-        if not how.force:
+        if not options.force:
             self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
-        if how.dry_run:
+        if options.dry_run:
             return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
         packed = {rule.slot: prefixes.packed()}
         # Prefixes first: the store is the balancer's too, and should not wait for them.
@@ -134,12 +134,12 @@ class Firewall:
             pass
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
-    def restore(self, how: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
+    def restore(self, options: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
         """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
         rules = self._rules().in_time(clock())
         changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
         return self._change(
-            rules, [], lambda _: changes, how or ApplyOptions(), hooks=rules.hooks if hooks is None else hooks
+            rules, [], lambda _: changes, options or ApplyOptions(), hooks=rules.hooks if hooks is None else hooks
         )
 
     def lost(self) -> list[HookKey]:
@@ -169,25 +169,25 @@ class Firewall:
     def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult:
         """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
-            return self.judged(interface, capture.packets(), at, keep)
+            return self.test_packets(interface, capture.packets(), at, keep)
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
+    def test_specs(self, specs: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
         """The same for rules that are not there."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
-            return self.judged_by(wishes, capture.packets(), keep)
+            return self.test_packets_with(specs, capture.packets(), keep)
 
-    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> TestResult:
+    def test_packets(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> TestResult:
         rules = self._rules().in_time(clock())
         if not rules.of(interface):
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         places = [at] if at else [At.XDP, At.TC_IN]
         return self._try([rules.hook(interface, place) for place in places], packets, keep)
 
-    def judged_by(self, wishes: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> TestResult:
+    def test_packets_with(self, specs: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> TestResult:
         now = clock()
-        made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
-        sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
-        return self._try([[rule for rule, _ in made]], packets, keep, sets)
+        built = [build_rule(spec, slot, now) for slot, spec in enumerate(specs)]
+        sets = {rule.slot: prefixes for rule, prefixes in built if prefixes is not None}
+        return self._try([[rule for rule, _ in built]], packets, keep, sets)
 
     # The balancer, coming and going
 
@@ -208,7 +208,7 @@ class Firewall:
         goal: Rules,
         new: Sequence[Rule],
         change: Callable[[Rules], RuleChange | Sequence[RuleChange]],
-        how: ApplyOptions,
+        options: ApplyOptions,
         sets: Mapping[int, Prefixes] | None = None,
         hooks: Iterable[HookKey] = (),
     ) -> FilterReport:
@@ -223,10 +223,10 @@ class Firewall:
         for slot, prefixes in given.items():
             self._kernel.add_set(slot, prefixes)
         exchange = self._kernel.prepare(after, wanted, new)
-        if not how.force:
+        if not options.force:
             self._check_connection(before, after, wanted, {})
         warnings = [f"interface {name}: does not exist: rules stay pending" for name in _absent(wanted)]
-        if how.dry_run:
+        if options.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
         packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}
         try:
@@ -243,7 +243,7 @@ class Firewall:
     ) -> None:
         """Raises InvalidInput where the rules would drop the connection that the change is asked for on, and did not
         before."""
-        connection = self._asked_on()
+        connection = self._own_connection()
         if connection is None:
             return
         ends = connection.server, connection.client
@@ -261,8 +261,8 @@ class Firewall:
         self, connection: Connection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
     ) -> Rule | None:
         frames = connection.frames(to_server=at is not At.TC_OUT, own_mac=own_mac(name))
-        with self._kernel.judge(rules, at, sets) as judge:
-            return next(filter(None, map(judge.dropped_by, frames)), None)
+        with self._kernel.tester(rules, at, sets) as tester:
+            return next(filter(None, map(tester.dropped_by, frames)), None)
 
     def _try(
         self,
@@ -273,16 +273,16 @@ class Firewall:
     ) -> TestResult:
         rules = tuple(rule for hook in hooks for rule in hook)
         with ExitStack() as resources:
-            judges = [resources.enter_context(self._kernel.judge(hook, hook[0].at, sets)) for hook in hooks if hook]
+            testers = [resources.enter_context(self._kernel.tester(hook, hook[0].at, sets)) for hook in hooks if hook]
             count = dropped = untested = 0
             for position, packet in enumerate(packets):
                 count += 1
-                if not all(judge.can_run(packet.data) for judge in judges):
+                if not all(tester.can_run(packet.data) for tester in testers):
                     untested += 1
-                elif any(judge.dropped_by(packet.data) for judge in judges):
+                elif any(tester.dropped_by(packet.data) for tester in testers):
                     dropped += 1
                     keep(position, packet)
-            matched = {slot: count for judge in judges for slot, count in judge.matched().items()}
+            matched = {slot: count for tester in testers for slot, count in tester.matched().items()}
         return TestResult(rules, matched, count, dropped, untested)
 
 
@@ -319,7 +319,7 @@ def _short(rule: Rule) -> str:
 
 @contextmanager
 def open_firewall(
-    paths: Paths, *, write: bool, asked_on: Callable[[], Connection | None] = ssh_connection
+    paths: Paths, *, write: bool, own_connection: Callable[[], Connection | None] = ssh_connection
 ) -> Iterator[Firewall]:
     """The filter rules of one network namespace; to `write` is to hold its lock until the end.
 
@@ -332,7 +332,7 @@ def open_firewall(
         store = stack.enter_context(Store.open(paths.store, write))
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
-        yield stack.enter_context(firewall_of(paths, store, dataplane, asked_on))
+        yield stack.enter_context(firewall_of(paths, store, dataplane, own_connection))
 
 
 @contextmanager
@@ -340,11 +340,11 @@ def firewall_of(
     paths: Paths,
     store: Store,
     dataplane: KernelDataplane,
-    asked_on: Callable[[], Connection | None] = ssh_connection,
+    own_connection: Callable[[], Connection | None] = ssh_connection,
 ) -> Iterator[Firewall]:
     """For who has the store and the balancer's programs open."""
     with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
-        yield Firewall(store, kernel, asked_on=asked_on)
+        yield Firewall(store, kernel, own_connection=own_connection)
 
 
 def _stored_set(store: Store, slot: int) -> Prefixes:

@@ -45,7 +45,7 @@ from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AttachPoint, Hook
 from lb.firewall.trial import RuleTester, test_actions
 from lb.host.interfaces import ifindex_of
 from lb.model.rule_report import Counts
-from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
+from lb.model.rules import MAX_RULES, Action, At, Rule, Rules
 from lb.paths import Paths
 from xdp import attach as xdp_attach
 from xdp import libbpf, tc
@@ -76,30 +76,30 @@ class ProgramSwap:
         try:
             with translated():
                 self._kernel.keep_sets(self._rules)
-                for unit, after in self._goals.items():
-                    self._swap(unit, after)
+                for point, after in self._goals.items():
+                    self._swap(point, after)
         except BaseException:
             self.roll_back()
             raise
 
-    def _swap(self, unit: AttachPoint, after: LoadedProgram | None) -> None:
-        before = self._kernel.in_place(unit)
+    def _swap(self, point: AttachPoint, after: LoadedProgram | None) -> None:
+        before = self._kernel.in_place(point)
         if after:
-            self._kernel.pin(after.fd, f"{unit.pin}{NEXT}")
-        self._swapped.append((unit, before, after))
-        if warning := unit.exchange(before, after):
+            self._kernel.pin(after.fd, f"{point.pin}{NEXT}")
+        self._swapped.append((point, before, after))
+        if warning := point.exchange(before, after):
             self.warnings.append(warning)
 
     def commit(self) -> None:
-        for unit, _, after in self._swapped:
-            self._kernel.settle(unit.pin, is_there=after is not None)
+        for point, _, after in self._swapped:
+            self._kernel.settle(point.pin, installed=after is not None)
         self._kernel.forget_sets(self._rules)
 
     def roll_back(self) -> None:
-        for unit, before, after in reversed(self._swapped):
+        for point, before, after in reversed(self._swapped):
             with suppress(XdpError):
-                unit.exchange(after, before)
-            self._kernel.unpin(f"{unit.pin}{NEXT}")
+                point.exchange(after, before)
+            self._kernel.unpin(f"{point.pin}{NEXT}")
         self._swapped.clear()
 
 
@@ -135,14 +135,14 @@ class KernelFilters:
         ifindex = ifindex_of(interface)
         if ifindex is None or (folder := self._pins.current()) is None:
             return False
-        unit = self._unit(interface, ifindex, at)
-        if (folder / f"{unit.pin}{NEXT}").exists():
+        point = self._attach_point(interface, ifindex, at)
+        if (folder / f"{point.pin}{NEXT}").exists():
             return False
-        if isinstance(unit, StageAttach):
-            return unit.dataplane.stages.filter in unit.dataplane.stages.occupied()
-        if isinstance(unit, TcAttach):
-            return tc.is_attached(unit.ifindex, TC_PLACES[at])
-        return self.in_place(unit) is not None
+        if isinstance(point, StageAttach):
+            return point.dataplane.stages.filter in point.dataplane.stages.occupied()
+        if isinstance(point, TcAttach):
+            return tc.is_attached(point.ifindex, TC_PLACES[at])
+        return self.in_place(point) is not None
 
     def counts(self, slot: int) -> Counts:
         """Zero for a rule that has never been in force since the host booted."""
@@ -156,8 +156,10 @@ class KernelFilters:
     def cut_short(self, hooks: Iterable[HookKey]) -> set[HookKey]:
         """Hooks whose last change was not brought to its end, by whatever ended the process."""
         folder = self._pins.current()
-        units = ((key, self._unit(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0])))
-        return {key for key, unit in units if folder and (folder / f"{unit.pin}{NEXT}").exists()}
+        points = (
+            (key, self._attach_point(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0]))
+        )
+        return {key for key, point in points if folder and (folder / f"{point.pin}{NEXT}").exists()}
 
     # Changes
 
@@ -166,31 +168,31 @@ class KernelFilters:
         with translated():
             for rule in new:
                 self._reset(rule.slot)
-            return self._exchange(rules, dict.fromkeys(self._unit(*key) for key in self._existing(hooks)))
+            return self._exchange(rules, dict.fromkeys(self._attach_point(*key) for key in self._existing(hooks)))
 
     def _existing(self, hooks: Iterable[HookKey]) -> Iterator[tuple[str, int, At]]:
         for name, at in hooks:
             if ifindex := ifindex_of(name):
                 yield name, ifindex, at
 
-    def _unit(self, interface: str, ifindex: int, at: At) -> AttachPoint:
+    def _attach_point(self, interface: str, ifindex: int, at: At) -> AttachPoint:
         if at is not At.XDP:
             return TcAttach(ifindex, at)
         return StageAttach(self._dataplane) if interface in self._dataplane.attachments() else XdpAttach(ifindex)
 
     def _exchange(
-        self, rules: Rules, units: Iterable[AttachPoint], balanced: Iterable[str] | None = None
+        self, rules: Rules, points: Iterable[AttachPoint], balanced: Iterable[str] | None = None
     ) -> ProgramSwap:
         names = list(self._dataplane.attachments() if balanced is None else balanced)
-        goals = {unit: self._program(rules, unit, names) for unit in units}
+        goals = {point: self._program(rules, point, names) for point in points}
         return ProgramSwap(self, goals, rules)
 
-    def _program(self, rules: Rules, unit: AttachPoint, balanced: Sequence[str]) -> LoadedProgram | None:
+    def _program(self, rules: Rules, point: AttachPoint, balanced: Sequence[str]) -> LoadedProgram | None:
         """None where there are no rules."""
-        if isinstance(unit, StageAttach):
+        if isinstance(point, StageAttach):
             return self._front_program(rules, balanced)
-        at = At.XDP if isinstance(unit, XdpAttach) else unit.at
-        own = [rule for name in rules.interfaces if ifindex_of(name) == unit.ifindex for rule in rules.hook(name, at)]
+        at = At.XDP if isinstance(point, XdpAttach) else point.at
+        own = [rule for name in rules.interfaces if ifindex_of(name) == point.ifindex for rule in rules.hook(name, at)]
         if not own:
             return None
         hook = HOOKS[at]
@@ -211,18 +213,18 @@ class KernelFilters:
 
     def _compiled(self, rule: Rule, hook: Hook, go_on: FilterAction) -> CompiledRule:
         counted, bucket = self._held_maps()
-        tails: list[FilterAction] = [Count(counted, 2 * rule.slot)]
+        actions: list[FilterAction] = [Count(counted, 2 * rule.slot)]
         dropped = Count(counted, 2 * rule.slot + 1)
         if rule.action is Action.DROP:
-            tails += [dropped, Drop()]
+            actions += [dropped, Drop()]
         elif rule.action is Action.PASS:
-            tails.append(go_on)
+            actions.append(go_on)
         elif rule.rate:
-            tails.append(Limit(bucket, rule.slot, rule.rate.interval_ns, rule.rate.burst_ns, dropped))
+            actions.append(Limit(bucket, rule.slot, rule.rate.interval_ns, rule.rate.burst_ns, dropped))
         conditions: list[Condition] = [In(self._tries_of(rule), rule.set.side)] if rule.set else []
         if rule.deadline:
             conditions.append(Until(rule.deadline.boot_ns))
-        return CompiledRule(_translation(rule, hook), tails, conditions)
+        return CompiledRule(_translation(rule, hook), actions, conditions)
 
     # Sets
 
@@ -302,7 +304,7 @@ class KernelFilters:
             return
         with translated():
             names = dict.fromkeys((*self._dataplane.attachments(), name))
-            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], names))
+            self._swap_now(self._exchange(rules, [StageAttach(self._dataplane)], names))
             plain = XdpAttach(ifindex)
             if ours := self.in_place(plain):
                 balancer = self._balancer()
@@ -321,9 +323,9 @@ class KernelFilters:
             self.pin(program.fd, plain.pin)
             replaced = self._running(attachments[name].program_id)
             xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
-            self._at_once(self._exchange(rules, [StageAttach(self._dataplane)], [n for n in attachments if n != name]))
+            self._swap_now(self._exchange(rules, [StageAttach(self._dataplane)], [n for n in attachments if n != name]))
 
-    def _at_once(self, exchange: ProgramSwap) -> None:
+    def _swap_now(self, exchange: ProgramSwap) -> None:
         exchange.swap()
         exchange.commit()
 
@@ -338,7 +340,7 @@ class KernelFilters:
     # Tests
 
     @contextmanager
-    def judge(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
+    def tester(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
         """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
         with translated(), ExitStack() as resources:
             tries = {}
@@ -357,7 +359,7 @@ class KernelFilters:
                 )
                 for number, rule in enumerate(rules)
             ]
-            program = resources.enter_context(load("filter_judge", hook, assemble(hook, compiled, Answer(0))))
+            program = resources.enter_context(load("filter_test", hook, assemble(hook, compiled, Answer(0))))
             yield RuleTester(program, rules, counted)
 
     # Pins and maps
@@ -368,7 +370,7 @@ class KernelFilters:
             return folder
         folder = self._pins.prepare()
         try:
-            for name, made in (("map_counters", counters(2 * MOST_RULES)), ("map_buckets", buckets(MOST_RULES))):
+            for name, made in (("map_counters", counters(2 * MAX_RULES)), ("map_buckets", buckets(MAX_RULES))):
                 self._resources.callback(os.close, made.fd)
                 libbpf.pin(made.fd, os.fsencode(folder / name))
         except BaseException:
@@ -394,11 +396,11 @@ class KernelFilters:
             counted.set_total(index, Counter())
         held[slot] = Bucket()
 
-    def in_place(self, unit: AttachPoint) -> Program | None:
+    def in_place(self, point: AttachPoint) -> Program | None:
         """Our program there. Of a change that was cut short both are pinned; at XDP the interface tells which runs."""
-        programs = list(self._pinned(unit.pin))
-        if isinstance(unit, XdpAttach):
-            running = xdp_attach.attached(unit.ifindex)
+        programs = list(self._pinned(point.pin))
+        if isinstance(point, XdpAttach):
+            running = xdp_attach.attached(point.ifindex)
             programs = [program for program in programs if running and program.id == running.program_id]
         return programs[0] if programs else None
 
@@ -418,9 +420,9 @@ class KernelFilters:
         if folder := self._pins.current():
             (folder / name).unlink(missing_ok=True)
 
-    def settle(self, name: str, *, is_there: bool) -> None:
+    def settle(self, name: str, *, installed: bool) -> None:
         """The change is done: its program is the one in force."""
-        if is_there:
+        if installed:
             self.unpin(name)
             (self._folder() / f"{name}{NEXT}").rename(self._folder() / name)
         else:

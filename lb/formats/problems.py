@@ -98,13 +98,13 @@ def pointer(steps: Iterable[str | int]) -> str:
 
 
 @dataclass
-class Place:
+class Pointer:
     """Where in the body one is; errors of the balancer on the way get its pointer."""
 
     steps: tuple[str | int, ...] = field(default=())
 
-    def __truediv__(self, step: str | int) -> Place:
-        return Place((*self.steps, step))
+    def __truediv__(self, step: str | int) -> Pointer:
+        return Pointer((*self.steps, step))
 
     def __str__(self) -> str:
         return pointer(self.steps)

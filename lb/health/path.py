@@ -56,7 +56,7 @@ class RealPath:
         self._network = network
         self._numbers: dict[Key, int] = {}
         self._taken: tuple[InstalledNextHop, ...] = ()  # also those that lead nowhere
-        self._bed: _Bed | None = None
+        self._links: _CheckLinks | None = None
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         translated = [s for s in services if s.mode is Mode.NAT]
@@ -69,24 +69,24 @@ class RealPath:
 
     def close(self) -> None:
         self._taken = ()
-        if self._bed:
-            self._bed.close()
-            self._bed = None
+        if self._links:
+            self._links.close()
+            self._links = None
 
     def _real(self, services: Sequence[Service]) -> dict[Key, CheckPath]:
         if not services:
             self.close()
             return {}
-        if self._bed and not self._bed.is_whole:
+        if self._links and not self._links.is_intact:
             self.close()
-        self._bed = self._bed or _Bed()
+        self._links = self._links or _CheckLinks()
         hops, faults = self._hops({b.address for s in services for b in s.backends})
         self._taken = (
             *(InstalledNextHop(address, hop.ifindex, None) for address, hop in hops.items()),
             *(InstalledNextHop(address, NOWHERE, None) for address in faults),
-            *(InstalledNextHop(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
+            *(InstalledNextHop(network.network_address, self._links.near, None) for network in (NETWORK4, NETWORK6)),
         )
-        self._bed.listen_on({hop.ifindex for hop in hops.values()})
+        self._links.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
         if len(backends) > len(MEMBERS):
             raise DataplaneError(
@@ -95,7 +95,7 @@ class RealPath:
         self._numbers = numbered(self._numbers, list(backends))
         vips = {service.vip.address for service in services}
         return {
-            key: self._way(self._numbers[key], service, backend, hops[backend.address], vips)
+            key: self._path(self._numbers[key], service, backend, hops[backend.address], vips)
             if backend.address in hops
             else CheckPath(backend.address, fault=faults[backend.address])
             for key, (service, backend) in backends.items()
@@ -116,17 +116,17 @@ class RealPath:
                 faults[address] = str(error)
         return hops, faults
 
-    def _way(
+    def _path(
         self, number: int, service: Service, backend: Backend, hop: NextHop, vips: Collection[Address]
     ) -> CheckPath:
-        assert self._bed
+        assert self._links
         own = self._own_address(service.vip.address.version, hop, vips)
         if own is None:
             return CheckPath(
                 backend.address,
                 fault=f"{hop.interface}: has no IPv{service.vip.address.version} address to send checks from",
             )
-        self._bed.lead(number, service, backend, hop)
+        self._links.set_target(number, service, backend, hop)
         network = NETWORK4 if service.vip.address.version == 4 else NETWORK6
         return CheckPath(network[number], own)
 
@@ -138,7 +138,7 @@ class RealPath:
         return next((address for address in usable if address not in vips), None)
 
 
-class _Bed:
+class _CheckLinks:
     """The programs, the veth pair, and the interfaces that answers come in on."""
 
     def __init__(self) -> None:
@@ -168,14 +168,14 @@ class _Bed:
         return near, far
 
     @property
-    def is_whole(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether the host still sends there what is for it."""
         with route_socket() as ipr:
             try:
-                ways = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
+                paths = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
             except NetlinkError:  # no route
                 return False
-        return all(way.get_attr("RTA_OIF") == self.near for way in ways)
+        return all(path.get_attr("RTA_OIF") == self.near for path in paths)
 
     def _load(self) -> None:
         self._object = self._resources.enter_context(BpfObject.open(OBJECT))
@@ -198,7 +198,7 @@ class _Bed:
             for index in set(interfaces) - self._listening.keys():
                 self._listening[index] = _hold(index, self._object.program("check_in"))
 
-    def lead(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
+    def set_target(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
         """From now on the target of this number stands for the backend."""
         target = self._targets.value_type()
         varied = service.options.tunnel_source(backend.address.version)

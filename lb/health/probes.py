@@ -35,10 +35,10 @@ OURS = {EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL, EAGAIN}
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 LATE_S = 0.02
 MORE_TIMES = 5
-MOST_HEAD = 16 << 10
-MOST_BODY = 256 << 10
+MAX_HEAD = 16 << 10
+MAX_BODY = 256 << 10
 PIECE = 64 << 10
-MOST_SCRIPTS = 32  # at a time
+MAX_SCRIPTS = 32  # at a time
 
 Read = Callable[[], Awaitable[bytes]]  # the next piece, empty at the end
 
@@ -288,7 +288,7 @@ async def _head(read: Read) -> tuple[bytes, bytes]:
     while b"\r\n\r\n" not in received:
         piece = await read()
         received += piece
-        if not piece or len(received) > MOST_HEAD:
+        if not piece or len(received) > MAX_HEAD:
             break
     head, _, rest = received.partition(b"\r\n\r\n")
     return head + b"\r\n", rest
@@ -298,7 +298,7 @@ async def _body(head: bytes, received: bytes, read: Read) -> bytes:
     """Up to MOST_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
     is_chunked = re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r$", head)
     length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r$", head)
-    most = min(int(length[1]), MOST_BODY) if length and not is_chunked else MOST_BODY
+    most = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY
     while len(received) < most and not (is_chunked and received.endswith(b"0\r\n\r\n")):
         piece = await read()
         if not piece:
@@ -331,7 +331,7 @@ def _judged(check: HealthCheck, body: bytes) -> Outcome:
 
 @cache
 def _turns(_: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
-    return asyncio.Semaphore(MOST_SCRIPTS)
+    return asyncio.Semaphore(MAX_SCRIPTS)
 
 
 async def _script(target: Target) -> Outcome:

@@ -70,24 +70,24 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.everything or self.links or self.neighbours or self.prefixes)
 
-    def concerned(self, ways: Iterable[InstalledNextHop]) -> set[Address]:
+    def concerned(self, hops: Iterable[InstalledNextHop]) -> set[Address]:
         """The backends whose way may be another now. That of one behind a gateway is told by the gateway's MAC address,
         or by none being known on that link."""
         if self.everything:
-            return {way.address for way in ways}
+            return {hop.address for hop in hops}
         addresses = {address for _, address in self.neighbours}
         macs: set[tuple[int, bytes | None]] = {(ifindex, mac) for (ifindex, _), mac in self.neighbours.items()}
         macs |= {(ifindex, None) for ifindex, _ in self.neighbours}
         return {
-            way.address
-            for way in ways
-            if way.ifindex in self.links
-            or (way.ifindex, way.mac) in macs
-            or way.address.packed in addresses
-            or self._is_routed_anew(way.address)
+            hop.address
+            for hop in hops
+            if hop.ifindex in self.links
+            or (hop.ifindex, hop.mac) in macs
+            or hop.address.packed in addresses
+            or self._is_rerouted(hop.address)
         }
 
-    def _is_routed_anew(self, address: Address) -> bool:
+    def _is_rerouted(self, address: Address) -> bool:
         bits, number = address.max_prefixlen, int(address)
         return any(
             number >> (bits - length) in networks
@@ -107,7 +107,7 @@ class HostEvents:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
             self._subscribe()
-            self._learn()
+            self._dump()
         except BaseException:
             self.close()
             raise
@@ -151,7 +151,7 @@ class HostEvents:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         self._socket.setblocking(False)
 
-    def _learn(self) -> None:
+    def _dump(self) -> None:
         """What is there already, so that changes can be told from it."""
         self._links.clear()
         self._macs.clear()
@@ -177,7 +177,7 @@ class HostEvents:
         except BlockingIOError:
             return
         except OSError:  # ENOBUFS: notifications are lost
-            self._learn()
+            self._dump()
             self._changes.everything = True
 
     def _take(self, data: bytes) -> bool:
@@ -227,13 +227,13 @@ class HostEvents:
             return
         found = dict(_attributes(body, _LINK.size))
         state, names = flags & (IFF_UP | IFF_LOWER_UP), (IFLA_IFNAME, IFLA_ADDRESS, IFLA_MTU, IFLA_XDP)
-        told = (state, *map(found.get, names))
+        state = (state, *map(found.get, names))
         if gone:
             self._links.pop(ifindex, None)
-        elif self._links.get(ifindex) == told:
+        elif self._links.get(ifindex) == state:
             return
         else:
-            self._links[ifindex] = told
+            self._links[ifindex] = state
         self._changes.links.add(ifindex)
 
     def _route(self, body: bytes) -> None:

@@ -20,7 +20,7 @@ GUE_PORT = 6080  # IANA
 MSS_RANGE = range(88, 65496)  # RFC 9293's least IPv4 packet, less its headers, to what the field can sensibly say
 LONGEST_AFFINITY_S = 7 * 86400
 LONGEST_SLOW_START_S = 3600
-MOST_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
+MAX_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
 # "This network", loopback, multicast, and what is reserved above it, in IPv4 and in IPv6.
 NOT_UNICAST = tuple(map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")))
 
@@ -86,8 +86,8 @@ class Options:
         object.__setattr__(self, "sources", _ordered(self.sources))
         object.__setattr__(self, "tunnel_sources", _ordered(self.tunnel_sources))
         _check("affinity", self.affinity_s, range(1, LONGEST_AFFINITY_S + 1))
-        _check("syn limit", self.syn_limit, range(1, MOST_SYNS_PER_S + 1))
-        _check("syn limit per source", self.syn_limit_of_source, range(1, MOST_SYNS_PER_S + 1))
+        _check("syn limit", self.syn_limit, range(1, MAX_SYNS_PER_S + 1))
+        _check("syn limit per source", self.syn_limit_of_source, range(1, MAX_SYNS_PER_S + 1))
         _check("mss", self.mss, MSS_RANGE)
         _check("slow start", self.slow_start_s, range(1, LONGEST_SLOW_START_S + 1))
         _check("gue port", self.gue_port, range(1, 65536), off=None)

@@ -13,10 +13,10 @@ from enum import StrEnum
 
 from lb.errors import InvalidInput, NotFound
 
-MOST_RULES = 4096  # of a network namespace: places for counters
-MOST_PACKETS_PER_S = 10_000_000  # more cannot be told apart in nanoseconds
+MAX_RULES = 4096  # of a network namespace: places for counters
+MAX_PACKETS_PER_S = 10_000_000  # more cannot be told apart in nanoseconds
 LONGEST_S = 10 * 365 * 86400
-LEAST_BURST = 5  # packets, as of iptables and nft
+MIN_BURST = 5  # packets, as of iptables and nft
 
 _NS = 1_000_000_000
 _PERIODS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -58,8 +58,8 @@ class Rate:
     def __post_init__(self) -> None:
         if not self.packets:
             raise InvalidInput(f"rate {self}: passes no packets: use drop")
-        if self.packets > MOST_PACKETS_PER_S * _PERIODS[self.period]:
-            raise InvalidInput(f"rate {self}: more than {MOST_PACKETS_PER_S // 1_000_000}M/s")
+        if self.packets > MAX_PACKETS_PER_S * _PERIODS[self.period]:
+            raise InvalidInput(f"rate {self}: more than {MAX_PACKETS_PER_S // 1_000_000}M/s")
 
     def __str__(self) -> str:
         for letter in "Mk":
@@ -75,7 +75,7 @@ class Rate:
     @property
     def burst_ns(self) -> int:
         """How much may come at once: what comes in a second, but five packets at least."""
-        return max(_NS, LEAST_BURST * self.interval_ns)
+        return max(_NS, MIN_BURST * self.interval_ns)
 
 
 def parse_duration(text: str) -> int:
@@ -195,9 +195,9 @@ class Rules:
     def free_slot(self) -> int:
         """Raises InvalidInput when there are as many rules as can be counted."""
         taken = {rule.slot for rule in self.all}
-        if len(taken) >= MOST_RULES:
-            raise InvalidInput(f"limit of {MOST_RULES} rules reached: delete some, or use a set")
-        return next(slot for slot in range(MOST_RULES) if slot not in taken)
+        if len(taken) >= MAX_RULES:
+            raise InvalidInput(f"limit of {MAX_RULES} rules reached: delete some, or use a set")
+        return next(slot for slot in range(MAX_RULES) if slot not in taken)
 
     def with_rule(self, rule: Rule, position: int | None = None) -> Rules:
         """At that number, or behind the last one of its interface."""

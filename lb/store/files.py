@@ -14,7 +14,7 @@ from lb.errors import StoreError
 
 LOCK_WAIT_S = 5.0
 UNWRITABLE = "not writable: run as root on a writable file system"
-WAYS_OUT = {
+FIXES = {
     sqlite3.SQLITE_NOTADB: "not an xdp-lb store: move the file away",
     sqlite3.SQLITE_CORRUPT: "damaged: move the file away and run xdp-lb apply -f lb.toml",
     sqlite3.SQLITE_FULL: "the disk is full: free some space and repeat the command",
@@ -24,7 +24,7 @@ WAYS_OUT = {
     sqlite3.SQLITE_IOERR: "I/O error: see the kernel log",
     sqlite3.SQLITE_BUSY: "locked by another process: stop it and repeat the command",
 }
-_IN_THE_WAY = {EEXIST, EISDIR, ENOTDIR}
+_BLOCKING = {EEXIST, EISDIR, ENOTDIR}
 
 
 @contextmanager
@@ -33,17 +33,17 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreError(f"store {path}: {_way_out(error)}") from error
+        raise StoreError(f"store {path}: {_fix(error)}") from error
     except OSError as error:
         name, reason = error.filename or path, error.strerror
-        way_out = "move it away" if error.errno in _IN_THE_WAY else "run as root"
-        raise StoreError(f"store {name}: {reason}: {way_out}, or set XDP_LB_STATE_DIR") from error
+        fix = "move it away" if error.errno in _BLOCKING else "run as root"
+        raise StoreError(f"store {name}: {reason}: {fix}, or set XDP_LB_STATE_DIR") from error
 
 
-def _way_out(error: sqlite3.Error) -> str:
+def _fix(error: sqlite3.Error) -> str:
     # The low byte of an extended code is the plain one. What `_read_state` raises has none.
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return WAYS_OUT.get(code) or f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}"
+    return FIXES.get(code) or f"{error}: {FIXES[sqlite3.SQLITE_CORRUPT]}"
 
 
 def make_folder(path: Path) -> None:

@@ -22,7 +22,7 @@ ELLIPSIS = ".."
 NAME = "VIP, BACKEND"
 SPARKLINE_WIDTHS = range(8, 61)
 TALL_ENOUGH_FOR_REASONS = 16  # lines; below, the totals at the top have to do
-MOST_REASONS = 6
+MAX_REASONS = 6
 KEYS = "q quit  s sort  space pause  arrows, PgUp, PgDn scroll"
 
 SERVICE, FAULT, DIM, HEADING, PAUSED = "bold", "red", "dim", "reverse", "bold yellow"
@@ -204,7 +204,7 @@ def body_height(view: View, height: int) -> int:
 
 def _reasons_block(view: View, height: int) -> list[Text]:
     counted = _counted(view)
-    room = min(MOST_REASONS, (height - 10) // 3) if height >= TALL_ENOUGH_FOR_REASONS else 0
+    room = min(MAX_REASONS, (height - 10) // 3) if height >= TALL_ENOUGH_FOR_REASONS else 0
     if not (counted and room):
         return []
     lines = _reason_lines(counted[:room], view.measured)

@@ -11,7 +11,7 @@ from pydantic import Field
 from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.explain.packet import Flow, check_size, parse_flags, parse_flow, parse_hex
-from lb.formats.problems import Place
+from lb.formats.problems import Pointer
 
 
 class ExplainBody(Body):
@@ -33,10 +33,10 @@ class ExplainBody(Body):
         if [self.protocol, self.hex, self.pcap].count(None) != 2:
             raise InvalidInput("packet missing: give one of protocol with source and destination, hex, pcap")
         for name, goes_with in (("length", self.hex), ("number", self.pcap)):
-            with Place() / name:
+            with Pointer() / name:
                 if getattr(self, name) is not None and goes_with is None:
                     raise InvalidInput(f"{name}: requires {'hex' if name == 'length' else 'pcap'}")
-        with Place() / ("flags" if self.flags is not None else "syn"):
+        with Pointer() / ("flags" if self.flags is not None else "syn"):
             if (self.syn or self.flags is not None) and self.protocol != "tcp":
                 raise InvalidInput("syn and flags require protocol tcp")
             if self.syn and self.flags is not None:
@@ -45,22 +45,22 @@ class ExplainBody(Body):
     def flow(self) -> tuple[Flow, int]:
         """And its TCP flags."""
         for name in ("source", "destination"):
-            with Place() / name:
+            with Pointer() / name:
                 if getattr(self, name) is None:
                     raise InvalidInput(f"{name}: missing")
-        with Place() / "flags":
+        with Pointer() / "flags":
             letters = "S" if self.syn else "A" if self.flags is None else self.flags
             bits = parse_flags(letters) if self.protocol == "tcp" else 0
         return parse_flow(str(self.protocol), self.source or "", self.destination or ""), bits
 
     def frame(self) -> bytes:
-        with Place() / "hex":
+        with Pointer() / "hex":
             return check_size(parse_hex(self.hex or ""))
 
 
 def pcap_bytes(text: str) -> bytes:
     """Raises Problem."""
-    with Place() / "pcap":
+    with Pointer() / "pcap":
         try:
             return b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
-from lb.formats.problems import Place
+from lb.formats.problems import Pointer
 from lb.model.rule_report import RuleSpec
 from lb.model.rules import LONGEST_S, Action, At, Rate
 
@@ -42,28 +42,28 @@ class RuleBody(Body):
     set: SetBody | None = None
     until: Whole | None = Field(None, description="Unix time in seconds at which the rule expires")
 
-    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> RuleSpec:
+    def to_spec(self, interface: str, pointer: Pointer, *, is_here: bool) -> RuleSpec:
         """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
-        rate = self._rate(place / "rate")
-        with place / "expression":
+        rate = self._rate(pointer / "rate")
+        with pointer / "expression":
             _check_printable("expression", self.expression)
-        self._check_set(place / "set", is_here=is_here)
+        self._check_set(pointer / "set", is_here=is_here)
         path, side, text = (self.set.path, self.set.side, self.set.list) if self.set else (None, "src", None)
         expression = " ".join(self.expression.split())
         return RuleSpec(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
 
-    def _rate(self, place: Place) -> Rate | None:
-        with place:
+    def _rate(self, pointer: Pointer) -> Rate | None:
+        with pointer:
             if self.rate is not None and self.action is not Action.LIMIT:
                 raise InvalidInput(f"rate {self.rate}: requires action limit, not {self.action}")
             if self.action is not Action.LIMIT:
                 return None
             return Rate.parse(self.rate or "")
 
-    def _check_set(self, place: Place, *, is_here: bool) -> None:
+    def _check_set(self, pointer: Pointer, *, is_here: bool) -> None:
         if self.set is None:
             return
-        with place / "path":
+        with pointer / "path":
             _check_printable("set", self.set.path)
             if self.set.path.startswith("/") and self.set.list is not None and not is_here:
                 raise InvalidInput(f"set {self.set.path}: files of the balancer's host are not read: use another name")
@@ -73,17 +73,17 @@ class NewRuleBody(RuleBody):
     for_s: Count | None = Field(None, description="Lifetime in seconds, instead of until")
     position: Whole | None = Field(None, description="Number of the new rule; default: after the last")
 
-    def to_new_wish(self, interface: str, *, is_here: bool) -> RuleSpec:
-        wish = self.to_wish(interface, Place(), is_here=is_here)
+    def to_new_spec(self, interface: str, *, is_here: bool) -> RuleSpec:
+        spec = self.to_spec(interface, Pointer(), is_here=is_here)
         if self.set and self.set.list is None:
-            with Place() / "set" / "list":
+            with Pointer() / "set" / "list":
                 raise InvalidInput(f"set {self.set.path}: list: missing")
         if self.for_s is None:
-            return wish
-        with Place() / "for_s":
+            return spec
+        with Pointer() / "for_s":
             if not 0 < self.for_s <= LONGEST_S or self.until is not None:
                 raise InvalidInput(f"for_s {self.for_s}: out of range 1 to {LONGEST_S}, or combined with until")
-        return replace(wish, seconds=self.for_s)
+        return replace(spec, seconds=self.for_s)
 
 
 class RulesBody(Body):
@@ -91,9 +91,9 @@ class RulesBody(Body):
 
     rules: list[RuleBody]
 
-    def to_wishes(self, interface: str, *, is_here: bool) -> list[RuleSpec]:
-        place = Place() / "rules"
-        return [rule.to_wish(interface, place / number, is_here=is_here) for number, rule in enumerate(self.rules)]
+    def to_specs(self, interface: str, *, is_here: bool) -> list[RuleSpec]:
+        pointer = Pointer() / "rules"
+        return [rule.to_spec(interface, pointer / number, is_here=is_here) for number, rule in enumerate(self.rules)]
 
 
 class MoveBody(Body):
@@ -108,23 +108,23 @@ class TrialBody(Body):
     at: AtName | None = None
     rules: Annotated[list[RuleBody], Field(min_length=1)] | None = None
 
-    def to_wishes(self, *, is_here: bool) -> list[RuleSpec]:
+    def to_specs(self, *, is_here: bool) -> list[RuleSpec]:
         """None: those of the interface."""
-        place = Place() / "rules"
+        pointer = Pointer() / "rules"
         if (self.rules is None) == (self.interface is None):
-            with place:
+            with pointer:
                 raise InvalidInput("rules: give either interface or rules")
         if self.rules and self.at:
-            with Place() / "at":
+            with Pointer() / "at":
                 raise InvalidInput("at: not allowed with rules: give it in each rule")
-        wishes = [r.to_wish("", place / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
-        for number, wish in enumerate(wishes):
-            with place / number:
-                if wish.at is not wishes[0].at:
-                    raise InvalidInput(f"rules: different attach points: {wishes[0].at} and {wish.at}")
-                if wish.set_path is not None and wish.set_list is None:
-                    raise InvalidInput(f"set {wish.set_path}: list: missing")
-        return wishes
+        specs = [r.to_spec("", pointer / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
+        for number, spec in enumerate(specs):
+            with pointer / number:
+                if spec.at is not specs[0].at:
+                    raise InvalidInput(f"rules: different attach points: {specs[0].at} and {spec.at}")
+                if spec.set_path is not None and spec.set_list is None:
+                    raise InvalidInput(f"set {spec.set_path}: list: missing")
+        return specs
 
 
 def _check_printable(name: str, text: str) -> None:

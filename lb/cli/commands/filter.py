@@ -115,12 +115,12 @@ def add(
     """
     from lb.model.rule_report import ApplyOptions
 
-    wish = make_wish(interface, action, words, set_path, set_side, at, duration)
-    how = ApplyOptions(force=force, selftest=not no_selftest, dry_run=dry_run)
-    run(lambda firewall: firewall.add(wish, position, how), as_json)
+    spec = make_spec(interface, action, words, set_path, set_side, at, duration)
+    options = ApplyOptions(force=force, selftest=not no_selftest, dry_run=dry_run)
+    run(lambda firewall: firewall.add(spec, position, options), as_json)
 
 
-def make_wish(
+def make_spec(
     interface: str,
     action: str,
     words: Sequence[str],
@@ -330,10 +330,10 @@ def test(
 
     if bool(rules) == (interface is not None):
         raise click.UsageError("Give an interface or --rule.")
-    wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
+    specs = [make_spec("", *_split(text), at=at or str(At.XDP)) for text in rules]
     with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:
-            trial = firewall.test_wishes(wishes, path, write_to)
+            trial = firewall.test_specs(specs, path, write_to)
         else:
             trial = firewall.test(interface, path, At(at) if at else None, write_to)
     click.echo(to_json(trial_document(trial)) if as_json else "\n".join(trial_lines(trial)))

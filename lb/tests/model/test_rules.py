@@ -9,7 +9,7 @@ import pytest
 from lb.errors import InvalidInput, LbError, NotFound
 from lb.model.rules import (
     LONGEST_S,
-    MOST_RULES,
+    MAX_RULES,
     Action,
     At,
     Clock,
@@ -124,8 +124,8 @@ def test_slot_of_a_deleted_rule_is_used_again() -> None:
 
 
 def test_there_is_a_most_of_rules() -> None:
-    with pytest.raises(InvalidInput, match=rf"limit of {MOST_RULES} rules reached"):
-        Rules(tuple(rule(slot) for slot in range(MOST_RULES))).free_slot()
+    with pytest.raises(InvalidInput, match=rf"limit of {MAX_RULES} rules reached"):
+        Rules(tuple(rule(slot) for slot in range(MAX_RULES))).free_slot()
 
 
 def test_rule_is_over_when_its_time_has_passed() -> None:
