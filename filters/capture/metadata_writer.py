@@ -27,7 +27,7 @@ class MetadataWriter:
         assert isinstance(ifindex, Field)
         asm.load(R1, CONTEXT, ifindex.offset, 4)
         asm.store(record, at + PacketMetadata.ifindex.offset, R1, 4)
-        asm.store_immediate(record, at + PacketMetadata.place.offset, self.point, 4)
+        asm.store_immediate(record, at + PacketMetadata.point.offset, self.point, 4)
         asm.store_immediate(record, at + PacketMetadata.action.offset, NO_ACTION, 4)
         asm.store_immediate(record, at + PacketMetadata.reason.offset, 0, 4)
         asm.store_immediate(record, at + PacketMetadata.egress.offset, 0, 4)

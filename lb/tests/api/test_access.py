@@ -78,7 +78,7 @@ def test_names_are_names_and_each_is_there_once(path: Path) -> None:
         with pytest.raises(NotFound, match="token nobody: not found"):
             access.revoke("nobody")
         for name in ("", "-x", "a b", "a\nb", "x" * 64, "é"):
-            with pytest.raises(InvalidInput, match="not a name"):
+            with pytest.raises(InvalidInput, match="invalid name"):
                 access.create(name, Role.READ)
 
 

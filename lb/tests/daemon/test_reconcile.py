@@ -253,7 +253,7 @@ def test_a_change_of_the_host_is_followed_at_once(bed: Bed) -> None:
 
 
 def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "WAYS_A_CHECK", 1)
+    monkeypatch.setattr(reconcile, "NEXT_HOPS_PER_CHECK", 1)
     asked: list[Address] = []
     next_hops = bed.network.next_hops
 

@@ -373,8 +373,8 @@ def test_larger_pages_hold_jumbo_frames() -> None:
 @pytest.mark.parametrize(
     ("modes", "mtu", "status", "value", "fix"),
     [
-        ({"nat", "ipip"}, 1500, WARN, "1500: 1460 inside tunnels of clients' 1500", "ip link set dev eth0 mtu 1540"),
-        ({"ipip", "gue"}, 1500, WARN, "1500: 1428 inside tunnels of clients' 1500", "ip link set dev eth0 mtu 1572"),
+        ({"nat", "ipip"}, 1500, WARN, "1500: 1460 inside tunnels, clients send 1500", "ip link set dev eth0 mtu 1540"),
+        ({"ipip", "gue"}, 1500, WARN, "1500: 1428 inside tunnels, clients send 1500", "ip link set dev eth0 mtu 1572"),
         ({"gue"}, 1572, OK, "1572: 1500 inside tunnels", None),
         ({"nat", "dr"}, 1400, OK, "1400", None),
     ],

@@ -296,7 +296,7 @@ def test_rule_that_stopped_a_packet_in_lines_and_json() -> None:
     told = explanation(Choice(), Outcome("drop", None, b"", stages=(stage,)))
     assert lines(document(told), colour=False)[3:] == [
         "verdict    dropped by another program",
-        "ended by   filter rule 2: drop tcp",
+        "stopped by filter rule 2: drop tcp",
         "fix        xdp-lb filter list",
     ]
     assert document(told)["ended_by"] == [

@@ -290,7 +290,7 @@ def test_a_store_opened_for_reading_cannot_be_changed(path: Path) -> None:
     save(path, STATE)
     with Store.open(path, write=False) as store:
         store.load()
-        with pytest.raises(StoreError, match="cannot be written"), store.saving(OTHER):
+        with pytest.raises(StoreError, match="not writable"), store.saving(OTHER):
             pass
     assert load(path) == STATE
 
