@@ -1,7 +1,7 @@
-"""Who may use the API over TCP, and who has changed what: the file access.db beside the store.
+"""Tokens and audit log of the API over TCP, in access.db next to the store.
 
-Enters: secrets that were shown once, and entries of the audit log. Leaves: the token that a secret belongs to. Of a
-secret only the SHA-256 is kept, which for 256 random bits is as good as a slow hash: there is nothing to guess.
+Enters: secrets, shown once on creation, and audit entries. Leaves: the token of a secret. Only the SHA-256 of a secret
+is stored; for 256 random bits that is as good as a slow hash.
 """
 
 from __future__ import annotations

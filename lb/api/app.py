@@ -1,4 +1,4 @@
-"""The API as one ASGI application: its routes, its metrics and health endpoints, its description."""
+"""The API as one ASGI application: routes, metrics, health endpoints, OpenAPI description."""
 
 from __future__ import annotations
 

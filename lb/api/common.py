@@ -1,6 +1,6 @@
-"""What all parts of the API share: its parameters, its answers, and entity tags.
+"""Parameters, responses and entity tags shared by all routes.
 
-Enters: requests. Leaves: the daemon's parts that they are for, and bodies with their tags.
+Enters: requests. Leaves: the parts of the daemon that serve them, and bodies with entity tags.
 """
 
 from __future__ import annotations

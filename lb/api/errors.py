@@ -1,6 +1,6 @@
-"""Errors of the API as its answers: every one is a Problem, and the audit log gets its sentence.
+"""Exceptions -> problem responses (RFC 9457); the audit log gets the detail.
 
-Enters: what was raised while a request was answered. Leaves: a response.
+Enters: an exception raised while a request was handled. Leaves: a response.
 """
 
 from __future__ import annotations

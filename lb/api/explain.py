@@ -1,6 +1,6 @@
-"""Explanations in the REST API.
+"""Explain in the REST API.
 
-Enters: a packet in words, in hexadecimal digits or in a capture file. Leaves: the documents of `xdp-lb explain --json`.
+Enters: a packet as a flow, in hex or in a capture file. Leaves: the documents of `xdp-lb explain --json`.
 """
 
 from __future__ import annotations

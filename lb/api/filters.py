@@ -1,8 +1,8 @@
-"""Filter rules in the REST API: under /v1/filters, and the two things that are no rule.
+"""Filter rules in the REST API: /v1/filters, /v1/filter-restore and /v1/filter-test.
 
-Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
-when the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes
-on: of TCP the request's own; on the Unix socket the SSH connection that the client tells of.
+Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.firewall.documents. A change is answered
+once the kernel has it, published as an event, and refused where it would drop the connection of the request: over TCP
+its own; on the Unix socket the SSH connection that the client names.
 """
 
 from __future__ import annotations

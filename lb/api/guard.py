@@ -1,8 +1,7 @@
-"""What stands before the API: who is there, what they may, how much and how long they may send, and the audit log.
+"""ASGI middleware in front of the API: authentication, roles, size and time limits, audit log.
 
-Enters: a request of HTTP as ASGI has it. Leaves: the same with its body whole, given on to the API, or a Problem. The
-Unix socket is guarded by its file mode, and who connects is known by SO_PEERCRED (unix(7)); TCP by bearer tokens
-(RFC 6750).
+Enters: a request. Leaves: the request with its complete body, passed on to the API, or a Problem. The Unix socket is
+protected by its file mode and identifies the peer by SO_PEERCRED (unix(7)); TCP uses bearer tokens (RFC 6750).
 """
 
 from __future__ import annotations

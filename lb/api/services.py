@@ -1,7 +1,7 @@
-"""The REST API under /v1, over the balancer's owner.
+"""Services, backends and interfaces in the REST API under /v1.
 
-Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
-every error as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
+Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.formats.documents with entity tags, and
+errors as problems. A change is answered once the kernel has it. Described at /openapi.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Users' stages in the REST API: those that run, what they find, and their end.
+"""Users' stages in the REST API: list, tables, stop.
 
-A stage is begun by `xdp-lb stage run` alone, in its own process and with the rights of who types it: C that somebody
-sends would be code in the kernel, and its compiler 128 MB in the daemon.
+Stages are only started by `xdp-lb stage run`, in its own process and with its user's rights: C sent over the API would
+be code in the kernel, and its compiler 128 MB in the daemon.
 """
 
 from __future__ import annotations

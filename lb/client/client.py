@@ -58,7 +58,7 @@ class Client:
         own_connection: Callable[[], SshConnection | None] = lambda: None,
     ) -> None:
         """`verify`: as in httpx; an ssl.SSLContext for a private certificate. `own_connection`: the connection that
-        no filter rule may end unasked, beside the one that requests go by."""
+        no filter rule may drop without force, besides the one of the request."""
         self._http = DaemonHttp(url, token, verify, transport)
         self.filters = FilterClient(self._http, own_connection)
         self.explainer = ExplainClient(self._http)

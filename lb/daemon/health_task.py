@@ -1,8 +1,7 @@
-"""Health checks as a task of the daemon (lb.daemon.server.Task): the engine between the balancer's owner and the
-network.
+"""Health checks as a task of the daemon (lb.daemon.server.Task).
 
-Enters: the desired state, as the owner's snapshot has it, and what changes in the host's network. Leaves: conditions
-that the balancer puts in force, an event `health` for each backend that goes up or down, and a file that remembers.
+Enters: the desired state from the snapshot, and changes of the host's network. Leaves: conditions applied by the
+balancer, an event `health` for each backend that goes up or down, and the health file.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ log = structlog.get_logger("xdp-lb")
 
 LOOK_S = 0.1  # after changes of the desired state
 ALIVE_S = 1.0
-AGAIN_S = 1.0  # between two searches for ways
+AGAIN_S = 1.0  # between two updates of paths
 QUIET_S = 3600.0
 
 
 class HealthTask:
-    """`paths` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
+    """`paths` makes the CheckPaths, and `listen` opens the source of host changes, for each run."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class HealthTask:
                 group.create_task(self._stay_fresh())
 
     async def _remember(self, found: Found) -> None:
-        """Before it is in force: a process killed in between finds it, and puts it in force."""
+        """Saved before it is applied: after a kill in between the next process applies it."""
         self._found = found
         try:
             await asyncio.to_thread(self._file.write, found)
@@ -98,7 +97,7 @@ async def _follow_host(host: HostChanges, paths: CheckPaths, checker: Checker) -
 
 
 def turns(before: Conditions, after: Conditions) -> Iterator[Document]:
-    """`vip`, `backend`, `state` (active or down), `why`, `since` of each that has gone up or down."""
+    """`vip`, `backend`, `state` (active or down), `why`, `since` of each backend that went up or down."""
     for vip, name, condition in _each(after):
         if before.get(vip, {}).get(name, UP).down != condition.down:
             state = "down" if condition.down else "active"

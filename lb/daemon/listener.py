@@ -1,7 +1,7 @@
-"""HTTP on sockets that are open already: uvicorn, with its patience limited and the peer made known.
+"""HTTP on open sockets: uvicorn with time limits and the peer made known.
 
-Enters: an ASGI application and listening sockets. Leaves: requests, with the lb.api.guard.Peer of the connection in
-`scope["state"]["peer"]`, and in `["abort"]` what ends the connection at once.
+Enters: an ASGI application and listening sockets. Leaves: requests with the lb.api.guard.Peer of the connection in
+`scope["state"]["peer"]`, and in `["abort"]` a function that closes it at once.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The kernel kept in step with what is stored, as a task of the daemon (lb.daemon.server.Task).
+"""Keeps the kernel in step with the store, as a task of the daemon (lb.daemon.server.Task).
 
-Enters: time, and what changes in the host's network. Leaves: what others have changed is repaired, packets go where
-routes and neighbours lead, and each of that is a line in the log and an event `drift`. What cannot be repaired, such as
-an interface with someone else's program, is left alone and told once, for as long as it lasts.
+Enters: timer ticks, and changes of the host's network. Leaves: foreign changes repaired, next hops updated, each logged
+and published as an event `drift`. What cannot be repaired, such as an interface with a foreign program, is left alone
+and reported once while it lasts.
 
-The balancer's thread is asked for a little at a time: requests do not wait for the whole of it.
+Work is handed to the balancer's thread in small pieces, so that requests are not blocked.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lb.runtime.owner import BalancerThread
 log = structlog.get_logger("xdp-lb")
 
 PERIOD_S = 60.0
-NEXT_HOPS_AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
-NEXT_HOPS_PER_CHECK = 1000  # backends whose next hops are looked for without a notification
-MAX_MESSAGES = 20  # of an event
+NEXT_HOPS_AT_ONCE = 8  # backends whose next hops are resolved in one piece of work, about 10 ms
+NEXT_HOPS_PER_CHECK = 1000  # backends whose next hops are resolved without a notification
+MAX_MESSAGES = 20  # in an event
 
 
 class HostChanges(Protocol):
-    """What lb.host.events.HostEvents is."""
+    """Implemented by lb.host.events.HostEvents."""
 
     async def next(self, timeout_s: float) -> Changes:
-        """What has changed, as soon as there is something; nothing after the timeout."""
+        """Changes as soon as there are any; empty after the timeout."""
 
 
 class ReconcileTask:
-    """`listen` gives the host's changes, for each run."""
+    """`listen` opens the source of host changes, for each run."""
 
     def __init__(self, listen: Callable[[], AbstractContextManager[HostChanges]], period_s: float = PERIOD_S) -> None:
         self._listen, self._period_s = listen, period_s
@@ -58,11 +58,11 @@ class ReconcileTask:
                     check_at = time.monotonic() + self._period_s
                 else:
                     await self._follow(owner, changes)
-                await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
+                await asyncio.sleep(time.monotonic() - began)  # uses at most half of a CPU
 
     async def _check(self, owner: BalancerThread, *, all_next_hops: bool) -> None:
-        """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
-        by then is told again if it comes back."""
+        """A full check; of very many next hops, which notifications cover as well, a part each time. A fault that was
+        repaired is reported again if it recurs."""
         found = Results(owner)
         await found.add(_host)
         for service in owner.snapshot.state.services:
@@ -73,7 +73,7 @@ class ReconcileTask:
         self._reported = frozenset(found.unrepaired)
 
     def _part_of(self, addresses: Sequence[Address]) -> Sequence[Address]:
-        """Those behind the last part, in turn."""
+        """The next part, in turn."""
         begin = self._next_hops_begin if self._next_hops_begin < len(addresses) else 0
         self._next_hops_begin = begin + NEXT_HOPS_PER_CHECK
         return addresses[begin : begin + NEXT_HOPS_PER_CHECK]
@@ -102,7 +102,7 @@ class ReconcileTask:
 
 
 class Results:
-    """In one look at everything or at a part: sentences of what has been mended, and of what cannot be."""
+    """Results of a full or partial check: messages of what was repaired, and of what cannot be."""
 
     def __init__(self, owner: BalancerThread) -> None:
         self.owner = owner

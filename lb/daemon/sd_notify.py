@@ -1,4 +1,4 @@
-"""Tells systemd how far the daemon is, sd_notify(3), and feeds its watchdog."""
+"""sd_notify(3): readiness, and the watchdog."""
 
 from __future__ import annotations
 

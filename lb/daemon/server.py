@@ -1,10 +1,10 @@
-"""The daemon: one balancer for as long as it lives, the API in front of it, and what runs beside.
+"""The daemon: one balancer for its lifetime, the API, and background tasks.
 
-Enters: where things lie, what to listen on, and tasks. Leaves: a kernel that holds what is stored. The daemon has the
-writer's lock of its network namespace from start to end; packets do not notice either.
+Enters: paths, listen addresses, tasks. Leaves: a kernel that holds the stored configuration. The daemon holds the
+writer's lock of its network namespace from start to end; starting and stopping it does not affect traffic.
 
-Whatever else needs a process that stays is a Task: it is started when the kernel has been reconciled, reaches the
-balancer through the BalancerThread, and is cancelled at the end. One that fails is reported, and started again.
+A Task is started once the kernel has been reconciled, uses the balancer through the BalancerThread, and is cancelled at
+the end. A failed task is logged and restarted.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ STARTING = "starting: writing the stored configuration to the kernel"
 
 
 class Task(Protocol):
-    """What runs beside the API."""
+    """A background task."""
 
     async def run(self, owner: BalancerThread) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """socket: of the API, on this host. listen: address and port, for TLS. config: lb.toml, the services wanted. paths:
-    of what the API reaches beside the balancer; None: nothing."""
+    """socket: Unix socket of the API. listen: address and port for TLS. config: lb.toml with the desired services.
+    paths: for filters, explain and stages in the API; None: without them."""
 
     socket: Path
     access: Path
@@ -65,7 +65,7 @@ class Settings:
 
 
 class Daemon:
-    """`on_ready` is called when the kernel has what is stored."""
+    """`on_ready` is called once the kernel holds the stored configuration."""
 
     def __init__(
         self,
@@ -86,15 +86,15 @@ class Daemon:
         self._tls = _tls(settings)
 
     def stop(self) -> None:
-        """Answers that are on their way are finished first. To be called in the event loop's thread."""
+        """Requests in progress are finished first. Call it in the thread of the event loop."""
         self._ending.set()
 
     def reload(self) -> None:
-        """Read the configuration file and the certificate anew."""
+        """Read the configuration file and the certificate again."""
         self._reloading.set()
 
     async def run(self) -> None:
-        """Until `stop`. Raises LbError where it cannot begin."""
+        """Runs until `stop`. Raises LbError if it cannot start."""
         wanted = config.read(self._settings.config) if self._settings.config else None
         async with AsyncExitStack() as stack:
             self.owner = owner = await stack.enter_async_context(BalancerThread.open(self._opener))
@@ -112,7 +112,7 @@ class Daemon:
             await asyncio.gather(background, *running, return_exceptions=True)
 
     def _listen(self, owner: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
-        """Connections are taken from here on; they wait until the balancer is free."""
+        """Accepts connections from here on; requests wait until the balancer is free."""
         features = FeatureThreads(self._settings.paths) if self._settings.paths else None
         if features:
             stack.callback(features.close)
@@ -140,13 +140,13 @@ class Daemon:
                 group.create_task(_restarting(task, owner))
 
     async def _upgrade(self, owner: BalancerThread) -> None:
-        """Once: what the verifier refuses now, it will refuse again."""
+        """Once: what the verifier rejects now, it will reject again."""
         notes = await owner.upgrade()
         for note in notes:
             (log.error if owner.refused else log.info)(note)
 
     async def _reconcile(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
-        """Have the kernel hold what is stored, and the store what the file says."""
+        """Apply the store to the kernel, and the configuration file to the store."""
         try:
             _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
             if wanted is not None:
@@ -214,14 +214,11 @@ async def _restarting(task: Task, owner: BalancerThread) -> None:
         await asyncio.sleep(AGAIN_S)
 
 
-# systemd's notification protocol, sd_notify(3)
-
-
 def serve(
     opener: Callable[[], AbstractContextManager[Balancer]], settings: Settings, tasks: Sequence[Task] = ()
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads. Raises LbError."""
-    gc.enable()  # which the command line does without
+    gc.enable()  # the command line disables it
     _raise_limit()
     asyncio.run(_serve(opener, settings, tasks))
 
@@ -239,13 +236,13 @@ async def _serve(
 
 
 def _ready() -> None:
-    """What is there by now stays: looking through it for garbage would take longer than most changes."""
+    """Exempt what is loaded by now from garbage collection, which would take longer than most changes."""
     gc.collect()
     gc.freeze()
     log.info("ready")
 
 
 def _raise_limit() -> None:
-    """Of open files, to what is allowed: a connection is one."""
+    """Raise the limit of open files to the hard limit: each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,7 @@
-"""What decapsulation wants of the host: the VIP on the loopback, and silence about it on the wire.
+"""Host settings for decapsulation: VIPs on the loopback, and no ARP replies for them.
 
-Enters: the VIPs, and a file that remembers what was changed here. Leaves: addresses on `lo` and ARP
-settings, changed only where they were not as they should be, and taken back exactly; or sentences on
-what is not as it should be. IPv6 needs no setting: neighbour solicitations for an address of another
+Enters: the VIPs, and a file that records the changes. Leaves: addresses on `lo` and ARP settings, changed only where
+needed and reverted exactly; or warnings. IPv6 needs no setting: neighbour solicitations for an address of another
 interface are not answered.
 """
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 LOOPBACK = "lo"
 SYSCTLS = Path("/proc/sys/net/ipv4/conf")
 
-# Documentation/networking/ip-sysctl.rst: answer ARP for the asked interface's own addresses, and never ask as a VIP.
+# ip-sysctl.rst: reply to ARP only for addresses of the incoming interface, and never announce a VIP.
 WANTED = {"arp_ignore": 1, "arp_announce": 2}
 SET_ON = ("all", LOOPBACK)
 RP_FILTER_STRICT = 1
@@ -37,7 +36,7 @@ RP_FILTER_STRICT = 1
 
 @dataclass(frozen=True, slots=True)
 class AppliedHostChanges:
-    """What was changed: addresses put on the loopback, and settings (`all/arp_ignore`) with their values before."""
+    """Applied changes: addresses added to the loopback, and sysctls (`all/arp_ignore`) with their previous values."""
 
     addresses: tuple[str, ...] = ()
     sysctls: dict[str, int] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class AppliedHostChanges:
         return cls(tuple(document["addresses"]), document["sysctls"])
 
     def write(self, path: Path) -> None:
-        """Whole or not at all; what is nothing needs no file."""
+        """Atomically; without changes there is no file."""
         if self == AppliedHostChanges():
             path.unlink(missing_ok=True)
             return
@@ -62,7 +61,7 @@ class AppliedHostChanges:
 
 
 class DecapHost:
-    """The host's side of one network namespace. Raises LbError and OSError."""
+    """Host settings of one network namespace. Raises LbError and OSError."""
 
     def __init__(self, open_socket: Callable[[], IPRoute], path: Path) -> None:
         self._open_socket, self._path = open_socket, path
@@ -70,14 +69,14 @@ class DecapHost:
         self._applied = self._before = AppliedHostChanges.read(path)
 
     def own_addresses(self, names: Sequence[str]) -> dict[int, Address]:
-        """IP version -> the first address that these interfaces have, and send from. Raises NotFound."""
+        """IP version -> first address of these interfaces, used as source. Raises NotFound."""
         found = [address for name in names for address in self._network.addresses(name) if not address.is_link_local]
         return {address.version: address for address in reversed(found)}
 
     def set_up(self, vips: Sequence[Address]) -> list[str]:
-        """Make VIPs the host's own, each one that is not; what was done, as sentences.
+        """Add VIPs that are not local addresses yet; returns notes.
 
-        The settings come first: no ARP request is to be answered in between.
+        Sysctls first, so that no ARP request is answered in between.
         """
         notes = [self._set(name) for name in _settings() if _value(name) < WANTED[Path(name).name]]
         for vip in vips:
@@ -88,7 +87,7 @@ class DecapHost:
         return notes
 
     def commit(self, vips: Sequence[Address]) -> None:
-        """What set_up() did stays; of what it did earlier, addresses that are no VIPs any more go."""
+        """Keep what set_up() did, and remove earlier addresses that are no longer VIPs."""
         kept = {str(vip) for vip in vips}
         for address in self._applied.addresses:
             if address not in kept:
@@ -97,15 +96,15 @@ class DecapHost:
         self._before = self._applied
 
     def undo(self) -> None:
-        """Take back what was done since the last commit()."""
+        """Revert what was done since the last commit()."""
         self._return_to(self._before)
 
     def take_back(self) -> list[str]:
-        """Take back all that was done; sentences."""
+        """Revert all changes; returns notes."""
         return self._return_to(AppliedHostChanges())
 
     def warnings(self, destinations: Iterable[Prefix], interfaces: Sequence[str]) -> list[str]:
-        """What will keep decapsulated packets from being served, each with its remedy."""
+        """Warnings of what keeps decapsulated packets from being delivered, each with its fix."""
         return [
             warning
             for destination in destinations

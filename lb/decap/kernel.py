@@ -1,8 +1,8 @@
 """The kernel side of decapsulation: prefixes and constants in maps, programs on interfaces.
 
-Enters: a DecapConfig. Leaves: the XDP program that decapsulates, beside it at tc ingress the one that
-sends packets on to the other member, and their counters. A configuration is fixed when the programs
-are loaded: a new one is loaded beside the old, on the same counters, and takes its place at once.
+Enters: a DecapConfig. Leaves: the XDP program that decapsulates, the tc ingress program that forwards packets to the
+other member, and their counters. The configuration is fixed at load: a new one is loaded next to the old, on the same
+counters, and replaces it atomically.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What decapsulation is set to, counts and reports, as values."""
+"""Configuration, counters and reports of decapsulation, as values."""
 
 from __future__ import annotations
 

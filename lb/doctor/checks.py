@@ -1,8 +1,8 @@
-"""What a host's facts mean for the balancer (pure): facts in, findings out.
+"""Facts of a host -> findings (pure).
 
-Enters: what lb.doctor.collect has read of the kernel, the host and its interfaces. Leaves: one Finding for each check
-that applies, and for each that is not ok what mends it. A FAIL keeps the balancer from running; a warning is what makes
-it slow, or loses packets of some kind.
+Enters: what lb.doctor.collect has read from the kernel, the host and its interfaces. Leaves: one Finding per applicable
+check, with a fix unless it is ok. A FAIL keeps the balancer from running; a warning means lower performance, or loss of
+some packets.
 """
 
 from __future__ import annotations
@@ -257,14 +257,14 @@ def _native(interface: Interface, _host: Host) -> Findings:
 
 
 def _as_many_queues(interface: Interface) -> str:
-    """drivers/net/veth.c: no native XDP on an end that receives on fewer queues than the other sends on."""
+    """drivers/net/veth.c: no native XDP on an end with fewer RX queues than its peer has TX queues."""
     count = str(interface.peer.tx_queues) if interface.peer else "N"
     return f"ethtool -L {_word(interface.name)} rx {count}"
 
 
 def _transmit(interface: Interface, _host: Host) -> Findings:
-    """A veth hands on what XDP sends only where its other end expects frames from XDP; drivers of cards do so, as a
-    rule, once a program is attached."""
+    """A veth passes frames sent by XDP only if its peer expects them; NIC drivers usually do once a program is
+    attached."""
     if not (interface.is_veth and interface.native):
         return
     if interface.transmits:
@@ -309,7 +309,7 @@ def _hardware_gro(interface: Interface, _host: Host) -> Findings:
 
 
 def _merging(interface: Interface, check: str, feature: str, word: str) -> Finding:
-    """Offloads that hand over several packets as one: native XDP is refused with them."""
+    """Offloads that merge packets: drivers refuse native XDP with them."""
     if feature not in interface.offloads:
         return _ok(check, "off")
     if feature not in interface.fixed_offloads:
@@ -320,7 +320,7 @@ def _merging(interface: Interface, check: str, feature: str, word: str) -> Findi
 
 
 def _vlan(interface: Interface, _host: Host) -> Findings:
-    """A card takes tags off the frame; a veth hands over frames whose tag the other end has left beside them."""
+    """A NIC strips tags from frames; a veth passes frames whose tag its peer left out of band."""
     hidden, fix = "rx-vlan-hw-parse" in interface.offloads, f"ethtool -K {_word(interface.name)} rxvlan off"
     if interface.is_veth:
         hidden = interface.peer is not None and interface.peer.leaves_vlan_tags_out
@@ -332,7 +332,7 @@ def _vlan(interface: Interface, _host: Host) -> Findings:
 
 
 def _checksums(interface: Interface, _host: Host) -> Findings:
-    """A veth hands over frames whose checksums were left to a card: XDP cannot mend them."""
+    """A veth passes frames whose checksums were left to a NIC: XDP cannot complete them."""
     if not interface.is_veth:
         return
     if interface.peer and not interface.peer.leaves_checksums_out:
@@ -357,13 +357,13 @@ def _mtu(interface: Interface, host: Host) -> Findings:
 
 
 def _sender(interface: Interface) -> tuple[str, int]:
-    """Whose MTU bounds what comes in, and that MTU: of a veth, the other end's (drivers/net/veth.c)."""
+    """Name and MTU of the sender that bounds received frames: of a veth, its peer (drivers/net/veth.c)."""
     sender = interface.peer or interface
     return sender.name, sender.mtu
 
 
 def _tunnel_room(interface: Interface, host: Host) -> Finding:
-    """Clients send up to 1500 bytes; of what does not fit into the tunnel they are told to send less."""
+    """Clients send up to 1500 bytes; larger ones than the tunnel takes are answered with an ICMP error."""
     tunnels = host.modes & TUNNEL_BYTES.keys()
     if not tunnels:
         return _ok("mtu", str(interface.mtu))
@@ -376,7 +376,7 @@ def _tunnel_room(interface: Interface, host: Host) -> Finding:
 
 
 def _queues(interface: Interface, host: Host) -> Findings:
-    """Of a veth, the other end decides how many of them are used."""
+    """Of a veth, the peer decides how many are used."""
     queues = interface.queues
     if queues is None or interface.is_veth:
         return
@@ -410,7 +410,7 @@ def _rp_filter(interface: Interface, _host: Host) -> Findings:
 
 
 def _arp(interface: Interface, host: Host) -> Findings:
-    """Where a VIP is on the loopback, as on a backend, the host must not answer for it."""
+    """With a VIP on the loopback, as on a backend, the host must not reply to ARP for it."""
     if not host.loopback_addresses:
         return
     addresses = ", ".join(host.loopback_addresses)

@@ -1,7 +1,7 @@
-"""The facts that lb.doctor.checks judges, read from this host; nothing is attached, and nothing changed.
+"""Collects the facts for lb.doctor.checks from this host; attaches and changes nothing.
 
 Enters: the paths of this network namespace and names of interfaces. Leaves: a Host and its Interfaces. The program is
-loaded once, with maps of one entry, and forgotten again: only the kernel's verifier knows whether it takes it.
+loaded once, with maps of one entry, and unloaded again: only the verifier knows whether it accepts it.
 """
 
 from __future__ import annotations

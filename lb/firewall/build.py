@@ -1,4 +1,4 @@
-"""What the operator asks of a rule -> a rule, checked and compiled."""
+"""RuleSpec -> Rule, validated and compiled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_EXPRESSION = 1 << 14
 def new_rule(
     spec: RuleSpec, slot: int, now: Clock, options: ApplyOptions, prefixes: Prefixes | None = None
 ) -> tuple[Rule, Prefixes | None]:
-    """`prefixes`: those of its text, where they are known already."""
+    """`prefixes`: those of its set, if parsed already."""
     check_interface(spec.interface)
     rule, found = build_rule(spec, slot, now, prefixes)
     if options.selftest:
@@ -45,7 +45,7 @@ def build_rule(spec: RuleSpec, slot: int, now: Clock, prefixes: Prefixes | None 
 
 
 def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, Prefixes]:
-    """Its name, and what is in it; a file is read only where there is no text, be it an empty one."""
+    """Name and prefixes of the set; the file is only read if there is no text (an empty text counts)."""
     if text is None:
         file = str(Path(path).absolute())
         return file, read_set_file(file)
@@ -61,7 +61,7 @@ def _deadline_of(spec: RuleSpec, now: Clock) -> Deadline | None:
 
 
 def given_prefixes(spec: RuleSpec) -> Prefixes | None:
-    """Those of the text that it has; None: it has none."""
+    """Prefixes of the spec's text; None without text."""
     if spec.set_path is None or spec.set_list is None:
         return None
     with part("set", "list"):
@@ -81,7 +81,7 @@ def check_has_list(spec: RuleSpec) -> None:
 
 
 def _compile(spec: RuleSpec) -> tuple[cbpf.Instruction, ...]:
-    """libpcap's optimiser takes minutes for what is several times longer than the longest that is taken here."""
+    """Checks the length first: libpcap's optimiser takes minutes for expressions several times longer."""
     mask = netmask(Interface(spec.interface)) if ifindex_of(spec.interface) else 0
     try:
         length = len(compile_expression(spec.expression, netmask=mask, optimise=False))

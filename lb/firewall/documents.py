@@ -1,8 +1,7 @@
-"""Filter rules, reports and trials -> JSON documents for programs, and the way back.
+"""Filter rules, reports and test results <-> JSON documents.
 
-The keys are stable; the help of each command names them. What `read_...` returns prints as the value that the document
-was made of: it has no instructions, and slots of its own. It raises KeyError, TypeError, ValueError or LbError for what
-is no such document.
+The keys are stable; the help of each command names them. What `read_...` returns prints like the original value, but
+has no instructions, and slots of its own. It raises KeyError, TypeError, ValueError or LbError for an invalid document.
 """
 
 from __future__ import annotations

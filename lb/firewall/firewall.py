@@ -1,12 +1,11 @@
-"""The one writer of filter rules: from the rules in force to those that are asked for.
+"""The only writer of filter rules: from the active rules to the requested ones.
 
-Enters: an operator's wish, in values of lb.model.rule_report. Leaves: a FilterReport of what became of it. A change
-goes validate -> compile and load -> ask the new programs about the operator's connection -> open the store's
-transaction -> exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in
-the kernel. A process that is killed in between leaves the old rules in the store; the next change of that hook brings
-the kernel back to it.
+Enters: RuleSpecs and ApplyOptions (lb.model.rule_report). Leaves: a FilterReport. A change goes validate -> compile and
+load -> test the operator's connection on the new programs -> open the store's transaction -> swap the programs ->
+commit. On an error the old rules stay active, in the store and in the kernel. A process killed in between leaves the
+old rules in the store; the next change of that hook restores the kernel.
 
-The balancer tells when it comes to an interface or leaves it: make_way(), take_over().
+The balancer announces that it attaches to or detaches from an interface: make_way(), take_over().
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ class Firewall:
     def __init__(
         self, store: Store, kernel: KernelFilters, *, own_connection: Callable[[], Connection | None] = ssh_connection
     ) -> None:
-        """`own_connection`: the connection that no change may end unasked."""
+        """`own_connection`: the connection that no change may drop without `force`."""
         self._store, self._kernel, self._own_connection = store, kernel, own_connection
 
-    # What an operator can ask for
+    # Operations
 
     def add(self, spec: RuleSpec, position: int | None = None, options: ApplyOptions | None = None) -> FilterReport:
-        """Behind the last rule of its interface, or at a position."""
+        """After the last rule of its interface, or at a position."""
         options, before = options or ApplyOptions(), self._rules()
         rule, prefixes = new_rule(spec, before.free_slot(), clock(), options)
         goal = before.with_rule(rule, position)
@@ -62,8 +61,8 @@ class Firewall:
         return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), options, sets)
 
     def replace(self, interface: str, specs: Sequence[RuleSpec], options: ApplyOptions | None = None) -> FilterReport:
-        """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
-        of a set may leave out the text of it, which no other may."""
+        """Replace all rules of an interface. A rule that is unchanged keeps its counters; with a set it may omit the
+        prefixes, which a new rule must not."""
         options, now, before = options or ApplyOptions(), clock(), self._rules()
         left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
         sets: dict[int, Prefixes] = {}
@@ -116,8 +115,7 @@ class Firewall:
     def reload(
         self, interface: str, number: int, options: ApplyOptions | None = None, *, set_list: str | None = None
     ) -> FilterReport:
-        """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
-        differs."""
+        """Read the file of a rule's set again (or take `set_list` as its text), and update the active set."""
         options, rules = options or ApplyOptions(), self._rules()
         rule = rules.numbered(interface, number)
         source = set_of(rule, number)
@@ -129,13 +127,13 @@ class Firewall:
         if options.dry_run:
             return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
         packed = {rule.slot: prefixes.packed()}
-        # Prefixes first: the store is the balancer's too, and should not wait for them.
+        # Prefixes first: the store is shared with the balancer and should not be locked meanwhile.
         with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
             pass
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
     def restore(self, options: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
-        """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
+        """Load and attach the stored rules, as after a boot: on these hooks, or (None) on all."""
         rules = self._rules().in_time(clock())
         changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
         return self._change(
@@ -143,7 +141,7 @@ class Firewall:
         )
 
     def lost(self) -> list[HookKey]:
-        """Where rules of interfaces that are there should be in force, and are not."""
+        """Hooks of existing interfaces whose rules are not active."""
         hooks = self._rules().in_time(clock()).hooks
         in_force, absent = self._kernel.in_force(hooks), _absent(hooks)
         return [hook for hook in hooks if hook not in in_force and hook[0] not in absent]
@@ -163,16 +161,16 @@ class Firewall:
         ]
 
     def wanted(self, interface: str) -> tuple[Rule, ...]:
-        """What is asked for of an interface, but for what is over."""
+        """The rules of an interface that have not expired."""
         return self._rules().in_time(clock()).of(interface)
 
     def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> TestResult:
-        """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
+        """Run the packets of a file through the rules of an interface: at XDP, then at tc ingress; or at one hook."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.test_packets(interface, capture.packets(), at, keep)
 
     def test_specs(self, specs: Sequence[RuleSpec], path: str, write_to: str | None = None) -> TestResult:
-        """The same for rules that are not there."""
+        """The same for rules that are not installed."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
             return self.test_packets_with(specs, capture.packets(), keep)
 
@@ -189,7 +187,7 @@ class Firewall:
         sets = {rule.slot: prefixes for rule, prefixes in built if prefixes is not None}
         return self._try([[rule for rule, _ in built]], packets, keep, sets)
 
-    # The balancer, coming and going
+    # The balancer attaches or detaches
 
     def make_way(self, name: str) -> None:
         self._kernel.make_way(name, self._rules().in_time(clock()))
@@ -197,7 +195,7 @@ class Firewall:
     def take_over(self, name: str) -> None:
         self._kernel.take_over(name, self._rules().in_time(clock()))
 
-    # How a change is made
+    # A change
 
     def _rules(self) -> Rules:
         now = clock()
@@ -212,7 +210,7 @@ class Firewall:
         sets: Mapping[int, Prefixes] | None = None,
         hooks: Iterable[HookKey] = (),
     ) -> FilterReport:
-        """`new`: rules that were not there; `sets`: slot -> prefixes of theirs; `hooks`: also to be put in force."""
+        """`new`: added rules; `sets`: slot -> their prefixes; `hooks`: further hooks to load and attach."""
         now, before, given = clock(), self._rules(), sets or {}
         after = goal.in_time(now)
         every = [*before.hooks, *after.hooks]
@@ -241,8 +239,7 @@ class Firewall:
     def _check_connection(
         self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]
     ) -> None:
-        """Raises InvalidInput where the rules would drop the connection that the change is asked for on, and did not
-        before."""
+        """Raises InvalidInput if the rules would drop the connection of the request, and did not before."""
         connection = self._own_connection()
         if connection is None:
             return
@@ -287,7 +284,7 @@ class Firewall:
 
 
 def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:
-    """Deleted, moved among those that stay, and added ones."""
+    """Deleted, moved and added rules."""
     was, now = before.of(interface), after.of(interface)
     numbers, places = ({rule.slot: number for number, rule in enumerate(rules, 1)} for rules in (was, now))
     stay = [[rule for rule in rules if rule.slot in numbers and rule.slot in places] for rules in (was, now)]
@@ -321,7 +318,7 @@ def _short(rule: Rule) -> str:
 def open_firewall(
     paths: Paths, *, write: bool, own_connection: Callable[[], Connection | None] = ssh_connection
 ) -> Iterator[Firewall]:
-    """The filter rules of one network namespace; to `write` is to hold its lock until the end.
+    """The filter rules of one network namespace; with `write` its lock is held until the end.
 
     Raises Busy, StoreError, DataplaneError.
     """
@@ -342,7 +339,7 @@ def firewall_of(
     dataplane: KernelDataplane,
     own_connection: Callable[[], Connection | None] = ssh_connection,
 ) -> Iterator[Firewall]:
-    """For who has the store and the balancer's programs open."""
+    """For callers that have the store and the dataplane open."""
     with KernelFilters.open(paths, dataplane, partial(_stored_set, store)) as kernel:
         yield Firewall(store, kernel, own_connection=own_connection)
 

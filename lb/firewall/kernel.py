@@ -1,12 +1,12 @@
-"""The kernel side of filter rules: each hook's rules compiled into one program, which is exchanged in one step.
+"""The kernel side of filter rules: the rules of a hook compiled into one program, which is replaced atomically.
 
-Enters: rules. Leaves: programs in their places, counters, sets. Where the balancer runs, the rules of all its
-interfaces are one program in the balancer's own path; elsewhere each interface has a program of its own at XDP. At tc
-each interface has one a direction. Counters, buckets and sets are maps that outlive the programs: a rule keeps its own
-through every change of others.
+Enters: rules. Leaves: attached programs, counters, sets. Where the balancer is attached, the rules of all its
+interfaces are one program among its stages; other interfaces have a program of their own at XDP. At tc each interface
+has one per direction. Counters, buckets and sets are maps that outlive the programs: a rule keeps its own when others
+change.
 
     RUN_DIR/filter/bpf/NETNS/1/    map_counters, map_buckets, set4_SLOT, set6_SLOT,
-                                   prog_front, prog_IFINDEX_xdp, ..., and of a change under way prog_..._next
+                                   prog_front, prog_IFINDEX_xdp, ..., and during a change prog_..._next
 """
 
 from __future__ import annotations
@@ -55,16 +55,15 @@ from xdp.object import Program, pinned_program, program_by_id
 from xdp.pins import Pins
 
 NEXT = "_next"
-# What a rule is tested with: rules there are those of plain interfaces, where packets may be in fragments.
+# Hooks that rules are tested on: those of interfaces without the balancer, where frames may have fragments.
 HOOKS: Mapping[At, Hook] = {At.XDP: replace(XDP_FRAGS, name=str(At.XDP)), At.TC_IN: TC_IN, At.TC_OUT: TC_OUT}
 
 
-# Where programs are
+# Replacing programs
 
 
 class ProgramSwap:
-    """Loaded programs on their way to where they belong: nothing is changed before swap(), and nothing after
-    roll_back()."""
+    """Loaded programs and their attach points: nothing changes before swap(), and roll_back() reverts it."""
 
     def __init__(self, kernel: KernelFilters, goals: Mapping[AttachPoint, LoadedProgram | None], rules: Rules) -> None:
         self._kernel, self._goals, self._rules = kernel, goals, rules
@@ -72,7 +71,7 @@ class ProgramSwap:
         self.warnings: list[str] = []
 
     def swap(self) -> None:
-        """Raises DataplaneError, with everything as it was."""
+        """Raises DataplaneError after a rollback."""
         try:
             with translated():
                 self._kernel.keep_sets(self._rules)
@@ -106,7 +105,7 @@ class ProgramSwap:
 class KernelFilters:
     """Every method raises DataplaneError, and InvalidInput for rules that do not fit into a program.
 
-    `stored_set` gives the prefixes of a stored rule, by its slot: they are asked for where the kernel has none.
+    `stored_set` gives the prefixes of a stored rule by its slot, for sets that the kernel does not have.
     """
 
     def __init__(self, paths: Paths, dataplane: KernelDataplane, stored_set: Callable[[int], Prefixes]) -> None:
@@ -124,10 +123,10 @@ class KernelFilters:
         with kernel._resources:
             yield kernel
 
-    # What is in force
+    # Status
 
     def in_force(self, hooks: Iterable[HookKey]) -> set[HookKey]:
-        """Those of the hooks where a program of ours runs, whole."""
+        """The hooks where our program is attached and no change was interrupted."""
         with translated():
             return {key for key in hooks if self._is_in_force(*key)}
 
@@ -145,7 +144,7 @@ class KernelFilters:
         return self.in_place(point) is not None
 
     def counts(self, slot: int) -> Counts:
-        """Zero for a rule that has never been in force since the host booted."""
+        """Zero for a rule that was never active since boot."""
         with translated():
             if self._maps is None and self._pins.current() is None:
                 return Counts()
@@ -154,7 +153,7 @@ class KernelFilters:
             return Counts(matched.packets, matched.bytes, dropped.packets, dropped.bytes)
 
     def cut_short(self, hooks: Iterable[HookKey]) -> set[HookKey]:
-        """Hooks whose last change was not brought to its end, by whatever ended the process."""
+        """Hooks whose last change was interrupted by the end of the process."""
         folder = self._pins.current()
         points = (
             (key, self._attach_point(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0]))
@@ -164,7 +163,7 @@ class KernelFilters:
     # Changes
 
     def prepare(self, rules: Rules, hooks: Iterable[HookKey], new: Iterable[Rule] = ()) -> ProgramSwap:
-        """Load what is to be in force on these hooks. `new`: rules whose slots may have been those of others."""
+        """Load the programs for these hooks. `new`: rules whose slots may have been used before."""
         with translated():
             for rule in new:
                 self._reset(rule.slot)
@@ -235,8 +234,8 @@ class KernelFilters:
 
     @contextmanager
     def reloading_set(self, slot: int, prefixes: Prefixes) -> Iterator[tuple[int, int]]:
-        """Make the set in force this one, prefix by prefix; what stays is not touched. Gives how many were added and
-        removed. If the body fails it is as it was."""
+        """Update the active set to this one, prefix by prefix. Yields how many were added and removed. Reverted if the
+        body fails."""
         with translated():
             tries = self._pinned_tries(slot)
             if tries is None:
@@ -276,14 +275,14 @@ class KernelFilters:
         return tries
 
     def keep_sets(self, rules: Rules) -> None:
-        """Have the sets that these rules refer to outlive this process."""
+        """Pin the sets that these rules refer to."""
         for slot in self._unpinned_sets & {rule.slot for rule in rules.all}:
             self.pin(self._tries[slot].ipv4.fd, f"set4_{slot}")
             self.pin(self._tries[slot].ipv6.fd, f"set6_{slot}")
         self._unpinned_sets.clear()
 
     def forget_sets(self, rules: Rules) -> None:
-        """Those of rules that are gone; with the last rule, everything."""
+        """Unpin sets without a rule; with the last rule, everything."""
         if not rules.all:
             self._pins.remove()
             self._maps = None
@@ -293,12 +292,12 @@ class KernelFilters:
             if path.name.partition("_")[2] not in slots:
                 path.unlink()
 
-    # Beside the balancer
+    # With the balancer
 
     def make_way(self, name: str, rules: Rules) -> None:
-        """Before the balancer is attached to an interface: the rules there move into its path, without a gap.
+        """Before the balancer is attached to an interface: its rules move into a stage, without a gap.
 
-        First they are there, then the balancer's program replaces ours on the interface, in one step.
+        The stage is set first, then the balancer's program replaces ours on the interface atomically.
         """
         if not rules.hook(name, At.XDP) or (ifindex := ifindex_of(name)) is None:
             return
@@ -312,7 +311,7 @@ class KernelFilters:
             self.unpin(plain.pin)
 
     def take_over(self, name: str, rules: Rules) -> None:
-        """Before the balancer is detached from an interface: a program with the rules there replaces it."""
+        """Before the balancer is detached from an interface: a program with its rules replaces it."""
         ifindex, attachments = ifindex_of(name), self._dataplane.attachments()
         if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
             return
@@ -330,7 +329,7 @@ class KernelFilters:
         exchange.commit()
 
     def _running(self, program_id: int) -> Program:
-        """The balancer's own, as a rule: any other takes CAP_SYS_ADMIN to open."""
+        """Usually the balancer's own; opening any other by id requires CAP_SYS_ADMIN."""
         pinned = self._balancer()
         return pinned if pinned.id == program_id else program_by_id(program_id)
 
@@ -341,7 +340,7 @@ class KernelFilters:
 
     @contextmanager
     def tester(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
-        """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
+        """The rules of one hook, to test frames with. `sets`: slot -> prefixes, instead of the active ones."""
         with translated(), ExitStack() as resources:
             tries = {}
             for slot, prefixes in (sets or {}).items():
@@ -365,7 +364,7 @@ class KernelFilters:
     # Pins and maps
 
     def _folder(self) -> Path:
-        """With the maps that all programs share. A new one is there whole, or not at all."""
+        """The folder with the maps that all programs share; a new one is created atomically."""
         if folder := self._pins.current():
             return folder
         folder = self._pins.prepare()
@@ -397,7 +396,7 @@ class KernelFilters:
         held[slot] = Bucket()
 
     def in_place(self, point: AttachPoint) -> Program | None:
-        """Our program there. Of a change that was cut short both are pinned; at XDP the interface tells which runs."""
+        """Our attached program. After an interrupted change both are pinned; at XDP the interface has the id of one."""
         programs = list(self._pinned(point.pin))
         if isinstance(point, XdpAttach):
             running = xdp_attach.attached(point.ifindex)
@@ -421,7 +420,7 @@ class KernelFilters:
             (folder / name).unlink(missing_ok=True)
 
     def settle(self, name: str, *, installed: bool) -> None:
-        """The change is done: its program is the one in force."""
+        """The change is done: rename the pin of its program."""
         if installed:
             self.unpin(name)
             (self._folder() / f"{name}{NEXT}").rename(self._folder() / name)
@@ -440,6 +439,3 @@ def _get(path: Path) -> int:
 
 def _translation(rule: Rule, hook: Hook) -> Translation:
     return translate(cbpf.decode(rule.instructions), hook)
-
-
-# Which interfaces a connection takes

@@ -1,7 +1,7 @@
-"""Capture files with Ethernet frames, for the commands that ask what would become of them.
+"""Capture files with Ethernet frames, for the commands that test packets.
 
-Enters: a path (`-` for standard input), or the content of such a file. Leaves: packets, and InvalidInput where there
-are none to be had.
+Enters: a path (`-` for standard input), or the content of such a file. Leaves: packets; raises InvalidInput for other
+files.
 """
 
 from __future__ import annotations

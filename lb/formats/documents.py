@@ -1,9 +1,8 @@
-"""Reports, services and status -> JSON documents for programs, and the way back.
+"""Reports, services and status <-> JSON documents.
 
-In come the frozen values of lb.model.report and lb.model.state; out go dicts and lists that `json` can write.
-The keys are stable, in snake_case, and each docstring names those of its document. What `read_...` returns prints as
-the value that the document was made of; it raises KeyError, TypeError, ValueError or LbError for what is no such
-document.
+Enters: frozen values of lb.model.report and lb.model.state. Leaves: dicts and lists for `json`. Keys are stable, in
+snake_case, and named in each docstring. What `read_...` returns prints like the original value; it raises KeyError,
+TypeError, ValueError or LbError for an invalid document.
 """
 
 from __future__ import annotations

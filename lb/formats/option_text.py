@@ -1,6 +1,6 @@
-"""Options -> the words that people read of them; only what is not the default is worth a word.
+"""Options -> text for people; defaults are left out.
 
-Enters: the Options of a service. Leaves: phrases such as `mss 1400`, and what turned into what.
+Enters: the Options of a service. Leaves: phrases such as `mss 1400`, and changes such as `mss off -> 1400`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Errors as the API words them, and as its client understands them (RFC 9457).
+"""Errors of the API as problem details (RFC 9457), for the server and its client.
 
-Enters: an error of the balancer, or a status code of HTTP. Leaves: a Problem, whose `type` names the class of the
-error, so that the client raises the same. `field` is the JSON Pointer (RFC 6901) of the value at fault in the body.
+Enters: an error of the balancer, or an HTTP status code. Leaves: a Problem, whose `type` names the error's class, so
+that the client raises the same. `field` is the JSON Pointer (RFC 6901) of the invalid value in the body.
 """
 
 from __future__ import annotations

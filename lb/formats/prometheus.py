@@ -1,13 +1,13 @@
-"""Status -> the text exposition format of Prometheus (version 0.0.4): what the kernel has counted, and how things are.
+"""Status -> the text exposition format of Prometheus (version 0.0.4).
 
-Enters: a Status. Leaves: text for a scrape, or for node_exporter's textfile collector. Nothing is remembered here:
-counters are the kernel's own, so they go on over restarts of any process, and start at zero where the kernel does (a
-backend that is removed and added again, a detach from the last interface), which Prometheus takes for a reset.
+Enters: a Status. Leaves: text for a scrape, or for node_exporter's textfile collector. Counters are the kernel's own:
+they survive restarts of any process and start at zero where the kernel's do (a backend removed and added again, a
+detach from the last interface), which Prometheus handles as a reset.
 
-Names and labels are stable. Every sample has the label `netns` as well, but for those of the namespace `default`: to
-Prometheus a label that is not there is the empty one, so `by (netns, vip)` serves both. What cannot be known has no
-series: replies in modes whose backends answer the client themselves, SYNs of what is not TCP, neighbours while nothing
-is in the kernel, the health of a backend that nobody checks.
+Names and labels are stable. Every sample also has the label `netns`, except in the namespace `default`: to Prometheus a
+missing label is an empty one, so `by (netns, vip)` serves both. Unknown values have no series: replies in modes whose
+backends answer clients directly, SYNs of other protocols than TCP, neighbours while nothing is loaded, the health of
+unchecked backends.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def families(status: Status) -> Iterator[Family]:
 
 
 def backend_state(status: BackendStatus, *, loaded: bool) -> str:
-    """One of STATES: `unresolved` is one that would be active, if its neighbour answered."""
+    """One of STATES: `unresolved` would be active if its next hop were resolved."""
     return "unresolved" if status.state == "active" and loaded and not status.resolved else status.state
 
 

@@ -1,8 +1,8 @@
-"""Reports, services and status -> the sentences and tables that people read.
+"""Reports, services and status -> lines and tables for people.
 
-In come the frozen values of lb.model.report and lb.model.state; out go lines. Nothing here knows a terminal:
-colour is asked for by the caller, and tables are never cut to a width, since a shortened address
-names nothing. Large counters are shortened; the exact ones are in the JSON documents.
+Enters: frozen values of lb.model.report and lb.model.state. Leaves: lines. Nothing here depends on a terminal: the
+caller asks for colour, and tables are never truncated, since a shortened address is ambiguous. Large counters are
+shortened; the exact ones are in the JSON documents.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COUNTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What became of one backend: `kind`, its name, and how it is (or has become)."""
+    """Change of one backend: `kind`, its name, and its settings or their change."""
 
     kind: ChangeKind
     backend: Backend
@@ -333,7 +333,7 @@ def _service_paragraphs(status: Status, *, colour: bool) -> Iterator[list[str]]:
 
 
 def _fault(status: BackendStatus) -> str:
-    """What health checks have to say of it, if it does not get its whole share."""
+    """The result of health checks, unless it gets its full share."""
     condition = status.condition
     if condition is None or not (condition.down or condition.share < WHOLE):
         return ""

@@ -1,7 +1,7 @@
-"""The engine that checks all backends of all services, as a task of the daemon's event loop.
+"""The engine that checks all backends of all services, as a task in an event loop.
 
-Enters: the desired services, each time they change. Leaves: conditions for Writer.set_conditions(), each time one
-changes. A task for each backend of each service checks it, at intervals that jitter keeps from falling into step.
+Enters: the desired services, on each change. Leaves: conditions for Writer.set_conditions(), on each change. One task
+per backend of each service, at intervals with jitter to keep checks out of step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lb.model.health_check import Kind
 from lb.model.state import Backend, Service
 from lb.model.vip import Address, Vip
 
-GATHER_S = 0.02  # what changes together goes into one change of the rings
+GATHER_S = 0.02  # changes within this time go into one change of the rings
 RETRY_S = 1.0
 STARTS_PER_S = 2000  # of checks that are new
 Key = tuple[Vip, str]
@@ -30,7 +30,7 @@ Key = tuple[Vip, str]
 
 @dataclass(frozen=True, slots=True)
 class CheckPath:
-    """How a check reaches a backend: by which address, from which own one; or why there is no way."""
+    """How a check reaches a backend: destination and source address; or why there is no path."""
 
     address: Address
     source: Address | None = None
@@ -39,18 +39,18 @@ class CheckPath:
 
 class CheckPaths(Protocol):
     def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
-        """For each backend of these services, in the place of all that were found before. Runs in a thread; it may
-        take its time. Raises LbError."""
+        """For each backend of these services, replacing all paths found before. Runs in a thread; may block. Raises
+        LbError."""
 
     def concerned(self, changes: Changes) -> bool:
-        """Whether find() might find other ways after these changes in the host's network. Takes no time."""
+        """Whether find() may find other paths after these changes of the host's network. Does not block."""
 
     def close(self) -> None:
-        """Leave nothing behind. Runs in a thread, too."""
+        """Release everything. Runs in a thread, too."""
 
 
 class Direct:
-    """By the backend's own address: right for mode nat, whose packets go there too. lb.health.path has the others."""
+    """To the backend's own address: for mode nat, whose packets go there too. lb.health.path has the others."""
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         return {(s.vip, str(b)): CheckPath(b.address) for s in services for b in s.backends}
@@ -93,7 +93,7 @@ def conditions_of(remembered: Mapping[Key, SavedHealth]) -> Conditions:
 class Checker:
     """`on_change` gets the conditions of all backends that are checked. If it raises LbError, it is called again.
 
-    `previous`: what an earlier process found; what was in force stays so until checks say otherwise."""
+    `previous`: results of an earlier process; they stay in effect until checks say otherwise."""
 
     def __init__(
         self,
@@ -112,19 +112,19 @@ class Checker:
         self._outdated = False
 
     def watch(self, services: Sequence[Service]) -> None:
-        """What to check from now on: to be called in the event loop, at first and after each change."""
+        """Set what to check; call it in the event loop, initially and after each change."""
         self._services = tuple(s for s in services if s.options.health)
         self._outdated = True
         self._changed.set()
 
     def update_paths(self) -> None:
-        """Once more, since the network is another one. To be called in the event loop, too."""
+        """Find paths again after a change of the network. Call it in the event loop, too."""
         self._outdated = True
         self._changed.set()
 
     @property
     def conditions(self) -> Conditions:
-        """Of those that are known, and of those that there is no way to: they stay as they were."""
+        """Of backends with a result, and of those without a path, which keep their state."""
         found: dict[Vip, dict[str, Condition]] = {}
         now_s = asyncio.get_running_loop().time()
         for (vip, name), watched in self._watched.items():
@@ -136,7 +136,7 @@ class Checker:
 
     @property
     def remembered(self) -> Mapping[Key, SavedHealth]:
-        """What another process needs to go on from here."""
+        """What another process needs to resume from here."""
         now_s = asyncio.get_running_loop().time()
         words = {service.vip: words_of(service) for service in self._services}
         return {
@@ -146,7 +146,7 @@ class Checker:
         }
 
     async def run(self) -> None:
-        """Until it is cancelled; then nothing of it is left."""
+        """Runs until cancelled; then releases everything."""
         try:
             while True:
                 await self._wait_for_change()
@@ -158,7 +158,7 @@ class Checker:
             await asyncio.to_thread(self._paths.close)
 
     async def _wait_for_change(self) -> None:
-        """Of a check, of the desired state, or that a slow start is to go a step further."""
+        """For a result of a check, a change of the desired state, or the next step of a slow start."""
         loop = asyncio.get_running_loop()
         ramps = [watched.health.ramp for watched in self._watched.values() if watched.health.ramp]
         step_s = min((ramp.next_step_s(loop.time()) for ramp in ramps), default=None)
@@ -181,7 +181,7 @@ class Checker:
         else:
             self._reported = conditions
 
-    # What is watched
+    # Watched backends
 
     async def _update_watched(self) -> None:
         self._outdated, services = False, self._services
@@ -204,7 +204,7 @@ class Checker:
         await self._start_new()
 
     def _continued(self, key: Key, service: Service, backend: Backend, path: CheckPath) -> _Watched:
-        """What is known of a backend stays known, however the check has changed."""
+        """A backend keeps its history when its check changes."""
         check = service.options.health
         assert check
         old = self._watched.get(key)

@@ -1,10 +1,10 @@
-"""Ways for health checks of modes dr, ipip and gue: to the VIP, through the mode's tunnel, to one certain backend.
+"""Check paths for modes dr, ipip and gue: to the VIP, through the tunnel of the mode, to one given backend.
 
-Enters: services and the network. Leaves: for each backend an address that stands for it on this host alone, out of
-NETWORK4 or NETWORK6: what is sent there reaches the backend as a client's packet to the VIP does, and it answers to
-this host directly (xdp/bpf/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress of
-each interface towards backends; all of it goes with close(), and what a killed process has left, with the next start.
-A pair that somebody else takes away is made again.
+Enters: services and the network. Leaves: for each backend an address that stands for it on this host only, out of
+NETWORK4 or NETWORK6: packets to it reach the backend like a client's packets to the VIP, and the backend answers this
+host directly (check.bpf.c). This takes a veth pair with a route, and a program at tc ingress of each
+interface towards backends; close() removes all of it, and the next start removes what a killed process has left. A pair
+that was removed is created again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ OBJECT = LB_OBJECT.with_name("check.bpf.o")
 NEAR, FAR = "xlb-check0", "xlb-check1"  # this host sends to the near end
 NETWORK4 = IPv4Network("240.76.0.0/16")  # of 240.0.0.0/4, reserved since RFC 1112
 NETWORK6 = IPv6Network("100:0:0:1:4c::/112")  # of the dummy prefix, RFC 9780
-MTU = 1280  # so small that it fits through every tunnel
+MTU = 1280  # small enough for every tunnel
 IFF_NOARP = 0x80
 NOWHERE = 0  # no interface's index
 
 
 class Network(Protocol):
-    """What is asked of lb.host.neighbours.Network."""
+    """The part of lb.host.neighbours.Network used here."""
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]: ...
 
@@ -50,12 +50,12 @@ class Network(Protocol):
 
 
 class RealPath:
-    """Direct ways for mode nat, real ones for all others. find() raises DataplaneError."""
+    """Direct paths for mode nat, tunnel paths for all others. find() raises DataplaneError."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._numbers: dict[Key, int] = {}
-        self._taken: tuple[InstalledNextHop, ...] = ()  # also those that lead nowhere
+        self._taken: tuple[InstalledNextHop, ...] = ()  # also those without a route
         self._links: _CheckLinks | None = None
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
@@ -64,7 +64,7 @@ class RealPath:
         return {**Direct().find(translated), **self._real(direct)}
 
     def concerned(self, changes: Changes) -> bool:
-        """MAC addresses do not matter: the kernel itself looks for the neighbours of these packets."""
+        """MAC addresses do not matter: the kernel resolves the neighbours of these packets."""
         return bool(replace(changes, neighbours={}).concerned(self._taken))
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class RealPath:
         }
 
     def _hops(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], dict[Address, str]]:
-        """Of those with a route, and why the others have none."""
+        """Next hops of those with a route, and the errors of the others."""
         try:
             return self._network.next_hops(addresses), {}
         except NoRoute:
@@ -131,7 +131,7 @@ class RealPath:
         return CheckPath(network[number], own)
 
     def _own_address(self, version: int, hop: NextHop, vips: Collection[Address]) -> Address | None:
-        """Of the VIP's family: where the backend answers to."""
+        """Source address in the VIP's family, to which the backend replies."""
         if hop.source.version == version:
             return hop.source
         usable = (a for a in self._network.addresses(hop.interface) if a.version == version and not a.is_link_local)
@@ -139,7 +139,7 @@ class RealPath:
 
 
 class _CheckLinks:
-    """The programs, the veth pair, and the interfaces that answers come in on."""
+    """The programs, the veth pair, and the interfaces that replies are received on."""
 
     def __init__(self) -> None:
         self._resources = ExitStack()
@@ -153,7 +153,7 @@ class _CheckLinks:
             self._resources = undo.pop_all()
 
     def _make_pair(self) -> tuple[int, int]:
-        """Also in the place of one that was left behind."""
+        """Replaces a stale one."""
         with route_socket() as ipr:
             _remove_pair()
             ipr.link("add", ifname=NEAR, kind="veth", peer={"ifname": FAR})
@@ -169,7 +169,7 @@ class _CheckLinks:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the host still sends there what is for it."""
+        """Whether the routes still lead to the veth pair."""
         with route_socket() as ipr:
             try:
                 paths = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
@@ -199,7 +199,7 @@ class _CheckLinks:
                 self._listening[index] = _hold(index, self._object.program("check_in"))
 
     def set_target(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
-        """From now on the target of this number stands for the backend."""
+        """Map this number to the backend."""
         target = self._targets.value_type()
         varied = service.options.tunnel_source(backend.address.version)
         target.vip[:] = address_words(service.vip.address)
@@ -231,7 +231,7 @@ def _translated() -> Iterator[None]:
 
 
 def _hold(index: int, program: Program) -> link.Link | tc.Held:
-    """As long as this process lives; before Linux 6.6, until it takes it off."""
+    """For the lifetime of this process; before Linux 6.6, until it detaches it."""
     try:
         return link.hold_at_tc(index, program.fd, egress=False)
     except NotSupported:
@@ -254,6 +254,6 @@ def _remove_pair() -> None:
 
 
 def _compute_checksums(name: str) -> None:
-    """A card would compute those of the tunnel's inside only if it knew of the tunnel."""
+    """A NIC only computes inner checksums if it knows the tunnel."""
     with closing(IoctlEthtool(name)) as ethtool:
         ethtool.set_offload_flag("tx-checksumming", False)

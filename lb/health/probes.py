@@ -1,11 +1,10 @@
 """One check of one backend: a connection, an HTTP exchange, a datagram or a script, over asyncio.
 
-Enters: where to connect to and what is asked for (lb.model.health_check). Leaves: an Outcome, within the check's
-timeout. What goes wrong on this host (no descriptor or port left) says nothing about the backend and raises
-CannotCheck. Sockets end with a reset, as HAProxy's checks do: thousands of checks a second would leave every local
-port in TIME_WAIT.
+Enters: a Target with its check (lb.model.health_check). Leaves: an Outcome, within the timeout. Local failures (no
+descriptor or port left) say nothing about the backend and raise CannotCheck. Sockets are closed with a reset, like
+HAProxy's checks: thousands of checks per second would leave every local port in TIME_WAIT.
 
-An exchange without TLS waits for its bare socket in an epoll of its own, at half the cost of asyncio's streams.
+An exchange without TLS waits for its socket in an epoll of its own, at half the cost of asyncio's streams.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From the outcomes of checks to the condition of a backend (pure: no clock, no network).
+"""Outcomes of checks -> the condition of a backend (pure: no clock, no network).
 
-Enters: outcomes, one after the other, and the time. Leaves: conditions. A backend that nobody knows yet is up, and its
-first outcome decides; from then on `rise` and `fall` do. One that comes back starts slowly, in steps. A process that
-takes over from another goes on where that has stopped, as far as it remembers.
+Enters: outcomes in order, and the time. Leaves: conditions. A backend without history is up, and its first outcome
+decides; from then on `rise` and `fall` do. A recovered backend starts slowly, in steps. A new process resumes from the
+saved state of the previous one.
 """
 
 from __future__ import annotations

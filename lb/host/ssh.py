@@ -1,8 +1,8 @@
-"""The connection that a change is asked for on, and frames as they travel on it.
+"""The SSH or API connection that a change was requested on, and its frames.
 
-Enters: for a command that is typed over SSH the environment, or that of an ancestor process (sudo takes SSH_CONNECTION
-away); for a request that comes over TCP the ends of its connection. Leaves: Ethernet frames of the connection, in both
-directions, to ask filter rules about.
+Enters: for a command over SSH the environment, its own or that of an ancestor process (sudo removes SSH_CONNECTION);
+for a request over TCP the ends of its connection. Leaves: Ethernet frames of the connection in both directions, to test
+filter rules with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What health checks have found, laid over what is desired: the services as they are in force (pure).
+"""Results of health checks applied to the desired state: the effective services (pure).
 
-Enters: a desired service, and the conditions of its backends. Leaves: the service that packets should meet. The desired
-state knows nothing of conditions, so that whatever changes it finds them applied, and what is stored never has them.
+Enters: a desired service, and the conditions of its backends. Leaves: the service to load. The desired state holds no
+conditions, so every change of it applies them anew, and they are never stored.
 """
 
 from __future__ import annotations

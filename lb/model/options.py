@@ -1,7 +1,7 @@
-"""What a service may ask for beyond a VIP, a mode and backends (pure).
+"""Options of a service beyond VIP, mode and backends (pure).
 
-Enters: numbers and prefixes of the operator. Leaves: Options that are valid by construction, and their values as JSON
-has them; whether they suit the service that has them, lb.model.state finds out.
+Enters: numbers and prefixes. Leaves: Options that are valid by construction, and their values as in JSON;
+lb.model.state checks that they suit the service.
 """
 
 from __future__ import annotations

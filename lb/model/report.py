@@ -1,6 +1,6 @@
-"""What the balancer answers: the outcome of a change, and the state of things as the kernel holds it.
+"""The balancer's results: the report of a change, and the status from the kernel.
 
-All values are frozen and plain, so that the command line, the JSON output and (later) the API print the same facts.
+All values are frozen and plain, so that the command line, the JSON output and the API print the same facts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Filter rules: what the operator asked for, in order, and nothing about how the kernel holds it.
+"""Filter rules: the desired list, without kernel state.
 
-Enters: the words of the command line (`drop`, `10k/s`, `10m`). Leaves: frozen values that are valid by construction,
-and new lists of rules made from old ones. Nothing here touches a file, the network or the kernel.
+Enters: text of the command line (`drop`, `10k/s`, `10m`). Leaves: frozen values that are valid by construction, and new
+lists made from old ones. No access to files, network or kernel.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The desired state: what the operator asked for, and nothing about how the kernel holds it.
+"""The desired state, without kernel state.
 
-Enters: the text forms of the command line and of lb.toml (`10.0.0.1:80/tcp`, `10.0.0.11:8080@3`).
-Leaves: frozen values that are valid by construction, and new states made from old ones. Nothing
-here touches a file, the network or the kernel.
+Enters: text of the command line and of lb.toml (`10.0.0.1:80/tcp`, `10.0.0.11:8080@3`). Leaves: frozen values that are
+valid by construction, and new states made from old ones. No access to files, network or kernel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tables of a user's program -> the lines that people read, and documents for programs.
+"""Tables of a user's program -> lines for people, and documents.
 
-Enters: entries as plain values, now and an interval ago. Leaves: tables with what was added each second, or histograms
-as bars. The largest entries come first, and lines show no more than ROWS of them; documents have all.
+Enters: entries as plain values, current and from one interval ago. Leaves: tables with rates, or histograms as bars.
+The largest entries come first; lines show at most ROWS of them, documents all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The store's file: made, opened, and what is wrong where it cannot be."""
+"""The file of the store: creation, opening, and its errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BLOCKING = {EEXIST, EISDIR, ENOTDIR}
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Foreign errors become StoreError here, and nowhere else."""
+    """The only place where SQLite's and OS errors become StoreError."""
     try:
         yield
     except sqlite3.Error as error:
