@@ -1,6 +1,6 @@
 """What each hook of a capture has cost and done: for --hook-stats.
 
-Enters: a Session that has come to its end. Leaves: a table. Times are the kernel's own, measured while somebody asks
+Enters: a Session that has come to its end. Leaves: a table. Times are the kernel's, measured while statistics are on
 for them (BPF_ENABLE_STATS), around the whole of a program; of stages in the balancer's path it does not take any.
 """
 

@@ -37,7 +37,7 @@ MAX_COUNTER_SETS = 64
 
 _MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
 _SETTLED_WITHIN_S = 1.0
-_NAP_NS = 5_000_000  # what comes meanwhile must find room in three quarters of a ring: 16 MiB take 2.4 GB/s
+_NAP_NS = 5_000_000  # packets arriving in this time must fit into three quarters of a ring: 16 MiB take 2.4 GB/s
 _READINGS, _UNNOTICED_NS = 8, 10_000
 _CACHE_LINE = 64
 

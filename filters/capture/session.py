@@ -58,7 +58,7 @@ class Session:
         self._taps.detach()
 
     def wait(self) -> None:
-        """Until there is something to deliver."""
+        """Wait for records to deliver."""
         self._rings.wait(_PROMPT_S if self._request.prompt else _PATIENCE_S)
 
     def deliver(self, sink: Sink) -> None:

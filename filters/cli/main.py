@@ -51,7 +51,7 @@ def main() -> NoReturn:
 
 
 def run(words: Sequence[str]) -> int:
-    """The exit status. Raises BrokenPipeError where nobody reads what it prints."""
+    """The exit status. Raises BrokenPipeError if the reader of standard output is gone."""
     try:
         return _run(parse(words))
     except UsageError as error:

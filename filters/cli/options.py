@@ -103,17 +103,17 @@ class Options:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether somebody waits for each packet: what is printed, piped, counted or buffered by the packet."""
+        """Low latency: packets are printed, piped, counted or buffered one by one."""
         return self.prints or self.write == "-" or self.count is not None or "-U" in self.decode
 
     @property
     def writes_blocks(self) -> bool:
-        """Whether the file is of the pcapng format: by its name, or because that was asked for."""
+        """Whether the file is in the pcapng format: by its name, or by option."""
         return self.write is not None and (self.pcapng or self.write.endswith(".pcapng"))
 
     @property
     def metadata(self) -> bool:
-        """Whether somebody asks where a packet was seen."""
+        """Whether an output needs packet metadata."""
         return self.writes_blocks or (self.prints and self.json)
 
     @property

@@ -51,7 +51,7 @@ _BUFFER = -8
 _FIRST_SLOT = -16
 _MEMORY_REGISTERS = (R3, R4)
 _MAX_VAR_OFF = 1 << 29  # BPF_MAX_VAR_OFF, <linux/bpf_verifier.h>
-_KEPT_A = "kept A"  # beside M0 to M15
+_KEPT_A = "kept A"  # in addition to M0 to M15
 
 # The jumps of classic BPF, and what jumps where they do not.
 _CONDITIONS = {cbpf.JEQ: ebpf.JEQ, cbpf.JGT: ebpf.JGT, cbpf.JGE: ebpf.JGE, cbpf.JSET: ebpf.JSET}

@@ -95,7 +95,7 @@ class Layout:
 
     @cached_property
     def comments(self) -> list[bytes]:
-        """By action and reason; the last action stands for none, the last reason for what we do not know by name."""
+        """By action and reason; the last action stands for none, the last reason for unknown ones."""
         none = [b""] * (len(self.reasons) + 1)
         return [_comment(action, reason) for action in ACTIONS for reason in (*self.reasons, "")] + none
 

@@ -196,7 +196,7 @@ def _add(trie: Map, keys: bytes) -> None:
 
 
 def _remove(trie: Map, keys: bytes) -> None:
-    """A prefix that is not there is passed over."""
+    """Missing prefixes are ignored."""
     size, start = ctypes.sizeof(trie.key_type), 0
     while start < len(keys):
         batch = keys[start : start + _BATCH * size]

@@ -133,7 +133,7 @@ class Access:
     # Tokens
 
     def create(self, name: str, role: Role) -> str:
-        """The secret, which nobody can read again. Raises InvalidInput, AlreadyExists."""
+        """The secret, which cannot be read again. Raises InvalidInput, AlreadyExists."""
         if not NAME.fullmatch(name):
             raise InvalidInput(f"token {name or '(empty)'}: invalid name: use up to 63 letters, digits, and _ . -")
         secret = PREFIX + secrets.token_hex(SECRET_BYTES)
@@ -223,7 +223,7 @@ class Failures:
         self._failed: OrderedDict[str, list[float]] = OrderedDict()
 
     def wait_s(self, address: str, now_s: float) -> float:
-        """How long nothing from there is looked at; 0: it is."""
+        """For how long requests from this address are refused; 0: they are not."""
         failed = [at for at in self._failed.get(_network(address), ()) if now_s - at < self._period_s]
         return self._period_s - (now_s - failed[0]) if len(failed) >= self._rate else 0.0
 

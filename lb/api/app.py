@@ -76,7 +76,7 @@ def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[
 
 
 def _describe_problems(app: FastAPI) -> None:
-    """Add the schema that all problems refer to, when somebody asks for the description."""
+    """Add the schema that all problems refer to, when the description is first requested."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:

@@ -94,7 +94,7 @@ async def _change(
     interface: str | None = None,
     if_match: str | None = None,
 ) -> Response:
-    """Do `work` if the rules of the interface are what `if_match` says."""
+    """Do `work` if the rules of the interface match `if_match`."""
 
     def checked(firewall: Firewall) -> tuple[FilterReport, str | None]:
         if if_match is not None and interface is not None:
@@ -130,7 +130,7 @@ def _tell(owner: BalancerThread, report: FilterReport) -> None:
 async def list_rules(
     features: TheFeatures, interface: Annotated[str | None, Query(description="Only this interface")] = None
 ) -> Response:
-    """All rules, and what they have counted."""
+    """All rules with their counters."""
     body = await features.filters(lambda firewall: to_bytes(status_document(firewall.status(interface))))
     return Response(body, media_type=JSON)
 
@@ -143,7 +143,7 @@ async def flush_all(request: Request, options: TheOptions, own_connection: OwnCo
 
 @router.get("/filters/{interface}", response_model=models.RulesAnswer, responses=READS)
 async def get_rules(interface: InterfaceInPath, features: TheFeatures, if_none_match: IfNoneMatch = None) -> Response:
-    """What is asked for of an interface, as PUT takes it; sets without their prefixes."""
+    """The rules of an interface, as PUT takes them; sets without their prefixes."""
     body = await features.filters(lambda firewall: _rendered(firewall, interface))
     return content(lambda: body, etag_of(body), if_none_match)
 
@@ -246,7 +246,7 @@ async def put_set(
     own_connection: OwnConnection,
     if_match: IfMatch = None,
 ) -> Response:
-    """Make this list, a prefix a line, the set of a rule. Only prefixes that differ are changed, in place."""
+    """Replace the set of a rule by this list, one prefix per line. Only prefixes that differ are changed, in place."""
     text = (await request.body()).decode(errors="replace")
     return await _change(
         request,
@@ -268,8 +268,8 @@ async def restore(request: Request, options: TheOptions, own_connection: OwnConn
 
 @router.post("/filter-test", response_model=models.TrialAnswer, responses=ALWAYS)
 async def test(request: Request, body: models.TrialBody, features: TheFeatures) -> Response:
-    """What rules would drop of the packets in a file. Nothing is counted, and nothing in force is touched. Rules that
-    are not there take a token of role write: what is compiled takes its time."""
+    """Test which packets of a capture file rules would drop. Active rules and their counters are not touched. New
+    rules require a token with role write, since compiling them is expensive."""
     specs, pcap = body.to_specs(is_here=is_here(request)), pcap_bytes(body.pcap)
     if specs and request.scope["state"]["caller"].role is not Role.WRITE:
         raise Problem(403, "the token is read-only: testing new rules requires role write")

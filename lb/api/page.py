@@ -30,7 +30,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # kept, but asked for each time: an upgrade is seen at once
+    "Cache-Control": "no-cache",  # cached, but revalidated: an upgrade is seen at once
 }
 
 

@@ -64,7 +64,7 @@ async def _change(
     vip: Vip | None = None,
     if_match: str | None = None,
 ) -> Response:
-    """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
+    """Do `work` if the service, or (None) all services, match `if_match`; returns its report."""
     owner: BalancerThread = request.app.state.owner
 
     def checked(balancer: Balancer) -> Report:
@@ -124,7 +124,7 @@ async def put_service(
     if_match: IfMatch = None,
     if_none_match: Annotated[str | None, Header(description="*: only create")] = None,
 ) -> Response:
-    """Have the service served as the body says, whether it is there or not."""
+    """Create or replace the service."""
     service = body.to_model(Pointer(), vip)
 
     def put(balancer: Balancer) -> Report:
@@ -271,7 +271,7 @@ async def list_interfaces(owner: TheOwner) -> Response:
 
 @router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
 async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = False) -> Response:
-    """Serve on these interfaces too; everything is written anew."""
+    """Attach to these interfaces too; all maps are rewritten."""
     interfaces = [interface.to_model() for interface in body.interfaces]
 
     def attach(balancer: Balancer) -> Report:

@@ -1,4 +1,4 @@
-"""Routes that read: status, statistics, the event stream, and who the caller is."""
+"""Read-only routes: status, statistics, the event stream, and the caller's identity."""
 
 from __future__ import annotations
 

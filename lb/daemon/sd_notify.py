@@ -11,7 +11,7 @@ from lb.runtime.owner import BalancerThread
 
 
 def notify(message: str) -> None:
-    """To the service manager, where there is one."""
+    """Send to the service manager, if any."""
     name = os.environ.get("NOTIFY_SOCKET")
     if not name:
         return

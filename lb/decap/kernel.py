@@ -92,7 +92,7 @@ class KernelDecap:
             load(obj, config, own, bytes(_config(old).mark))
 
     def _adopt(self, obj: BpfObject) -> bool:
-        """False where nothing is in force, or what is there is of another version: it is replaced all the same."""
+        """False if nothing is attached, or programs of another version: these are replaced anyway."""
         current = self._pins.current()
         if current is None:
             return False
@@ -154,7 +154,7 @@ class KernelDecap:
         return {program.id: program for program in self._pinned()}
 
     def _pinned(self) -> Iterator[Program]:
-        """Where there is none, the process that should have pinned it was killed before it could be attached."""
+        """A missing pin means that the process was killed before it attached the program."""
         for generation in self._generations():
             with suppress(LoadError):
                 yield pinned_program(str(generation), PROGRAM)

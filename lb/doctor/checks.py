@@ -23,7 +23,7 @@ MIN_KERNEL = (6, 1)
 TUNNEL_BYTES = {"ipip": 40, "gue": 72}
 CLIENT_MTU = 1500
 
-# A frame in one page, beside the room in front (256) and struct skb_shared_info (320), less Ethernet and two VLAN tags.
+# A frame in one page with headroom (256) and struct skb_shared_info (320), less Ethernet and two VLAN tags.
 ROOM_OF_A_PAGE = 256 + 320 + 14 + 2 * 4
 
 # Drivers with native XDP in Linux 6.1 and 6.2, which have no way to ask (those that the kernel's commit 66c0e13ad236

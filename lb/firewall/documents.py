@@ -31,7 +31,7 @@ def _own_document(rule: Rule) -> Document:
 
 
 def wanted_document(rules: Sequence[Rule]) -> Document:
-    """`rules`, in their order: what is asked for of an interface, and nothing that changes by itself."""
+    """`rules`, in order: the desired rules of an interface, without state."""
     return {
         "rules": [_own_document(rule) | {"until": rule.deadline.unix_s if rule.deadline else None} for rule in rules]
     }

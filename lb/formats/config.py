@@ -1,4 +1,4 @@
-"""lb.toml -> the services it asks for.
+"""lb.toml -> services.
 
 Enters: the text of a file such as
 
@@ -112,7 +112,7 @@ class _Table:
         raise InvalidInput(f"{self.name}: {key}: expected {_kind(default)}, got {_kind(value)}")
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings, empty where there is none."""
+        """A list of strings, empty if missing."""
         found = []
         for entry in self.get(key, NOTHING):
             if not isinstance(entry, str):

@@ -36,7 +36,7 @@ def _prefixes(none: str) -> Callable[[tuple[Network, ...]], str]:
     return lambda value: " ".join(map(str, value)) or none
 
 
-# Field -> its name, and what it says of a value.
+# Field -> its name, and the text of a value.
 WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "affinity_s": ("affinity", _seconds),
     "sources": ("sources", _prefixes("any")),

@@ -177,7 +177,7 @@ class _Exchange:
             raise OSError(error, os.strerror(error))
 
     def release(self) -> socket.socket:
-        """For somebody else to wait for; it is closed here all the same."""
+        """Waited for elsewhere; always closed here."""
         self._poller.release(self.number)
         return self.sock
 
@@ -223,7 +223,7 @@ async def _udp(target: Target) -> Outcome:
 
 
 def _report_icmp_errors(sock: socket.socket) -> None:
-    """Those that are not of the port, too, such as that there is no such host."""
+    """Also ICMP errors other than port unreachable, such as host unreachable."""
     if sock.family == socket.AF_INET:
         sock.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR, <linux/in.h>
     else:
@@ -241,7 +241,7 @@ async def _http(target: Target) -> Outcome:
 
 
 async def _https(target: Target) -> Outcome:
-    """By asyncio's streams, which cost little beside the handshake."""
+    """With asyncio's streams, whose cost is small next to the handshake."""
     check = target.check
     async with asyncio.timeout(check.timeout_s):
         with _Exchange(target) as exchange:
@@ -339,7 +339,7 @@ async def _script(target: Target) -> Outcome:
 
 
 async def _run(target: Target) -> Outcome:
-    """In a session of its own, and with nothing of this process's environment but PATH."""
+    """In its own session; of this process's environment it only gets PATH."""
     try:
         process = await asyncio.create_subprocess_exec(
             *target.check.command,

@@ -58,8 +58,8 @@ _BITS = {socket.AF_INET: 32, socket.AF_INET6: 128}
 
 @dataclass
 class Changes:
-    """links: indices of those added, removed or changed, or whose addresses were. neighbours: (ifindex, packed address) ->
-    previous MAC address or None. prefixes: (bits of the family, length) -> networks, shifted right by
+    """links: indices of those added, removed or changed, or whose addresses were. neighbours: (ifindex, packed
+    address) -> previous MAC address or None. prefixes: (bits of the family, length) -> networks, shifted right by
     the host bits. everything: the changes are unknown."""
 
     everything: bool = False

@@ -91,7 +91,7 @@ def _address(text: str) -> Address:
 
 
 def _packet(source: Address, destination: Address, tcp: bytes) -> bytes:
-    """EtherType, IP header and the segment, whose checksum nobody looks at."""
+    """EtherType, IP header and the segment; its checksum is not checked."""
     ends = source.packed + destination.packed
     if source.version == 6:
         return struct.pack(">HIHBB", 0x86DD, 6 << 28, len(tcp), 6, 64) + ends + tcp

@@ -29,14 +29,14 @@ class Condition:
 
 UP = Condition()
 
-# Backends by ADDR:PORT. What is not named is up: nobody checks it, or not yet.
+# Backends by ADDR:PORT. Others are up: unchecked, or not checked yet.
 Conditions = Mapping[Vip, Mapping[str, Condition]]
 
 
 def in_force(service: Service, conditions: Mapping[str, Condition] | None) -> Service:
     """`service` itself, as long as no condition makes a difference, and where it is not to be checked at all.
 
-    With nobody left who would get new connections, `fail_closed` decides: nobody does, or all as if they were up.
+    If no backend is left for new connections, `fail_closed` decides: none gets them, or all, as if they were up.
     """
     if not (conditions and service.options.health):
         return service
@@ -64,7 +64,7 @@ def _met(backend: Backend, condition: Condition, scale: int) -> Backend:
 
 
 def left_behind(service: Service, conditions: Mapping[str, Condition] | None) -> str:
-    """A sentence of the backends that conditions keep from their whole share, while nobody checks; empty if none."""
+    """A warning about backends without their full share while checks are not running; empty if none."""
     if in_force(service, conditions) is service:
         return ""
     found = ((b, (conditions or {}).get(str(b), UP)) for b in service.backends)

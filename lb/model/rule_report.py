@@ -32,7 +32,7 @@ class RuleSpec:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """`force`: apply even if it drops the connection of the request; `selftest`: test new expressions."""
+    """`force`: apply even if it drops the connection of the request; `selftest`: of new filters."""
 
     force: bool = False
     selftest: bool = True
@@ -41,7 +41,7 @@ class ApplyOptions:
 
 @dataclass(frozen=True, slots=True)
 class RuleChange:
-    """`what`: added, deleted, moved, reloaded, restored or expired. `number`: current or previous number of the rule."""
+    """`what`: added, deleted, moved, reloaded, restored or expired. `number`: its current or last number."""
 
     what: str
     rule: Rule

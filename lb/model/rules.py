@@ -14,7 +14,7 @@ from enum import StrEnum
 from lb.errors import InvalidInput, NotFound
 
 MAX_RULES = 4096  # of a network namespace: places for counters
-MAX_PACKETS_PER_S = 10_000_000  # more cannot be told apart in nanoseconds
+MAX_PACKETS_PER_S = 10_000_000  # the limit of the resolution of nanoseconds
 LONGEST_S = 10 * 365 * 86400
 MIN_BURST = 5  # packets, as of iptables and nft
 
@@ -100,7 +100,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """By the clock of the boot that it was set in, which nobody turns back; in another boot by the time of day."""
+    """By the monotonic clock of the boot that it was set in; after another boot by the time of day."""
 
     boot_id: str
     boot_ns: int

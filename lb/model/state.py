@@ -287,7 +287,7 @@ def _cross(one: range, other: range) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface that the balancer is attached to, and the mode the operator asked for."""
+    """An interface that the balancer is attached to, and its configured mode."""
 
     name: str
     xdp_mode: XdpMode = XdpMode.AUTO

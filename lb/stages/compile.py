@@ -82,7 +82,7 @@ class Stage:
 
     @property
     def stages_fd(self) -> int:
-        """The map of places that the program goes on through."""
+        """The stage map that the program tail-calls through."""
         return int(self._bpf[STAGES.encode()].map_fd)
 
     def events(self) -> list[Event]:

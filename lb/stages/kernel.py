@@ -1,4 +1,4 @@
-"""Where a compiled stage goes: into a place of the balancer's, or alone on an interface.
+"""Attaching a compiled stage: in a place of the balancer's stage map, or standalone on an interface.
 
 Enters: the program of a stage. Leaves: an entry in the balancer's map of stages, which outlives this process, or a link
 to the interface, which does not. Changes of places are to be made with the lock of the balancer's changes held.
@@ -58,7 +58,7 @@ class Places:
             return self._stages.occupied()
 
     def chain(self, place: int) -> Chain:
-        """What the stage in a place goes on through."""
+        """The places after this one, for the tail calls of its stage."""
         stages, verdicts = self._generation / "map_stages", self._generation / "map_verdicts"
         behind = place in self._stages.exits
         last = self._stages.exits[-1] if behind else self._stages.balance

@@ -164,7 +164,7 @@ def _reserve(paths: Paths, request: Request) -> tuple[Record, Chain | None]:
 
 
 def _free_place(request: Request, places: Places | None, others: Sequence[Record]) -> int | None:
-    """None: alone on the interface."""
+    """None: standalone on the interface."""
     if places is None or not places.serves(request.interface):
         if request.at == AT_XDP_EXIT:
             raise InvalidInput(f"{request.interface}: the balancer is not attached: use --at xdp")
@@ -180,7 +180,7 @@ def _free_place(request: Request, places: Places | None, others: Sequence[Record
 
 @contextmanager
 def in_place(paths: Paths, record: Record, stage: Stage) -> Iterator[str | None]:
-    """The stage sees packets; gives a warning, if there is one. Raises DataplaneError, Busy."""
+    """Attaches the stage for the block; yields a warning or None. Raises DataplaneError, Busy."""
     record = replace(record, program_id=kernel.program_id(stage.program_fd))
     if record.place is None:
         link, warning = kernel.hold(record.interface, stage.program_fd)
@@ -285,7 +285,7 @@ def stop(paths: Paths, numbers: Sequence[int]) -> list[tuple[Record, Condition]]
 
 
 def _end_process(records: Records, record: Record) -> None:
-    """It cleans up by itself."""
+    """The process cleans up."""
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + END_WAIT_S

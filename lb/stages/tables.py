@@ -46,7 +46,7 @@ class Snapshot:
         return sorted(self.entries, key=lambda entry: (-_weight(entry[1]), str(entry[0])))
 
     def per_second(self, key: Any, value: Any) -> Any:
-        """What was added to a number, or to each number of a struct; None while there is nothing to compare with."""
+        """Rate of a number, or of each number of a struct; None without an earlier snapshot."""
         if not self.seconds:
             return None
         return _rates(value, self._values_before.get(str(key)), self.seconds)

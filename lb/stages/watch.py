@@ -1,4 +1,4 @@
-"""What a running stage finds, shown until somebody ends it.
+"""Output of a running stage, until it is stopped.
 
 Enters: a Stage and its Trace. Leaves: on a terminal tables that are redrawn in place, below the events and lines that
 have come; elsewhere one block of lines after the other; or a JSON document a line, with `time` (ISO 8601) and one of

@@ -1,7 +1,7 @@
 """Filter rules in the store's tables.
 
-Enters: an open connection, in a transaction. Leaves: rows. A set's prefixes are kept beside its rule, packed, so that
-after a boot a rule does what it did, whatever has become of the file.
+Enters: an open connection, in a transaction. Leaves: rows. A set's prefixes are stored packed with its rule, so that a
+rule works after a boot even if the file has changed.
 """
 
 from __future__ import annotations

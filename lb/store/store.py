@@ -36,7 +36,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, write: bool) -> Store:
-        """For reading alone, a store that is not there is an empty one, and nothing is created."""
+        """Read-only, a missing store is an empty one, and nothing is created."""
         if write:
             create_file(path)
         with translated(path):

@@ -70,7 +70,7 @@ Row = tuple[ServiceRow, BackendRow | None]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns that there is room for behind the name, and the width of the sparkline (0: none)."""
+    """The columns that fit after the name, and the width of the sparkline (0: none)."""
 
     name_width: int
     columns: tuple[Column, ...]
@@ -198,7 +198,7 @@ def last_offset(view: View, height: int) -> int:
 
 
 def body_height(view: View, height: int) -> int:
-    """How many rows a screen of that height holds, beside the five lines that are always there."""
+    """Rows on a screen of that height, less the five fixed lines."""
     return max(1, height - 5 - len(_reasons_block(view, height)))
 
 
@@ -280,7 +280,7 @@ def _footer(display: Display, shown: int, rows: int) -> Text:
 
 
 def plain(view: View, display: Display) -> list[str]:
-    """A block of all there is, for a file or a pipe."""
+    """All rows in one block, for a file or a pipe."""
     layout = lay_out(view)
     counted = _counted(view)
     lines = [

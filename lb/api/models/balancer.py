@@ -214,7 +214,7 @@ class InterfaceBody(Body):
 
 
 class AttachBody(Body):
-    """Interfaces to serve on, and services to serve beside those that are stored."""
+    """Interfaces to attach to, and services to add to the stored ones."""
 
     interfaces: Annotated[list[InterfaceBody], Field(min_length=1)]
     services: list[ServiceBody] = Field(default_factory=list)

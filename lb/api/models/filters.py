@@ -43,7 +43,7 @@ class RuleBody(Body):
     until: Whole | None = Field(None, description="Unix time in seconds at which the rule expires")
 
     def to_spec(self, interface: str, pointer: Pointer, *, is_here: bool) -> RuleSpec:
-        """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
+        """`is_here`: the request comes over the Unix socket, where sets may be named after local files."""
         rate = self._rate(pointer / "rate")
         with pointer / "expression":
             _check_printable("expression", self.expression)
@@ -101,7 +101,7 @@ class MoveBody(Body):
 
 
 class TrialBody(Body):
-    """Rules of an interface, or rules that are not there."""
+    """Rules of an interface, or new rules."""
 
     pcap: str = Field(description="A capture file, in base64")
     interface: str | None = None
