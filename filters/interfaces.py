@@ -122,7 +122,7 @@ def _check(interface: Interface) -> None:
     if not interface.is_up:
         raise DumpError(f"{interface.name}: That device is not up")
     if not _has_ethernet_header(interface.name):
-        raise DumpError(f"{interface.name}: its packets have no Ethernet header, which is all that xdp-dump reads")
+        raise DumpError(f"{interface.name}: not an Ethernet interface: xdp-dump supports only Ethernet")
 
 
 def _has_ethernet_header(name: str) -> bool:

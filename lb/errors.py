@@ -3,7 +3,7 @@
 LbError
 ├── InvalidInput       the words given do not describe a service, backend or file
 ├── NotFound           the named thing is not in the desired state
-├── AlreadyExists      the named thing is there already
+├── AlreadyExists      the named thing already exists
 ├── StoreError         the desired state cannot be read or written
 ├── Busy               another xdp-lb is changing this network namespace
 ├── NoRoute            the host has no way to a backend that the mode can use

@@ -71,7 +71,7 @@ class Paths:
 
     @property
     def filter_lock(self) -> Path:
-        """Of the filter rules, which change beside a daemon. Who takes `lock` too takes that first."""
+        """Of the filter rules, which change independently of a daemon. Take `lock` first if both are needed."""
         return self.state_dir / self.netns / "filter.lock"
 
     @property
@@ -91,5 +91,5 @@ class Paths:
 
     @property
     def socket(self) -> Path:
-        """Where the daemon listens, while there is one."""
+        """Unix socket of the daemon."""
         return self.run_dir / self.netns / "api.sock"

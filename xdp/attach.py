@@ -80,7 +80,7 @@ def attach(
         now = _existing(ipr, ifindex)
     _refuse_foreign(now, program_id, None, describe)
     if now.running is None:
-        raise AttachError(f"{now.name}: the program was taken off again by someone else")
+        raise AttachError(f"{now.name}: the program was detached by another process")
     return replace(now.running, warning=_join(why_generic, _checksum_warning(now)))
 
 
@@ -142,7 +142,7 @@ def _read(ipr: IPRoute, ifindex: int) -> _Link | None:
 def _existing(ipr: IPRoute, ifindex: int) -> _Link:
     link = _read(ipr, ifindex)
     if link is None:
-        raise NoSuchInterface(f"interface {ifindex}: is gone")
+        raise NoSuchInterface(f"interface {ifindex}: no longer exists")
     return link
 
 
@@ -172,7 +172,7 @@ def _refuse_foreign(link: _Link, program_id: int, replace_fd: int | None, descri
         return
     raise Occupied(
         f"{link.name}: another XDP program is attached ({describe(running.program_id)}):"
-        f" take it off first: ip link set dev {link.name} {_IP_LINK_WORD[running.mode]} off"
+        f" detach it first: ip link set dev {link.name} {_IP_LINK_WORD[running.mode]} off"
     )
 
 
@@ -217,7 +217,7 @@ def _checksum_warning(link: _Link) -> str | None:
     if link.kind != "veth":
         return None
     if link.peer is None:
-        return f"{link.name}: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
+        return f"{link.name}: is a veth: its peer must send complete checksums: run ethtool -K DEV tx off on the peer"
     from xdp import ethtool  # whose imports take their time
 
     try:

@@ -59,7 +59,7 @@ class Enumerators(dict[str, int]):
     """Name -> value. Raises NotSupported for a name that the object does not know."""
 
     def __missing__(self, name: str) -> int:
-        raise NotSupported(f"{name}: unknown to the program in force, which is older")
+        raise NotSupported(f"{name}: not supported by the loaded program, which is older")
 
 
 class Btf:
@@ -171,7 +171,7 @@ class Btf:
 
 def _lacking(struct_name: str, field: str, kind: CType) -> property:
     """What is there in the place of a field."""
-    why = f"struct {struct_name} has no {field} in the program in force, which is older"
+    why = f"struct {struct_name} has no {field} in the loaded program, which is older"
     is_number = issubclass(kind, ctypes._SimpleCData)
 
     def read(_: object) -> int:

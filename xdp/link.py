@@ -31,7 +31,7 @@ _ERRORS: dict[int, type[XdpError]] = {
 }
 _WORDS = {
     EBUSY: "another XDP program is attached",
-    EEXIST: "this program is there already",
+    EEXIST: "this program is already attached",
 }
 
 

@@ -57,7 +57,7 @@ def pieces(old: CType, new: CType, where: str) -> Iterator[Piece]:
     elif _is_wider(old, new):
         yield Piece(0, 0, ctypes.sizeof(old))
     else:
-        raise CannotCarry(f"{where}: cannot become what it is now")
+        raise CannotCarry(f"{where}: cannot be converted to the new layout")
 
 
 def _pieces_of_struct(old: CType, new: CType, where: str) -> Iterator[Piece]:
@@ -118,7 +118,7 @@ class Succession:
             if self._is_alike(name):
                 new.reuse(name, old.map(name).fd)
             elif name in kept:
-                raise CannotCarry(f"map {name}: others refer to it, and it is of another shape now")
+                raise CannotCarry(f"map {name}: layout changed, and other maps refer to it")
             else:
                 self._carried.append(name)
 
@@ -216,7 +216,7 @@ class Carrier:
     def __init__(self, old: Map, new: Map) -> None:
         self._where = f"map {old.name}"
         if old.info.type != new.info.type:
-            raise CannotCarry(f"{self._where}: is of another type now")
+            raise CannotCarry(f"{self._where}: type changed")
         self._check_key(old.key_type, new.key_type)
         self._old, self._new = old, new
         self._keys = self._converter(
@@ -229,7 +229,7 @@ class Carrier:
         """Of two entries, a key that loses a field would make one."""
         lost = _field_names(old) - _field_names(new)
         if lost:
-            raise CannotCarry(f"{self._where}: its key has no {', '.join(sorted(lost))} now")
+            raise CannotCarry(f"{self._where}: key no longer has {', '.join(sorted(lost))}")
 
     def _converter(self, old: CType, new: CType, old_stride: int, new_stride: int) -> Callable[[bytes], bytes]:
         """For values that lie one after the other, each filling its stride."""

@@ -232,7 +232,7 @@ class Loaded:
 
     def map(self, name: str) -> Map:
         if name not in self._map_fds:
-            raise LoadError(f"map {name}: not there in the version in force")
+            raise LoadError(f"map {name}: missing in the loaded version")
         return Map(name, self._map_fds[name], *self.map_types(name))
 
     def variable(self, name: str) -> Any:
@@ -246,7 +246,7 @@ class Loaded:
             return ctypes.c_uint32, self.types.section(name)
         types = self.types.map_types(name)
         if types is None:
-            raise LoadError(f"map {name}: not there")
+            raise LoadError(f"map {name}: not found")
         return types
 
     def pin(self, directory: str) -> None:
@@ -277,7 +277,7 @@ class Loaded:
         alignment = ctypes.alignment(value) if name.startswith(".") else 1  # a section ends with its last variable
         value_size = -(-info.value_size // alignment) * alignment
         if (info.key_size, value_size) != (ctypes.sizeof(key), ctypes.sizeof(value)):
-            raise LoadError(f"map {name}: of another shape than in {whose}")
+            raise LoadError(f"map {name}: layout differs from that in {whose}")
 
 
 class PinnedObject(Loaded):
@@ -435,7 +435,7 @@ class BpfObject(Loaded):
         """An object that has no such map, or one of another shape, is of another version."""
         theirs = pinned.map_types(name) if not name.startswith(".") else None
         if theirs is not None and [*map(layout, theirs)] != [*map(layout, self.map_types(name))]:
-            raise LoadError(f"map {name}: of another shape than in {self.path.name}")
+            raise LoadError(f"map {name}: layout differs from that in {self.path.name}")
 
 
 def fingerprint(path: Path) -> str:
@@ -453,7 +453,7 @@ def _open(path: Path) -> int:
             handle: int = libbpf.object_open(os.fsencode(path), None)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                raise LoadError(f"{path}: not there: run `make build`") from None
+                raise LoadError(f"{path}: not found: run `make build`") from None
             raise LoadError(f"{path}: not a BPF object: {' '.join(said).strip() or error.strerror}") from error
     return handle
 
@@ -462,7 +462,7 @@ def _load_error(path: Path, error: OSError, said: list[str]) -> XdpError:
     if error.errno == errno.EPERM and not any("BEGIN PROG LOAD LOG" in message for message in said):
         return NotPermitted(_NOT_PERMITTED)
     lines = [line for message in said for line in message.splitlines() if line.strip()]
-    return LoadError(f"{path.name}: the kernel refuses it: {error.strerror}{useful_tail(lines)}")
+    return LoadError(f"{path.name}: rejected by the kernel: {error.strerror}{useful_tail(lines)}")
 
 
 def in_one_line(error: XdpError) -> str:
@@ -483,5 +483,5 @@ def useful_tail(lines: list[str]) -> str:
     program = next((line for line in lines if "prog '" in line), "").removeprefix("libbpf: ")
     shown = log[-_LOG_LINES_SHOWN:]
     left_out = len(log) - len(shown)
-    omitted = [f"({left_out} lines of the log left out)"] if left_out else []
+    omitted = [f"({left_out} log lines omitted)"] if left_out else []
     return "".join(f"\n  {line}" for line in (program, *omitted, *shown) if line)

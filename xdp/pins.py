@@ -102,7 +102,7 @@ class Pins:
             _in_home(_home(), "mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(self.mount_point))
         root = self._root()
         if root is None:
-            raise XdpError(f"{self.mount_point}: mounted, but not to be seen")
+            raise XdpError(f"{self.mount_point}: mounted, but not visible")
         return root
 
     def current(self) -> Path | None:

@@ -89,7 +89,7 @@ def hold(ifindex: int, program_fd: int, program_id: int, name: str, *, egress: b
 
 def release_left(name: str) -> None:
     """Take off what processes that were killed have left of hold() under this name, on whatever interface."""
-    with route_socket() as ipr, _refusals(f"programs {name} that were left"):
+    with route_socket() as ipr, _refusals(f"stale programs {name}"):
         indices = {message["index"] for message in ipr.get_qdiscs() if message.get_attr("TCA_KIND") == "clsact"}
         left = [(index, place) for index in indices for place in _places_of(ipr, index, name)]
     for index, place in left:

@@ -47,11 +47,11 @@ def target(program_id: int) -> Target:
         fd = libbpf.program_fd_by_id(program_id)
     except OSError as error:
         kind = NotPermitted if error.errno == EPERM else NotSupported
-        raise kind(f"program {program_id}: cannot be looked at: {error.strerror}") from error
+        raise kind(f"program {program_id}: cannot be inspected: {error.strerror}") from error
     name, function = program_info(fd).name.decode(errors="replace"), _main_function(fd)
     if function is None:
         os.close(fd)
-        raise NotSupported(f"program {program_id} ({name}): has no BTF, without which it cannot be traced")
+        raise NotSupported(f"program {program_id} ({name}): has no BTF: cannot be traced")
     return Target(fd, function)
 
 

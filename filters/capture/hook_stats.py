@@ -1,6 +1,6 @@
 """What each hook of a capture has cost and done: for --hook-stats.
 
-Enters: a Session that has come to its end. Leaves: a table. Times are the kernel's own, measured while somebody asks
+Enters: a Session that has come to its end. Leaves: a table. Times are the kernel's, measured while statistics are on
 for them (BPF_ENABLE_STATS), around the whole of a program; of stages in the balancer's path it does not take any.
 """
 
@@ -28,7 +28,7 @@ def measured() -> Iterator[None]:
     try:
         fd = libbpf.enable_stats(_RUN_TIME)
     except OSError as error:
-        raise NotPermitted(f"--hook-stats: the kernel does not measure programs: {error.strerror}") from error
+        raise NotPermitted(f"--hook-stats: cannot enable BPF statistics: {error.strerror}") from error
     try:
         yield
     finally:
@@ -46,7 +46,7 @@ def _row(tap: Tap, counts: Counts) -> Sequence[str]:
     info = program_info(tap.program.fd)
     runs, mean = str(info.run_cnt), f"{info.run_time_ns / info.run_cnt:.0f}" if info.run_cnt else "-"
     interfaces = ",".join(interface.name for interface in tap.interfaces)
-    return tap.place.words, interfaces, *(("-", "-") if tap.is_staged else (runs, mean)), *_numbers(counts)
+    return tap.point.words, interfaces, *(("-", "-") if tap.is_staged else (runs, mean)), *_numbers(counts)
 
 
 def _numbers(counts: Counts) -> Sequence[str]:

@@ -1,10 +1,10 @@
 """Where the capture program puts its records: one ring for each CPU, in memory that user space maps.
 
-Enters: records of the pcap format, one behind the other, written in the kernel. Leaves: spans of that memory, ready to
+Enters: records of the pcap format, one after the other, written by the kernel. Leaves: spans of that memory, ready to
 be written to a file. A ring has one writer, the program on its CPU, and one reader, and neither waits for the other:
 the writer alone moves `head`, the reader alone `tail`. All of it is one array map, a large value for each CPU:
 
-    value   writers' line | reader's line | shared line (of CPU 0) | accounts | records | room for one more record
+    value   writers' line | reader's line | shared line (of CPU 0) | counters | records | room for one more record
 
 A record that begins before the end of the records runs into the room behind them; the next one begins at the start, and
 `wrap` says where the records before it end. Stores become visible in order, as they do on x86.
@@ -25,34 +25,34 @@ from filters.compiler.expr import SNAPLEN
 from filters.errors import FilterError
 from filters.programs.program import refused
 from filters.records.counts import Counts
-from filters.records.notes import NOTE_SIZE
+from filters.records.metadata import METADATA_SIZE
 from xdp import libbpf
 from xdp.errors import MapError
 from xdp.maps import Map
 
-LARGEST_RECORD = 16 + NOTE_SIZE + SNAPLEN
-LEAST_SIZE, MOST_SIZE = 1 << 16, 1 << 28  # the verifier takes offsets up to 1 << 29
+LARGEST_RECORD = 16 + METADATA_SIZE + SNAPLEN
+MIN_SIZE, MAX_SIZE = 1 << 16, 1 << 28  # the verifier takes offsets up to 1 << 29
 
-MOST_ACCOUNTS = 64
+MAX_COUNTER_SETS = 64
 
 _MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
 _SETTLED_WITHIN_S = 1.0
-_NAP_NS = 5_000_000  # what comes meanwhile must find room in three quarters of a ring: 16 MiB take 2.4 GB/s
+_NAP_NS = 5_000_000  # packets arriving in this time must fit into three quarters of a ring: 16 MiB take 2.4 GB/s
 _READINGS, _UNNOTICED_NS = 8, 10_000
 _CACHE_LINE = 64
 
 
 class CaptureCounters(ctypes.Structure):
-    """Of one program: `matched` packets were accepted by its filter; of them `captured` are records, `lost` found no
-    room, and `over` came after as many as were asked for."""
+    """Of one program: `matched` packets were accepted by its filter; `captured` of them recorded, `lost` for want of
+    room in the ring, `over` beyond the limit."""
 
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("matched", "captured", "lost", "over"))
 
 
 class Line(ctypes.Structure):
-    """The head of a ring. Offsets count bytes from the first record's place.
+    """The head of a ring. Offsets count bytes from the first record.
 
-    `second` and its start in nanoseconds are the writers' memory. The reader sets `tail` and `clock_offset_ns`, which
+    `second` and its start in nanoseconds belong to the writers. The reader sets `tail` and `clock_offset_ns`, which
     is CLOCK_REALTIME - CLOCK_MONOTONIC. `taken` counts for all CPUs.
     """
 
@@ -61,21 +61,21 @@ class Line(ctypes.Structure):
         ("wrap", ctypes.c_uint64),
         ("second", ctypes.c_uint64),
         ("second_ns", ctypes.c_uint64),
-        ("first_account", CaptureCounters),
+        ("first_counters", CaptureCounters),
         ("tail", ctypes.c_uint64),
         ("clock_offset_ns", ctypes.c_int64),
         ("_reader", ctypes.c_uint8 * (_CACHE_LINE - 16)),
         ("taken", ctypes.c_uint64),
         ("_shared", ctypes.c_uint8 * (_CACHE_LINE - 8)),
-        ("more_accounts", CaptureCounters * (MOST_ACCOUNTS - 1)),
+        ("more_counters", CaptureCounters * (MAX_COUNTER_SETS - 1)),
     )
 
 
-def account_at(number: int) -> int:
-    """Where the account of that number lies in a Line: the first one is on the line that every packet touches."""
+def counter_set_offset(number: int) -> int:
+    """Offset of a set of counters in a Line: the first set is on the cache line that every packet touches."""
     if number == 0:
-        return Line.first_account.offset
-    return Line.more_accounts.offset + (number - 1) * ctypes.sizeof(CaptureCounters)
+        return Line.first_counters.offset
+    return Line.more_counters.offset + (number - 1) * ctypes.sizeof(CaptureCounters)
 
 
 RECORDS = ctypes.sizeof(Line)
@@ -85,8 +85,8 @@ class Rings:
     """One ring for each possible CPU, of `size` bytes each. Raises FilterError, NotPermitted, LoadError."""
 
     def __init__(self, size: int) -> None:
-        if not LEAST_SIZE <= size <= MOST_SIZE:
-            raise FilterError(f"buffer of {size} bytes: {LEAST_SIZE} to {MOST_SIZE} for each CPU are possible")
+        if not MIN_SIZE <= size <= MAX_SIZE:
+            raise FilterError(f"buffer size {size}: out of range {MIN_SIZE} to {MAX_SIZE} bytes per CPU")
         self.size, self.stride = size, RECORDS + size + LARGEST_RECORD + 7 & ~7
         self.map = _create_map(self.stride, libbpf.possible_cpus())
         self._memory: mmap.mmap = self.map.bytes()
@@ -109,9 +109,9 @@ class Rings:
         os.close(self.map.fd)
 
     def set_clock(self) -> None:
-        """Tells the writers what to add to CLOCK_MONOTONIC, the clock that costs least, to get the time of day.
+        """Sets what writers add to CLOCK_MONOTONIC, the cheapest clock, to get CLOCK_REALTIME.
 
-        Their difference stays the same until somebody sets the clock: then, and only then, it is told anew.
+        The difference is constant until the clock is set; it is only written when it has changed.
         """
         least, most = _clock_offset_ns()
         for line in self._lines:
@@ -119,7 +119,7 @@ class Rings:
                 line.clock_offset_ns = (least + most) // 2
 
     def wait(self, seconds: float) -> None:
-        """For that long; less if a ring is full by a quarter before, or, where the library is built, a signal comes."""
+        """For that long; less if a ring gets a quarter full or, with the native library, on a signal."""
         naps, enough = round(seconds * 1e9 / _NAP_NS), self.size // 4
         if native.wait_library:
             native.wait_library.wait_for_records(self._watched, len(self._watched), enough, _NAP_NS, naps)
@@ -130,9 +130,9 @@ class Rings:
 
     @contextmanager
     def harvest(self) -> Iterator[list[list[memoryview]]]:
-        """What every CPU has written and nobody has read, by CPU: no span, one, or two; whole records in each.
+        """Unread records by CPU: none, one or two spans of whole records.
 
-        At the end of the block the memory goes back to the writers, but not if an exception ends it.
+        At the end of the block the memory is released to the writers, unless an exception ends it.
         """
         heads = [line.head for line in self._lines]
         yield [
@@ -144,42 +144,42 @@ class Rings:
 
     @property
     def taken(self) -> int:
-        """How many packets have asked whether they are beyond the limit."""
+        """Packets counted against the limit."""
         return int(self._lines[0].taken)
 
     def counts(self) -> Counts:
-        return sum(self.accounts(), Counts())
+        return sum(self.counts_by_set(), Counts())
 
-    def accounts(self) -> list[Counts]:
-        """By the number of the account, of all CPUs together."""
-        return [self.account(number) for number in range(MOST_ACCOUNTS)]
+    def counts_by_set(self) -> list[Counts]:
+        """Summed over CPUs, by the number of the set."""
+        return [self.counts_of(number) for number in range(MAX_COUNTER_SETS)]
 
     def by_cpu(self) -> list[Counts]:
-        return [sum((_counts(account) for account in _accounts(line)), Counts()) for line in self._lines]
+        return [sum((_counts(counters) for counters in _counter_sets(line)), Counts()) for line in self._lines]
 
-    def account(self, number: int) -> Counts:
-        at = account_at(number)
+    def counts_of(self, number: int) -> Counts:
+        at = counter_set_offset(number)
         return sum((_counts(CaptureCounters.from_buffer(line, at)) for line in self._lines), Counts())
 
     def settled(self) -> Counts:
-        """The counts once no writer is at work any more; to be asked for when the programs have been detached."""
+        """The counts once no writer is running any more; call it after the programs were detached."""
         deadline = time.monotonic() + _SETTLED_WITHIN_S
         before, now = None, self.counts()
         while before != now or now.matched != now.captured + now.lost + now.over:
             if time.monotonic() > deadline:
-                raise MapError(f"capture buffers: still written to {_SETTLED_WITHIN_S:g} s after the end")
+                raise MapError(f"capture buffers: still being written {_SETTLED_WITHIN_S:g} s after detach")
             os.sched_yield()
             before, now = now, self.counts()
         return now
 
 
-def _accounts(line: Line) -> Iterator[CaptureCounters]:
-    yield line.first_account
-    yield from line.more_accounts
+def _counter_sets(line: Line) -> Iterator[CaptureCounters]:
+    yield line.first_counters
+    yield from line.more_counters
 
 
-def _counts(account: CaptureCounters) -> Counts:
-    return Counts(account.matched, account.captured, account.lost, account.over)
+def _counts(counters: CaptureCounters) -> Counts:
+    return Counts(counters.matched, counters.captured, counters.lost, counters.over)
 
 
 def _watched(line: Line) -> native.Ring:
@@ -203,7 +203,7 @@ def _between(line: Line, head: int, records: memoryview) -> Iterator[memoryview]
 
 
 def _clock_offset_ns() -> tuple[int, int]:
-    """CLOCK_REALTIME - CLOCK_MONOTONIC lies between these: the closest of some readings, of which any may be slow."""
+    """Bounds of CLOCK_REALTIME - CLOCK_MONOTONIC: the tightest of several readings, any of which may be slow."""
     readings = [_clock_reading() for _ in range(_READINGS)]
     return min(readings, key=lambda bounds: bounds[1] - bounds[0])
 

@@ -1,7 +1,7 @@
-"""A capture from interfaces: programs put on, their records brought to a file or to the decoder, accounts kept.
+"""A capture session: attaches the programs, delivers their records to a file or the decoder, keeps the counters.
 
-Enters: classic instructions, interfaces, where to look. Leaves: records in a Sink, and at the end Counts that add up.
-Programs and rings go with the process, however it ends.
+Enters: classic BPF, interfaces, capture points. Leaves: records in a Sink, and at the end Counts that add up.
+Programs and rings are released with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from filters.records.merge import in_order
 from filters.records.pcap import FilesFull, Sink, count_records
 
 _CLOCK_EVERY_S = 1.0
-# For how long packets may lie in the kernel: where they are few, it is fetching them that costs.
+# How long packets may stay in the kernel: at low rates, fetching them is the main cost.
 _PATIENCE_S, _PROMPT_S = 0.05, 0.01
 
 
 class Session:
-    """Programs at work, from start() to stop(); deliver() brings what has come in to the sink."""
+    """Attached programs, from start() to stop(); deliver() passes what was captured to the sink."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._resources, self._promiscuous = ExitStack(), ExitStack()
         self._rings = self._resources.enter_context(Rings(request.buffer))
         self._taps = Taps(request, self._rings)
-        self._begun_ns, self._clock_set = time.time_ns(), time.monotonic()
+        self._start_ns, self._clock_set = time.time_ns(), time.monotonic()
         self._written, self._is_full = 0, False
 
     def __enter__(self) -> Self:
@@ -56,11 +56,11 @@ class Session:
         self._taps.detach()
 
     def wait(self) -> None:
-        """Until there is something to deliver."""
+        """Wait for records to deliver."""
         self._rings.wait(_PROMPT_S if self._request.prompt else _PATIENCE_S)
 
     def deliver(self, sink: Sink) -> None:
-        """Hands over all that has been captured, in the order of time. Raises as the sink does."""
+        """Passes all captured records to the sink, ordered by time. Raises as the sink does."""
         self._keep_clock()
         with self._rings.harvest() as spans:
             try:
@@ -70,14 +70,14 @@ class Session:
                 raise
 
     def finish(self, sink: Sink) -> None:
-        """Stops, and delivers the rest."""
+        """Stops and delivers the rest."""
         self.stop()
         self._rings.settled()
         self.deliver(sink)
 
     @property
     def is_complete(self) -> bool:
-        """Whether as many packets have been captured as were asked for."""
+        """Whether the limit of packets has been captured."""
         limit = self._request.limit
         return limit is not None and self._rings.taken >= limit and self.counts().captured >= limit
 
@@ -85,24 +85,24 @@ class Session:
         return self._rings.counts()
 
     def settled(self) -> Counts:
-        """After stop(): the counts at the end. Records that the sink did not take are not captured, but lost; or over,
-        where it was full."""
+        """After stop(): the final counts. Records that the sink did not take count as lost, or as over where it was
+        full."""
         counts = self._rings.settled()
         with self._rings.harvest() as by_cpu:
             left = sum(count_records(span) for spans in by_cpu for span in spans) - self._written
         lost, over = (0, left) if self._is_full else (left, 0)
         return replace(counts, captured=counts.captured - left, lost=counts.lost + lost, over=counts.over + over)
 
-    # What came of what
+    # Counters
 
     @property
-    def begun_ns(self) -> int:
-        """When it began, in nanoseconds since 1970."""
-        return self._begun_ns
+    def start_ns(self) -> int:
+        """Start time in nanoseconds since 1970."""
+        return self._start_ns
 
     @property
     def reasons(self) -> list[str]:
-        """The words of the balancer that is captured beside, by the number in notes; the first one is for no reason."""
+        """Reason names of the balancer, by the number in the metadata; the first stands for none."""
         return self._taps.reasons
 
     @property
@@ -111,13 +111,13 @@ class Session:
 
     def counts_of(self, tap: Tap) -> Counts:
         """As the kernel has counted."""
-        return self._rings.account(tap.account)
+        return self._rings.counts_of(tap.counter_set)
 
     def counts_by_cpu(self) -> list[Counts]:
         return self._rings.by_cpu()
 
     def counts_by_interface(self) -> dict[str, Counts]:
-        """By name, of those interfaces alone that share no program with others."""
+        """By name, only for interfaces that share no program with others."""
         found: dict[str, Counts] = {}
         shared = {interface.name for tap in self.taps if len(tap.interfaces) > 1 for interface in tap.interfaces}
         for tap in self.taps if self._taps.by_interface else ():

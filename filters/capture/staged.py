@@ -87,7 +87,7 @@ class StagedEntry:
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """Goes to the one program of an array, if it is there."""
+    """Tail call to the one program of an array, if any."""
 
     captures: Map
 
@@ -113,7 +113,7 @@ class Balancer:
 
     @property
     def reasons(self) -> list[str]:
-        """By number; the first one stands for none."""
+        """By number; the first stands for none."""
         names = self._object.types.enum("reason")
         return ["", *(name.lower() for name in names if names[name])]
 
@@ -135,12 +135,12 @@ class Balancer:
             yield
 
     def _free_place(self, behind: bool) -> int:
-        """The last one: whoever steers packets comes first."""
+        """The last free one: programs that steer packets come first."""
         occupied = self.stages.occupied()
         free = [place for place in (self.stages.exits if behind else self.stages.users) if place not in occupied]
         if not free:
             where = "behind" if behind else "in front of"
-            raise NotSupported(f"all places {where} the balancer are taken: see `xdp-lb stage list`")
+            raise NotSupported(f"all places {where} the balancer are in use: see `xdp-lb stage list`")
         return free[-1]
 
     def _onward(self, place: int) -> Onward:
@@ -166,7 +166,7 @@ class _Both:
 
 @contextmanager
 def balancer(program_id: int) -> Iterator[Balancer | None]:
-    """The balancer whose program this is; None for a program of somebody else's. Raises LoadError for one of another
+    """The balancer whose program this is; None for a foreign program. Raises LoadError for one of another
     version."""
     generation = generation_of(program_id, BALANCER, run_dir())
     if generation is None:
@@ -191,7 +191,7 @@ def _array_of_one_program() -> Iterator[Map]:
 
 def _is_stale_relay(program_id: int) -> bool:
     """Whether it is a relay whose process is gone: then its array is empty."""
-    with suppress(OSError), _closing(libbpf.program_fd_by_id(program_id)) as program:  # else it is gone meanwhile
+    with suppress(OSError), _closing(libbpf.program_fd_by_id(program_id)) as program:  # else it is already gone
         if program_info(program).name.decode(errors="replace") == RELAY:
             return any(_is_empty_array_of_one(map_id) for map_id in _map_ids(program))
     return False

@@ -1,4 +1,4 @@
-"""Hooks on an XDP program that is there already: what comes to it, and what leaves it with its verdict (fentry, fexit).
+"""Hooks on an attached XDP program: packets on entry, and on exit with the verdict (fentry, fexit).
 
 Enters: the kernel's struct xdp_buff, which a tracing program reads but has no packet pointers into. Leaves: a Context
 in a map, one for each CPU, with a copy of as much of the packet as the filter may read. Of a frame in fragments only
@@ -31,7 +31,7 @@ _FIRST_ARGUMENT, _RETURNED = 0, 8  # in the context of a tracing program
 
 
 class Context(ctypes.Structure):
-    """What a filter is told of a packet. `packet` is its address in the kernel."""
+    """The context of a filter. `packet` is the address of the packet in the kernel."""
 
     _fields_ = (
         ("packet", ctypes.c_uint64),
@@ -112,7 +112,7 @@ class Offsets:
 
 @dataclass(frozen=True, slots=True)
 class TracedEntry:
-    """Packets of one interface; the program ends for those of others. `reach`: how many bytes the filter may read."""
+    """Selects packets of one interface; returns for others. `reach`: how many bytes the filter may read."""
 
     contexts: Map
     offsets: Offsets

@@ -1,4 +1,4 @@
-"""A filter as classic BPF and, beside it, as the eBPF that it becomes."""
+"""A filter as classic BPF, side by side with its translation to eBPF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xdp.errors import NotPermitted
 def side_by_side(instructions: Sequence[Instruction]) -> str:
     """On the left what `tcpdump -d` prints, on the right what runs on a packet that is linear.
 
-    Without permission to load the program there is no right side.
+    Without permission to load the program the right column is empty.
     """
     left = cbpf.disassemble(instructions).splitlines()
     try:

@@ -35,7 +35,7 @@ _PROGRESS_S = 1.0
 _PRINTING_BUFFER = 1 << 21
 _BATCH = 1 << 20  # bytes of records that are written at once
 # Of the rings of all CPUs together, and of one.
-_BUFFERS, _LEAST_BUFFER, _MOST_BUFFER = 1 << 26, 1 << 20, 1 << 24
+_BUFFERS, _MIN_BUFFER, _MAX_BUFFER = 1 << 26, 1 << 20, 1 << 24
 
 
 def main() -> NoReturn:
@@ -51,7 +51,7 @@ def main() -> NoReturn:
 
 
 def run(words: Sequence[str]) -> int:
-    """The exit status. Raises BrokenPipeError where nobody reads what it prints."""
+    """The exit status. Raises BrokenPipeError if the reader of standard output is gone."""
     try:
         return _run(parse(words))
     except UsageError as error:
@@ -118,18 +118,18 @@ def _show_code(instructions: Sequence[Instruction], times: int) -> None:
 
 
 class Signals:
-    """What the user wants meanwhile; a second signal to end does not wait for anything."""
+    """Signals from the user; a second one to stop does not wait for anything."""
 
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.ended = self.asked = False
+        self.ended = self.status_requested = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
         """What ends the block by an exception ends the process: its handlers stay until then."""
         before = {number: signal.signal(number, self._end) for number in self.ends}
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._request_status)
         before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # asks for a flush: nothing is held back
         yield
         for number, handler in before.items():
@@ -142,8 +142,8 @@ class Signals:
             raise KeyboardInterrupt
         self.ended = True
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _request_status(self, *_: object) -> None:
+        self.status_requested = True
 
 
 def _capture(options: Options) -> int:
@@ -195,7 +195,7 @@ def _session(options: Options, instructions: Sequence[Instruction], interfaces: 
             options.in_nanoseconds,
             options.promiscuous,
             options.selftest,
-            options.notes,
+            options.metadata,
             options.is_prompt,
         )
     )
@@ -212,7 +212,7 @@ def _statistics(interfaces: Sequence[Interface], session: Session) -> list[Stati
 
     now_ns, counts = time.time_ns(), session.counts_by_interface()
     numbers = {interface.name: number for number, interface in enumerate(interfaces)}
-    return [Statistics(numbers[name], session.begun_ns, now_ns, counts[name]) for name in counts]
+    return [Statistics(numbers[name], session.start_ns, now_ns, counts[name]) for name in counts]
 
 
 def _measured(options: Options) -> AbstractContextManager[None]:
@@ -224,10 +224,10 @@ def _measured(options: Options) -> AbstractContextManager[None]:
 
 
 def _buffer(options: Options) -> int:
-    """Bytes for each CPU. What prints is slow, and shall not have much to say after an interrupt."""
+    """Bytes per CPU. Printing is slow: a small buffer keeps the backlog after an interrupt short."""
     if options.prints:
         return _PRINTING_BUFFER
-    return max(_LEAST_BUFFER, min(_MOST_BUFFER, _BUFFERS // (os.cpu_count() or 1)))
+    return max(_MIN_BUFFER, min(_MAX_BUFFER, _BUFFERS // (os.cpu_count() or 1)))
 
 
 @contextmanager
@@ -251,43 +251,43 @@ def _listening(options: Options, interfaces: Sequence[Interface]) -> str:
 
 
 def _deliver(options: Options, session: Session, outputs: Outputs, signals: Signals) -> DumpError | None:
-    """Until the end, whose reason it returns if it is a bad one."""
+    """Until the end; returns the error that caused it, if any."""
     progress = Progress() if options.verbose and not options.prints else None
     try:
         while not signals.ended and not session.is_complete:
             session.wait()
             session.deliver(outputs)
             outputs.check()
-            if signals.asked:
-                signals.asked = False
+            if signals.status_requested:
+                signals.status_requested = False
                 _say(f"xdp-dump: {_summary(session.counts(), ', ')}")
             if progress:
-                progress.tell(session)
+                progress.show(session)
         session.finish(outputs)
     except FilesFull:
         _say(f"Maximum file limit reached: {options.files}")
     except NotWritten as error:
         return error
     except BrokenPipeError:
-        pass  # nobody reads any more; the decoder says so itself, and a file needs no words
+        pass  # the reader is gone; the decoder reports it itself
     finally:
         session.stop()
     return None
 
 
 class Progress:
-    """How many packets there are by now, said on the same line after each second that has brought some."""
+    """The number of packets so far, rewritten on one line once a second if it has changed."""
 
     def __init__(self) -> None:
-        self._due, self._told = time.monotonic() + _PROGRESS_S, -1
+        self._due, self._shown = time.monotonic() + _PROGRESS_S, -1
 
-    def tell(self, session: Session) -> None:
+    def show(self, session: Session) -> None:
         if time.monotonic() < self._due:
             return
         self._due += _PROGRESS_S
         captured = session.counts().captured
-        if captured != self._told:
-            self._told = captured
+        if captured != self._shown:
+            self._shown = captured
             print(f"Got {captured}", end="\r", file=sys.stderr, flush=True)
 
 
@@ -327,7 +327,7 @@ def _read(options: Options, path: str) -> int:
 
 
 def _count(packets: Iterator[Packet]) -> None:
-    """Those in front of what cannot be read, too."""
+    """Also those before unreadable data."""
     number = 0
     try:
         for _ in packets:
@@ -337,10 +337,10 @@ def _count(packets: Iterator[Packet]) -> None:
 
 
 def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> int:
-    note = _note_of_a_file() if options.notes else b""
+    metadata = _file_metadata() if options.metadata else b""
     with Outputs(options, Origin(file.link_type_in_files, file.snaplen)) as outputs:
         try:
-            for batch in _batches(packets, note):
+            for batch in _batches(packets, metadata):
                 outputs.write([batch])
         except FilesFull:
             _say(f"Maximum file limit reached: {options.files}")
@@ -349,18 +349,18 @@ def _write_all(options: Options, file: SaveFile, packets: Iterator[Packet]) -> i
     return outputs.status
 
 
-def _note_of_a_file() -> bytes:
-    from filters.records.notes import OF_A_FILE
+def _file_metadata() -> bytes:
+    from filters.records.metadata import FILE_METADATA
 
-    return OF_A_FILE
+    return FILE_METADATA
 
 
-def _batches(packets: Iterator[Packet], note: bytes) -> Iterator[bytes]:
-    """Records, with the same note in front of each packet; those that come before a file's damage too."""
+def _batches(packets: Iterator[Packet], metadata: bytes) -> Iterator[bytes]:
+    """Records, with the same metadata in front of each packet; also those before a file's damage."""
     batch = bytearray()
     try:
         for packet in packets:
-            batch += record(packet.seconds, packet.fraction, note + packet.data, len(note) + packet.length)
+            batch += record(packet.seconds, packet.fraction, metadata + packet.data, len(metadata) + packet.length)
             if len(batch) > _BATCH:
                 yield bytes(batch)
                 batch.clear()

@@ -24,7 +24,7 @@ Usage: xdp-dump [-AbdDefhHKlnNOpqStuUvxX#] [ -B size ] [ -c count ] [--count]
                 [ --no-selftest ] [ --pcapng ] [ expression ]"""
 
 DIRECTIONS = {"in": (True, False), "out": (False, True), "inout": (True, True)}
-PLACES = ("xdp", "xdp-exit", "tc-in", "tc-out")
+CAPTURE_POINTS = ("xdp", "xdp-exit", "tc-in", "tc-out")
 
 _FLAGS = "AbdDefhHKlnNOpqStuUvxX#"
 _WITH_VALUE = "BcCFGiMQrsTwW"
@@ -103,22 +103,22 @@ class Options:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether somebody waits for each packet: what is printed, piped, counted or buffered by the packet."""
+        """Low latency: packets are printed, piped, counted or buffered one by one."""
         return self.prints or self.write == "-" or self.count is not None or "-U" in self.decode
 
     @property
     def writes_blocks(self) -> bool:
-        """Whether the file is of the pcapng format: by its name, or because that was asked for."""
+        """Whether the file is in the pcapng format: by its name, or by option."""
         return self.write is not None and (self.pcapng or self.write.endswith(".pcapng"))
 
     @property
-    def notes(self) -> bool:
-        """Whether somebody asks where a packet was seen."""
+    def metadata(self) -> bool:
+        """Whether an output needs packet metadata."""
         return self.writes_blocks or (self.prints and self.json)
 
     @property
     def in_nanoseconds(self) -> bool:
-        return self.nano or self.notes
+        return self.nano or self.metadata
 
 
 def parse(words: Sequence[str]) -> Options:
@@ -189,9 +189,9 @@ def _direction(value: str) -> str:
     return value
 
 
-def _place(value: str) -> str:
-    if value not in PLACES:
-        raise DumpError(f"unknown place `{value}': one of {', '.join(PLACES)}")
+def _capture_point(value: str) -> str:
+    if value not in CAPTURE_POINTS:
+        raise DumpError(f"unknown capture point `{value}': use one of {', '.join(CAPTURE_POINTS)}")
     return value
 
 
@@ -213,7 +213,7 @@ _SETTERS: dict[str, Callable[[Options, str], dict[str, Any]]] = {
     "W": lambda _, value: {"files": _number("number of output files", value)},
     "B": lambda _, value: {"buffer": _number("packet buffer size", value) << 10},
     "Q": lambda _, value: {"direction": _direction(value)},
-    "at": lambda _, value: {"at": _place(value)},
+    "at": lambda _, value: {"at": _capture_point(value)},
     "d": lambda options, _: {"code": options.code + 1},
     "v": lambda options, _: {"verbose": options.verbose + 1},
     "t": lambda options, _: {"times": _times(options)},

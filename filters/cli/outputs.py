@@ -1,6 +1,6 @@
-"""Where packets go: a file, standard output, or both, each in the format that was asked for.
+"""Outputs of packets: a file, standard output, or both, each in the requested format.
 
-Enters: records, with notes where Options.notes says so. Leaves: pcap or pcapng in files; text or JSON on standard
+Enters: records, with metadata where Options.metadata says so. Leaves: pcap or pcapng in files; text or JSON on standard
 output. What a command does not need it does not import.
 """
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """What packets are of. `interfaces`: index and name of each; none for a file that somebody else has written, whose
-    link type is the one of files. `statistics`: what there is to say of interfaces when a file ends."""
+    """Where packets come from. `interfaces`: index and name of each; none for a capture file of another program, whose
+    link type is the one of files. `statistics`: of interfaces, at the end of a file."""
 
     link_type: int
     snaplen: int
@@ -33,11 +33,11 @@ class Origin:
 
 
 class Outputs:
-    """A Sink in front of those that Options ask for."""
+    """A Sink in front of those that Options select."""
 
     def __init__(self, options: Options, origin: Origin) -> None:
         self._decoder: Decoder | None = None
-        self._told: list[Blocks | JsonLines] = []  # those that name reasons
+        self._reason_sinks: list[Blocks | JsonLines] = []  # those that name reasons
         self._sinks: list[Sink] = []
         if options.write is not None:
             self._sinks.append(self._blocks(options, origin) if options.writes_blocks else _file(options, origin))
@@ -45,8 +45,8 @@ class Outputs:
             self._sinks.append(self._json(origin) if options.json else self._text(options, origin))
 
     def name_reasons(self, reasons: Sequence[str]) -> None:
-        """The balancer's words by the number in notes, the first one for none; until then there are none."""
-        for sink in self._told:
+        """Reason names of the balancer, by the number in the metadata; the first stands for none."""
+        for sink in self._reason_sinks:
             sink.reasons = reasons
 
     def write(self, spans: Sequence[Span]) -> None:
@@ -92,14 +92,14 @@ class Outputs:
             trailer=lambda: b"".join(statistics.block() for statistics in origin.statistics()),
         )
         blocks = pcapng.Blocks(file, layout)
-        self._told.append(blocks)
+        self._reason_sinks.append(blocks)
         return blocks
 
     def _json(self, origin: Origin) -> Sink:
         from filters.files.jsonlines import JsonLines
 
         lines = JsonLines(origin.link_type, dict(socket.if_nameindex()))
-        self._told.append(lines)
+        self._reason_sinks.append(lines)
         return lines
 
     def _text(self, options: Options, origin: Origin) -> Sink:
@@ -107,17 +107,17 @@ class Outputs:
             from filters.files.summaries import Summaries, Times
 
             times = Times(options.times, nano=options.in_nanoseconds)
-            return _without_notes(options, Summaries(origin.link_type, times))
+            return _strip_metadata(options, Summaries(origin.link_type, times))
         from filters.files.decoder import Decoder
 
         nano = ("--nano",) if options.in_nanoseconds else ()
         self._decoder = Decoder(_header(options, origin), (*nano, *options.decode))
-        return _without_notes(options, self._decoder)
+        return _strip_metadata(options, self._decoder)
 
 
 def _file(options: Options, origin: Origin) -> Sink:
     assert options.write is not None
-    return _without_notes(options, File(options.write, _header(options, origin), _rotation(options)))
+    return _strip_metadata(options, File(options.write, _header(options, origin), _rotation(options)))
 
 
 def _header(options: Options, origin: Origin) -> bytes:
@@ -128,10 +128,10 @@ def _rotation(options: Options) -> Rotation:
     return Rotation(options.size, options.seconds, options.files)
 
 
-def _without_notes(options: Options, sink: Sink) -> Sink:
-    """For sinks that know of none."""
-    if not options.notes:
+def _strip_metadata(options: Options, sink: Sink) -> Sink:
+    """For sinks that take plain records."""
+    if not options.metadata:
         return sink
-    from filters.files.pcapng import WithoutNotes
+    from filters.files.pcapng import StripMetadata
 
-    return WithoutNotes(sink)
+    return StripMetadata(sink)

@@ -56,7 +56,12 @@ class Guards:
 def is_shared(load: LoadPacket, x_bound: int) -> bool:
     """Whether the sum of X and the offset cannot leave what packet pointers may span."""
     offset = load.header + load.offset
-    return load.indexed and not load.tag_beside and offset <= _FURTHEST_OFFSET and x_bound + offset + load.size < BEYOND
+    return (
+        load.indexed
+        and not load.out_of_band_tag
+        and offset <= _FURTHEST_OFFSET
+        and x_bound + offset + load.size < BEYOND
+    )
 
 
 def place_guards(graph: Graph, moves_pointer: Moves) -> Guards:

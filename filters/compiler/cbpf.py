@@ -109,13 +109,13 @@ def check(instructions: Sequence[Instruction], limit: int = MAX_INSTRUCTIONS) ->
     """Raises InvalidFilter where bpf_check_classic returns EINVAL. Jumps wider than the kernel's 8 bits may pass."""
     count = len(instructions)
     if not 0 < count <= limit:
-        raise InvalidFilter(f"{count} instructions: the kernel takes 1 to {limit}")
+        raise InvalidFilter(f"{count} instructions: the kernel accepts 1 to {limit}")
     for number, instruction in enumerate(instructions):
         fault = _fault(instruction, count - number - 1)
         if fault:
             raise InvalidFilter(f"instruction {number}: {fault}")
     if instructions[-1].cls != RET:
-        raise InvalidFilter(f"instruction {count - 1}: the last one does not return")
+        raise InvalidFilter(f"instruction {count - 1}: last instruction is not a return")
     _check_memory(instructions)
 
 
@@ -126,7 +126,7 @@ def _fault(i: Instruction, following: int) -> str | None:
     if i.cls == ALU and not i.uses_x:
         return _arithmetic_fault(i)
     if i.cls in (ST, STX) or (i.cls in (LD, LDX) and i.mode == MEM):
-        return None if i.k < MEMORY_WORDS else f"there is no M[{i.k}]"
+        return None if i.k < MEMORY_WORDS else f"M[{i.k}] does not exist"
     if i.cls == JMP:
         furthest = max(i.jt, i.jf) if i.is_branch else i.k
         return None if furthest < following else "jumps beyond the end"
@@ -139,7 +139,7 @@ def _arithmetic_fault(i: Instruction) -> str | None:
     if i.operation in (DIV, MOD) and i.k == 0:
         return "division by zero"
     if i.operation in (LSH, RSH) and i.k >= 32:
-        return f"shifts by {i.k} bits"
+        return f"shift by {i.k} bits"
     return None
 
 

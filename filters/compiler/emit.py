@@ -51,7 +51,7 @@ _BUFFER = -8
 _FIRST_SLOT = -16
 _MEMORY_REGISTERS = (R3, R4)
 _MAX_VAR_OFF = 1 << 29  # BPF_MAX_VAR_OFF, <linux/bpf_verifier.h>
-_KEPT_A = "kept A"  # beside M0 to M15
+_KEPT_A = "kept A"  # in addition to M0 to M15
 
 # The jumps of classic BPF, and what jumps where they do not.
 _CONDITIONS = {cbpf.JEQ: ebpf.JEQ, cbpf.JGT: ebpf.JGT, cbpf.JGE: ebpf.JGE, cbpf.JSET: ebpf.JSET}
@@ -146,7 +146,7 @@ class Emitter(ABC):
         if load.header:
             self.asm.jump_if(ebpf.JGT, to, BEYOND - 1, self.exits.reject)
             self.asm.alu(ebpf.ADD, to, load.header)
-        if load.tag_beside:
+        if load.out_of_band_tag:
             self.step_over_tag(load, to)
 
     def step_over_tag(self, load: LoadPacket, to: Reg) -> None:

@@ -31,7 +31,7 @@ class _Program(ctypes.Structure):
 
 @cache
 def libpcap() -> ctypes.CDLL:
-    """The library and its signatures, found on first use: whoever filters nothing needs none."""
+    """The library and its signatures, loaded on first use, so it is not needed without filters."""
     library = _open_library()
     library.pcap_open_dead.restype = c_void_p
     library.pcap_open_dead.argtypes = (c_int, c_int)

@@ -26,13 +26,14 @@ LOOP_ROUNDS = 8  # extension headers that `protochain` follows
 @dataclass(frozen=True, slots=True)
 class LoadPacket:
     """A = the bytes at `offset`, big-endian. Indexed: at `header` + (X + `offset`), the sum in 32 bits, and a sum of
-    65,536 or more is beyond every packet. `tag_beside`: four bytes nearer if that is behind a VLAN tag (vlan.py)."""
+    65,536 or more is beyond every packet. `out_of_band_tag`: four bytes
+    nearer if that is behind a VLAN tag (vlan.py)."""
 
     size: int
     offset: int
     indexed: bool = False
     header: int = 0
-    tag_beside: bool = False
+    out_of_band_tag: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ def _first_loop(instructions: Sequence[Instruction]) -> tuple[int, int] | None:
     start = jumps[0][1]
     end = max(number for number, to in jumps if to == start)
     if start < 0 or any(to != start and (number < end or to <= end) for number, to in jumps):
-        raise InvalidFilter(f"instruction {jumps[0][0]}: jumps back in a way that is no simple loop")
+        raise InvalidFilter(f"instruction {jumps[0][0]}: backward jump that is not a simple loop")
     return start, end
 
 

@@ -1,4 +1,4 @@
-"""Where a filter may run, and what it is told of the packet there.
+"""Hooks that filters run on, and the packet data available there.
 
 A hook says which fields of its context (struct xdp_md, struct __sk_buff; <linux/bpf.h>) hold what, and how a filter
 reads what lies outside the linear area.
@@ -54,7 +54,7 @@ class Hook:
     """`data` and `data_end`: offsets in the context. `length`: the field with the whole length, where there is one.
 
     `load_bytes` is the helper that reads beyond the linear area; None where all of a packet is linear. `ancillary`:
-    what answers each SKF_AD_ question. `pass_verdict` leaves the packet to whatever comes next.
+    what answers each SKF_AD_ question. `pass_verdict` passes the packet on.
 
     Where programs have no packet pointers, the context is a value of a map that the entry of the program fills:
     `window` in it is a copy of as much as the filter may read, `readable` says how much of the packet can be read at
@@ -90,7 +90,7 @@ ANYWHERE: dict[int, Source] = {
     cbpf.CPU: Helper(ebpf.GET_SMP_PROCESSOR_ID),
 }
 
-# At XDP the VLAN tag is in the frame still, never beside it.
+# At XDP the VLAN tag is still in the frame, never out of band.
 _AT_XDP: dict[int, Source] = ANYWHERE | {
     cbpf.PROTOCOL: FrameField(12),
     cbpf.IFINDEX: Field(12),

@@ -133,7 +133,7 @@ def _live_at_end(block: Block, live: dict[int, frozenset[Variable]]) -> frozense
 
 
 def without_dead(graph: Graph) -> Graph:
-    """Without operations whose result nobody reads."""
+    """Without operations whose result is unused."""
     result: Graph = {}
     live: dict[int, frozenset[Variable]] = {}
     for number in sorted(graph, reverse=True):
@@ -163,7 +163,7 @@ _PRIMITIVES = {cbpf.PKTTYPE: "inbound, outbound"}
 
 def with_answers(graph: Graph, hook: Hook) -> Graph:
     """Questions about the packet that need not be asked at a hook, answered. Raises UnsupportedPrimitive for those that
-    nobody can answer there."""
+    is not available there."""
     return {
         number: replace(block, operations=tuple(_answered(operation, hook) for operation in block.operations))
         for number, block in graph.items()
@@ -175,7 +175,7 @@ def _answered(operation: Operation, hook: Hook) -> Operation:
         return operation
     if operation.what not in hook.ancillary:
         primitive = f" ({_PRIMITIVES[operation.what]})" if operation.what in _PRIMITIVES else ""
-        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]{primitive}: not known at {hook}")
+        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]{primitive}: not available at {hook}")
     match hook.ancillary[operation.what]:
         case FrameField(offset):
             return LoadPacket(2, offset)

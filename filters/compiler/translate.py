@@ -20,7 +20,7 @@ from filters.compiler.emit import DirectEmitter, Exits, HelperEmitter, emit_beyo
 from filters.compiler.graph import Graph, control_flow, unroll
 from filters.compiler.hook import NETWORK_HEADER, Hook
 from filters.compiler.passes import prune, with_answers, without_dead
-from filters.compiler.vlan import with_tag_beside
+from filters.compiler.vlan import with_out_of_band_tag
 
 _MAX_UNROLLED = 1 << 15
 
@@ -53,6 +53,6 @@ def translate(instructions: Sequence[Instruction], hook: Hook) -> Translation:
     cbpf.check(straight, _MAX_UNROLLED)
     graph = prune(control_flow(straight, NETWORK_HEADER))
     if hook.is_tc:
-        graph = prune(with_tag_beside(graph))
+        graph = prune(with_out_of_band_tag(graph))
     graph = prune(without_dead(graph))
     return Translation(hook, with_answers(graph, hook))

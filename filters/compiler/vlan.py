@@ -1,4 +1,4 @@
-"""At tc a VLAN tag lies beside the frame; a filter is made to see it where it was on the wire.
+"""At tc the VLAN tag is out of band; the filter is rewritten to see it where it was on the wire.
 
 The kernel takes the outer tag off before tc-in, and has not put it on yet at tc-out. Enters: the graph of a filter.
 Leaves: the same, and behind a test for a tag its twin, in which bytes 12 to 15 are the tag's and all that follow are
@@ -36,17 +36,17 @@ TAG, TAG_END, TAG_SIZE = 12, 16, 4
 _TAG_TYPES = (0x8100, 0x88A8)  # eth_type_vlan(), <linux/if_vlan.h>
 _QUESTIONS = (cbpf.VLAN_TAG, cbpf.VLAN_TAG_PRESENT, cbpf.VLAN_TPID)
 
-# Where the twin keeps values meanwhile: words that classic BPF does not have.
+# Scratch words of the twin, beyond those of classic BPF.
 _HIGH, _LOW, _KEPT = "M16", "M17", "M18"
 
 
-def with_tag_beside(graph: Graph) -> Graph:
+def with_out_of_band_tag(graph: Graph) -> Graph:
     """A filter that asks for the tag itself (SKF_AD_VLAN_TAG and its like) stays as it is."""
     if any(isinstance(o, LoadAncillary) and o.what in _QUESTIONS for b in graph.values() for o in b.operations):
         return graph
     size = max(graph) + 1
     plain = _moved(graph, 1, lambda operation: iter([operation]))
-    twin = _moved(_without_other_types(graph), 1 + size, _beside)
+    twin = _moved(_without_other_types(graph), 1 + size, _with_tag)
     entry, tagged = min(plain), min(twin)
     twin[tagged] = replace(twin[tagged], operations=(Set(A, 0), *twin[tagged].operations))
     question = Block((LoadAncillary(cbpf.VLAN_TAG_PRESENT),), Branch(cbpf.JEQ, 0, entry, tagged))
@@ -56,7 +56,7 @@ def with_tag_beside(graph: Graph) -> Graph:
 def _moved(graph: Graph, distance: int, change: Callable[[Operation], Iterator[Operation]]) -> Graph:
     moved: Graph = {}
     for number, block in graph.items():
-        operations = tuple(made for operation in block.operations for made in change(operation))
+        operations = tuple(changed for operation in block.operations for changed in change(operation))
         moved[number + distance] = Block(operations, _later(block.end, distance))
     return moved
 
@@ -70,10 +70,10 @@ def _later(end: Terminator, distance: int) -> Terminator:
     return end
 
 
-def _beside(operation: Operation) -> Iterator[Operation]:
+def _with_tag(operation: Operation) -> Iterator[Operation]:
     match operation:
         case LoadPacket(indexed=True):
-            yield _beside_indexed(operation)
+            yield _shift_indexed(operation)
         case LoadPacket(size, offset):
             yield from _bytes(offset, size)
         case LoadHeaderLength(offset) if TAG <= offset < TAG_END:
@@ -87,10 +87,10 @@ def _beside(operation: Operation) -> Iterator[Operation]:
             yield operation
 
 
-def _beside_indexed(load: LoadPacket) -> LoadPacket:
+def _shift_indexed(load: LoadPacket) -> LoadPacket:
     if load.header == 0 and TAG_END <= load.offset < 1 << 31:
         return replace(load, offset=load.offset - TAG_SIZE)
-    return replace(load, tag_beside=True)
+    return replace(load, out_of_band_tag=True)
 
 
 def _keeping_a(steps: list[Operation]) -> Iterator[Operation]:

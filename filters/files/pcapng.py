@@ -1,7 +1,7 @@
 """Capture files in the pcapng format: a section of interfaces, packets with what is known of them, statistics.
 
-Enters: records with notes (filters.records.notes), times in nanoseconds. Leaves: blocks in the host's byte order. The
-format: draft-ietf-opsawg-pcapng. Each packet names its interface and direction, and behind XDP in a comment what
+Enters: records with metadata (filters.records.metadata), times in ns. Leaves: blocks in the host's byte order.
+Format: draft-ietf-opsawg-pcapng. Each packet names its interface and direction, and behind XDP in a comment what
 became of it: `XDP_TX forwarded`. filters.native has the loops over packets once more, in C.
 """
 
@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from filters import native
 from filters.records.counts import Counts
-from filters.records.notes import ACTIONS, CapturePoint, Noted, PacketMetadata, noted
+from filters.records.metadata import ACTIONS, CapturedPacket, CapturePoint, PacketMetadata, captured_packets
 from filters.records.pcap import File, Sink, Span, record
 
 _SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
@@ -91,11 +91,11 @@ class Layout:
 
     @cached_property
     def directions(self) -> list[int]:
-        return [_DIRECTIONS[place.direction] for place in CapturePoint]
+        return [_DIRECTIONS[point.direction] for point in CapturePoint]
 
     @cached_property
     def comments(self) -> list[bytes]:
-        """By action and reason; the last action stands for none, the last reason for what we do not know by name."""
+        """By action and reason; the last action stands for none, the last reason for unknown ones."""
         none = [b""] * (len(self.reasons) + 1)
         return [_comment(action, reason) for action in ACTIONS for reason in (*self.reasons, "")] + none
 
@@ -107,9 +107,9 @@ class Layout:
             ifindexes, self.directions, b"".join(self.comments), ends, len(ACTIONS) + 1, len(self.reasons) + 1
         )
 
-    def comment(self, note: PacketMetadata) -> bytes:
+    def comment(self, metadata: PacketMetadata) -> bytes:
         columns = len(self.reasons) + 1
-        found: bytes = self.comments[min(note.action, len(ACTIONS)) * columns + min(note.reason, columns - 1)]
+        found: bytes = self.comments[min(metadata.action, len(ACTIONS)) * columns + min(metadata.reason, columns - 1)]
         return found
 
 
@@ -118,25 +118,25 @@ def _comment(action: str, reason: str) -> bytes:
 
 
 def blocks(spans: Sequence[Span], layout: Layout) -> bytes:
-    """The packets of records with notes."""
-    return b"".join(_packet_block(packet, layout) for span in spans for packet in noted(span))
+    """The packets of records with metadata."""
+    return b"".join(_packet_block(packet, layout) for span in spans for packet in captured_packets(span))
 
 
-def _packet_block(packet: Noted, layout: Layout) -> bytes:
-    direction = layout.directions[packet.note.place]
+def _packet_block(packet: CapturedPacket, layout: Layout) -> bytes:
+    direction = layout.directions[packet.metadata.point]
     flags = _option(_PACKET_FLAGS, _SIZE.pack(direction)) if direction else b""
-    number = layout.numbers.get(packet.note.ifindex, 0)
+    number = layout.numbers.get(packet.metadata.ifindex, 0)
     fixed = _SIZE.pack(number) + _time(packet.seconds * _NS + packet.fraction)
     data = bytes(packet.data)
     body = fixed + struct.pack("=II", len(data), packet.length) + _padded(data)
-    return _block(_PACKET, body + _options(flags, layout.comment(packet.note)))
+    return _block(_PACKET, body + _options(flags, layout.comment(packet.metadata)))
 
 
 def plain(spans: Sequence[Span]) -> Sequence[Span]:
-    """The records without their notes."""
+    """The records without their metadata."""
     if native.blocks_library:
-        return [native.without_notes(span) for span in spans]
-    packets = (packet for span in spans for packet in noted(span))
+        return [native.strip_metadata(span) for span in spans]
+    packets = (packet for span in spans for packet in captured_packets(span))
     return [b"".join(record(p.seconds, p.fraction, bytes(p.data), p.length) for p in packets)]
 
 
@@ -154,8 +154,8 @@ class Statistics:
     """Of one interface, by its number in the file; times in nanoseconds since 1970."""
 
     number: int
-    begun_ns: int
-    ended_ns: int
+    start_ns: int
+    end_ns: int
     counts: Counts
 
     def block(self) -> bytes:
@@ -165,9 +165,9 @@ class Statistics:
             _STATISTICS_ACCEPTED: self.counts.matched,
             _STATISTICS_DELIVERED: self.counts.captured,
         }
-        options = [_option(_STATISTICS_START, _time(self.begun_ns)), _option(_STATISTICS_END, _time(self.ended_ns))]
+        options = [_option(_STATISTICS_START, _time(self.start_ns)), _option(_STATISTICS_END, _time(self.end_ns))]
         options += [_option(code, struct.pack("=Q", value)) for code, value in numbers.items()]
-        return _block(_STATISTICS, _SIZE.pack(self.number) + _time(self.ended_ns) + _options(*options))
+        return _block(_STATISTICS, _SIZE.pack(self.number) + _time(self.end_ns) + _options(*options))
 
 
 def file_header(application: str, layout: Layout, link_type: int, snaplen: int, expression: str) -> bytes:
@@ -176,7 +176,7 @@ def file_header(application: str, layout: Layout, link_type: int, snaplen: int, 
 
 
 class Blocks:
-    """A Sink for records with notes, in front of a File of blocks."""
+    """A Sink for records with metadata, in front of a File of blocks."""
 
     def __init__(self, file: File, layout: Layout) -> None:
         self._file, self._layout = file, layout
@@ -202,8 +202,8 @@ class Blocks:
         self._file.close()
 
 
-class WithoutNotes:
-    """A Sink for records with notes, in front of one that knows of none."""
+class StripMetadata:
+    """A Sink for records with metadata, in front of one for plain records."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink

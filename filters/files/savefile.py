@@ -1,4 +1,4 @@
-"""Capture files that somebody else has written, and a filter run over them in the kernel.
+"""Existing capture files, and a filter run over them in the kernel.
 
 Enters: a file that libpcap can read (pcap, pcapng, `-` for standard input). Leaves: its packets, or those that a filter
 accepts: the translated program is run on each by BPF_PROG_TEST_RUN.

@@ -64,7 +64,7 @@ class Summaries:
         sys.stdout.flush()
 
     def check(self) -> None:
-        """Whether somebody reads shows when there is something to say."""
+        """A closed reader is only noticed on write."""
 
     def close(self) -> None:
         """Nothing is held back."""

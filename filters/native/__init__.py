@@ -57,9 +57,9 @@ def _load_merge() -> Any:
 def _load_blocks() -> Any:
     if found := _load("pcapng.so"):
         found.to_blocks.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-        found.without_notes.argtypes = (c_void_p, c_void_p, c_void_p)
+        found.strip_metadata.argtypes = (c_void_p, c_void_p, c_void_p)
         found.count_records.argtypes = (c_void_p, c_void_p)
-        for function in (found.to_blocks, found.without_notes, found.count_records):
+        for function in (found.to_blocks, found.strip_metadata, found.count_records):
             function.restype = c_size_t
     return found
 
@@ -76,7 +76,7 @@ blocks_library: Any = _load_blocks()
 wait_library: Any = _load_wait()
 
 # Beyond a record: the rest of the block's head, its size once more, what aligns the packet, a flag, the end of options.
-_MOST_BESIDE_COMMENT = 12 + 4 + 3 + 8 + 4
+_MAX_OVERHEAD = 12 + 4 + 3 + 8 + 4
 
 
 def merged(spans: Sequence[memoryview]) -> memoryview:
@@ -100,27 +100,27 @@ def table(
 ) -> Table:
     words = [(c_uint32 * len(numbers))(*numbers) for numbers in (ifindexes, directions, ends)]
     text = ctypes.create_string_buffer(comments)
-    by_interface, by_place, by_comment = map(ctypes.addressof, words)
-    made = Table(by_interface, len(ifindexes), by_place, ctypes.addressof(text), by_comment, actions, reasons)
-    made.kept = (*words, text)
-    made.longest_comment = max(end - start for start, end in zip([0, *ends], ends, strict=False))
-    return made
+    by_interface, by_point, by_comment = map(ctypes.addressof, words)
+    result = Table(by_interface, len(ifindexes), by_point, ctypes.addressof(text), by_comment, actions, reasons)
+    result.kept = (*words, text)
+    result.longest_comment = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return result
 
 
 def blocks(span: memoryview | bytes | bytearray, layout: Table) -> memoryview:
-    """The packets of records with notes as blocks of the pcapng format."""
+    """The packets of records with metadata as blocks of the pcapng format."""
     given, start, end = _bounds(span)
-    surplus = blocks_library.count_records(start, end) * (_MOST_BESIDE_COMMENT + layout.longest_comment)
+    surplus = blocks_library.count_records(start, end) * (_MAX_OVERHEAD + layout.longest_comment)
     out = (ctypes.c_char * (len(span) + surplus))()
     size = blocks_library.to_blocks(ctypes.byref(layout), start, end, out)
     del given
     return memoryview(out).cast("B")[:size]
 
 
-def without_notes(span: memoryview | bytes | bytearray) -> memoryview:
+def strip_metadata(span: memoryview | bytes | bytearray) -> memoryview:
     given, start, end = _bounds(span)
     out = (ctypes.c_char * len(span))()
-    size = blocks_library.without_notes(start, end, out)
+    size = blocks_library.strip_metadata(start, end, out)
     del given
     return memoryview(out).cast("B")[:size]
 

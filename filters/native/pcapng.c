@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What filters.pcapng does with each packet, in C: the Python functions there say what is done, and are the oracle of its
- * tests. Records come in whole, in the host's byte order, with a note in front of each packet.
+ * tests. Records come in whole, in the host's byte order, with metadata in front of each packet.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -15,8 +15,8 @@ struct record {
 	uint32_t seconds, fraction, caplen, length;
 };
 
-struct note {
-	uint32_t ifindex, place, action, reason, egress;
+struct metadata {
+	uint32_t ifindex, point, action, reason, egress;
 };
 
 struct block {
@@ -27,7 +27,7 @@ struct block {
 struct table {
 	const uint32_t *ifindexes; /* by the number that an interface has in the file */
 	uint32_t interfaces;
-	const uint32_t *directions; /* by place: the value of the option epb_flags */
+	const uint32_t *directions; /* by capture point: the value of the option epb_flags */
 	const uint8_t *comments;    /* one for each action and reason, of a whole number of words */
 	const uint32_t *comment_ends;
 	uint32_t actions, reasons; /* the last of each stands for all that are larger */
@@ -59,10 +59,10 @@ static uint8_t *put(uint8_t *out, const void *what, size_t size)
 	return out + size;
 }
 
-static uint8_t *put_options(uint8_t *out, const struct table *table, const struct note *note)
+static uint8_t *put_options(uint8_t *out, const struct table *table, const struct metadata *metadata)
 {
-	uint32_t direction = table->directions[note->place];
-	uint32_t row = at_most(note->action, table->actions - 1) * table->reasons + at_most(note->reason, table->reasons - 1);
+	uint32_t direction = table->directions[metadata->point];
+	uint32_t row = at_most(metadata->action, table->actions - 1) * table->reasons + at_most(metadata->reason, table->reasons - 1);
 	uint32_t start = row ? table->comment_ends[row - 1] : 0, size = table->comment_ends[row] - start;
 
 	if (direction != NO_DIRECTION) {
@@ -76,20 +76,20 @@ static uint8_t *put_options(uint8_t *out, const struct table *table, const struc
 static uint8_t *put_block(uint8_t *out, const struct table *table, const struct record *record, const uint8_t *packet)
 {
 	uint8_t *start = out;
-	struct note note;
+	struct metadata metadata;
 	struct block block = { .type = ENHANCED_PACKET_BLOCK };
 	uint64_t time = record->seconds * NS_PER_SECOND + record->fraction;
 	uint32_t zero = 0;
 
-	memcpy(&note, packet, sizeof(note)); /* records are not aligned */
-	block.interface = interface_number(table, note.ifindex);
+	memcpy(&metadata, packet, sizeof(metadata)); /* records are not aligned */
+	block.interface = interface_number(table, metadata.ifindex);
 	block.time_high = time >> 32;
 	block.time_low = time;
-	block.caplen = record->caplen - sizeof(note);
-	block.length = record->length - sizeof(note);
-	out = put(out + sizeof(block), packet + sizeof(note), block.caplen);
+	block.caplen = record->caplen - sizeof(metadata);
+	block.length = record->length - sizeof(metadata);
+	out = put(out + sizeof(block), packet + sizeof(metadata), block.caplen);
 	out = put(out, &zero, padded(block.caplen) - block.caplen);
-	out = put_options(out, table, &note);
+	out = put_options(out, table, &metadata);
 	block.size = out - start + sizeof(block.size);
 	put(start, &block, sizeof(block));
 	return put(out, &block.size, sizeof(block.size));
@@ -110,19 +110,19 @@ size_t to_blocks(const struct table *table, const uint8_t *at, const uint8_t *en
 	return out - start;
 }
 
-/* All records without their notes; returns how many bytes they are. */
-size_t without_notes(const uint8_t *at, const uint8_t *end, uint8_t *out)
+/* All records without their metadata; returns how many bytes they are. */
+size_t strip_metadata(const uint8_t *at, const uint8_t *end, uint8_t *out)
 {
 	uint8_t *start = out;
 
 	while (at < end) {
-		const uint8_t *packet = at + sizeof(struct record) + sizeof(struct note);
+		const uint8_t *packet = at + sizeof(struct record) + sizeof(struct metadata);
 		struct record record;
 
 		memcpy(&record, at, sizeof(record));
 		at += sizeof(record) + record.caplen;
-		record.caplen -= sizeof(struct note);
-		record.length -= sizeof(struct note);
+		record.caplen -= sizeof(struct metadata);
+		record.length -= sizeof(struct metadata);
 		out = put(out, &record, sizeof(record));
 		out = put(out, packet, record.caplen);
 	}

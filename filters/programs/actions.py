@@ -1,4 +1,4 @@
-"""What a firewall asks of packets and does with them, beside what filters.programs.program has: sets, deadlines, rate
+"""Conditions and actions of a firewall, in addition to those of filters.programs.program: sets, deadlines, rate
 limits.
 
 Enters: maps and numbers. Leaves: Conditions and FilterActions for Rules, and the assembly of rules that are for several
@@ -136,7 +136,7 @@ class Limit:
 
 # Sets
 
-_TAGS = 2  # VLAN tags in the frame; at tc the kernel keeps one more beside it
+_TAGS = 2  # VLAN tags in the frame; at tc the kernel keeps one more out of band
 _ETHERTYPE, _NETWORK_HEADER, _TAG_SIZE = 12, 14, 4
 _IPV4, _IPV6, _VLAN, _SERVICE_VLAN = (
     int.from_bytes(struct.pack(">H", t), "little") for t in (0x800, 0x86DD, 0x8100, 0x88A8)

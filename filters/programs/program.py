@@ -1,8 +1,8 @@
 """Filters with actions, assembled into one program, loaded through bpf(2).
 
-Enters: rules, each a translated filter with tails: what happens to a packet that it accepts. Leaves: a loaded program,
-to be attached or test-run. Rules are tried in order; a packet that no tail ends goes on to the next rule, and behind
-the last one it passes.
+Enters: rules, each a translated filter with actions for the packets it accepts. Leaves: a loaded program, to be
+attached or test-run. Rules are tried in order; a packet without a final action goes to the next rule, and passes
+after the last one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _MAP_TYPE_PERCPU_ARRAY = 6
 
 
 class Condition(Protocol):
-    """What else is asked of a packet that a filter accepts, in eBPF: it goes to `otherwise` where it does not hold.
+    """A further condition on a packet that a filter accepts, in eBPF: jumps to `otherwise` where it does not hold.
 
-    The same registers are its own as a tail's.
+    It may use the same registers as an action.
     """
 
     def emit(self, asm: Assembler, hook: Hook, otherwise: Label) -> None: ...
@@ -45,9 +45,9 @@ class FilterAction(Protocol):
     """What is done with a packet that a filter accepts, in eBPF.
 
     At its start r6 is the program's context and r9 the accepted length (32 bits, not zero; it may be larger than the
-    packet). It keeps both, may use every other register and all of the stack, and expects nothing of them: data and
-    data_end are to be loaded from the context anew. It ends the program (sets r0, exit()), or runs to its end, where
-    the next tail or the next rule follows. Maps it refers to must be open until the program is loaded.
+    packet). It keeps both, may use every other register and all of the stack, and assumes nothing about them: data and
+    data_end must be loaded from the context. It ends the program (sets r0, exit()), or runs to its end, where
+    the next action or the next rule follows. Maps it refers to must be open until the program is loaded.
     """
 
     def emit(self, asm: Assembler, hook: Hook) -> None: ...
@@ -55,7 +55,7 @@ class FilterAction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The packet goes on its way, past the rules that follow."""
+    """The packet passes; later rules are skipped."""
 
     def emit(self, asm: Assembler, hook: Hook) -> None:
         _return(asm, hook.pass_verdict)
@@ -69,7 +69,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class ReturnLength:
-    """The program's value is the accepted length: for test runs, with `Reject` behind."""
+    """The program's value is the accepted length: for test runs, followed by `Reject`."""
 
     def emit(self, asm: Assembler, _hook: Hook) -> None:
         asm.mov(R0, ACCEPTED)
@@ -130,7 +130,7 @@ class Count:
 
 
 def load_length(asm: Assembler, hook: Hook, to: Reg) -> None:
-    """For tails: the packet's whole length, linear or not. Loses r0 to r5; `to` is another one."""
+    """For actions: the packet's whole length, linear or not. Loses r0 to r5; `to` is another one."""
     if hook.length is not None:
         asm.load(to, CONTEXT, hook.length, 4)
     elif hook.load_bytes:
@@ -145,15 +145,15 @@ def load_length(asm: Assembler, hook: Hook, to: Reg) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A filter, what else a packet must be, and what is done with it then, in this order."""
+    """A filter, further conditions, and the actions on what meets them."""
 
     translation: Translation
-    tails: Sequence[FilterAction]
+    actions: Sequence[FilterAction]
     conditions: Sequence[Condition] = ()
 
 
 class Entry(Protocol):
-    """What a program begins with: from the context that the kernel gives in r1 it makes that of the hook, in r6."""
+    """The start of a program: from the kernel's context in r1 it makes the hook's context in r6."""
 
     def emit(self, asm: Assembler, hook: Hook) -> None: ...
 
@@ -168,27 +168,27 @@ class KernelContext:
 def assemble(
     hook: Hook, rules: Sequence[Rule], otherwise: FilterAction | None = None, entry: Entry | None = None
 ) -> tuple[Instruction, ...]:
-    """One program. `otherwise`: for packets that no rule ended; they pass if it does not end them. Raises TooLong."""
+    """One program. `otherwise`: action for packets without a final action; they pass without one. Raises TooLong."""
     asm = Assembler()
     (entry or KernelContext()).emit(asm, hook)
     exits = [emit_rule(asm, hook, rule) for rule in rules]
-    for tail in (otherwise, Pass()):
-        if tail:
-            tail.emit(asm, hook)
+    for action in (otherwise, Pass()):
+        if action:
+            action.emit(asm, hook)
     for rule, exit_labels in zip(rules, exits, strict=True):
         rule.translation.emit_rest(asm, exit_labels)
     return asm.assemble()
 
 
 def emit_rule(asm: Assembler, hook: Hook, rule: Rule) -> Exits:
-    """Falls through its end with what goes on. Its translation's emit_rest() is to be called with the result."""
+    """Packets without a final action fall through. Call its translation's emit_rest() with the result."""
     accept, onward = Label(), Label()
     exits = rule.translation.emit(asm, accept, onward)
     asm.place(accept)
     for condition in rule.conditions:
         condition.emit(asm, hook, onward)
-    for tail in rule.tails:
-        tail.emit(asm, hook)
+    for action in rule.actions:
+        action.emit(asm, hook)
     asm.place(onward)
     return exits
 
@@ -262,7 +262,7 @@ def refused(name: str, error: OSError, log: list[str]) -> Exception:
     if error.errno == errno.EPERM:
         return NotPermitted("not permitted to use BPF programs: run as root (CAP_BPF and CAP_NET_ADMIN)")
     if error.errno == errno.E2BIG:
-        return TooLong(f"{name}: more than the 1,000,000 instructions that the verifier goes through: split the filter")
+        return TooLong(f"{name}: exceeds the verifier's limit of 1,000,000 processed instructions: split the filter")
     if error.errno == errno.EFAULT:  # of the verifier's push_stack()
-        return TooLong(f"{name}: more branches than the 8,192 that the verifier keeps in mind: split the filter")
-    return LoadError(f"{name}: the kernel refuses it: {error.strerror}{useful_tail(log)}")
+        return TooLong(f"{name}: exceeds the verifier's limit of 8,192 pending branches: split the filter")
+    return LoadError(f"{name}: rejected by the kernel: {error.strerror}{useful_tail(log)}")

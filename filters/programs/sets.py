@@ -25,7 +25,7 @@ from xdp.errors import MapError
 from xdp.maps import Map
 
 _MAP_TYPE_LPM_TRIE, _F_NO_PREALLOC = 11, 1
-_MOST_PREFIXES = 1 << 24  # takes no memory: nodes are made as they are needed
+_MAX_PREFIXES = 1 << 24  # takes no memory: nodes are made as they are needed
 _BATCH = 1 << 16
 
 # A key of a trie: the length in the host's byte order, the address in the network's. Read as a little-endian number.
@@ -176,7 +176,7 @@ def _trie(name: str, fd: int, key_size: int) -> Map:
 def _new_trie(name: str, key_size: int) -> Map:
     opts = libbpf.MapCreateOpts(sz=ctypes.sizeof(libbpf.MapCreateOpts), map_flags=_F_NO_PREALLOC)
     try:
-        fd = libbpf.map_create(_MAP_TYPE_LPM_TRIE, name.encode(), key_size, 1, _MOST_PREFIXES, ctypes.byref(opts))
+        fd = libbpf.map_create(_MAP_TYPE_LPM_TRIE, name.encode(), key_size, 1, _MAX_PREFIXES, ctypes.byref(opts))
     except OSError as error:
         raise refused(name, error, []) from error
     return _trie(name, fd, key_size)
@@ -191,12 +191,12 @@ def _add(trie: Map, keys: bytes) -> None:
             libbpf.update_batch(trie.fd, batch, values, ctypes.byref(ctypes.c_uint32(len(batch) // size)), None)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise MapError(f"map {trie.name}: full: holds {_MOST_PREFIXES} prefixes") from error
+                raise MapError(f"map {trie.name}: full: holds {_MAX_PREFIXES} prefixes") from error
             raise MapError(f"map {trie.name}: cannot write: {error.strerror}") from error
 
 
 def _remove(trie: Map, keys: bytes) -> None:
-    """A prefix that is not there is passed over."""
+    """Missing prefixes are ignored."""
     size, start = ctypes.sizeof(trie.key_type), 0
     while start < len(keys):
         batch = keys[start : start + _BATCH * size]

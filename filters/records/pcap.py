@@ -21,7 +21,7 @@ _VERSION = (2, 4)
 _HEADER = struct.Struct("=IHHiIII")
 _RECORD = struct.Struct("=IIII")  # seconds, fraction, captured length, length
 _WORD = 0xFFFFFFFF
-_MOST_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
+_MAX_SPANS = 64  # of one writev(2); IOV_MAX is 1,024
 
 Span = memoryview | bytes | bytearray
 Offsets = Callable[[Span], Iterator[tuple[int, int, int]]]
@@ -56,7 +56,7 @@ def count_records(span: Span) -> int:
 
 
 class Sink(Protocol):
-    """Where records go, whole ones. write() raises DumpError, and as check() does BrokenPipeError if nobody reads."""
+    """Receives whole records. write() raises DumpError; both raise BrokenPipeError if the reader is gone."""
 
     def write(self, spans: Sequence[Span]) -> None: ...
 
@@ -82,7 +82,7 @@ class Rotation:
 
 
 class FilesFull(Exception):
-    """As many files are written as -W allows beside -G. `written` records of the call are in the last one."""
+    """The limit of -W with -G is reached. `written` records of the call are in the last file."""
 
     def __init__(self, written: int) -> None:
         self.written = written
@@ -116,7 +116,7 @@ class File:
         self.close()
 
     def write(self, spans: Sequence[Span]) -> None:
-        """Raises FilesFull too, when all files are there; what comes behind is not written."""
+        """Also raises FilesFull once all files are written; later records are not."""
         self._delivered = 0
         if not self._may_rotate(spans):
             self._append(spans)
@@ -134,7 +134,7 @@ class File:
             if not self._is_cut:
                 self._put([memoryview(self._trailer())])
         except BrokenPipeError:
-            pass  # nobody reads any more
+            pass  # the reader is gone
         except DumpError:
             self._cut(whole)
             raise
@@ -206,7 +206,7 @@ class File:
         waiting = [span for span in waiting if len(span)]
         while waiting:
             try:
-                written = os.writev(self._fd, waiting[:_MOST_SPANS])
+                written = os.writev(self._fd, waiting[:_MAX_SPANS])
             except BrokenPipeError:
                 raise
             except OSError as error:

@@ -113,7 +113,7 @@ def _otherwise(c: Comparison) -> tuple[int, ...]:
 
 
 def _with_value(frame: bytes, origin: Origin, wanted: int) -> bytes | None:
-    """The frame in which the bytes of origin lead to that value; None where there is none."""
+    """The frame in which the bytes of origin lead to that value; None if impossible."""
     raw = int.from_bytes(frame[origin.offset : origin.offset + origin.size], "big") if origin.size else len(frame)
     before = [raw]
     for operation, operand in origin.steps:

@@ -41,7 +41,7 @@ class KernelFilter:
         except OSError as error:
             self.close()
             raise InvalidFilter(
-                f"{len(instructions)} instructions: the kernel refuses them: {error.strerror}"
+                f"{len(instructions)} instructions: rejected by the kernel: {error.strerror}"
             ) from error
 
     def __enter__(self) -> Self:

@@ -30,7 +30,9 @@ class Mismatch:
     actual: int
 
     def __str__(self) -> str:
-        return f"of {self.frame.hex()} classic BPF accepts {self.expected} bytes, the translation {self.actual}"
+        return (
+            f"frame {self.frame.hex()}: classic BPF accepts {self.expected} bytes, the translated filter {self.actual}"
+        )
 
 
 def load_bare(instructions: Sequence[Instruction], hook: Hook) -> LoadedProgram:
@@ -73,6 +75,6 @@ def check(instructions: Sequence[Instruction], hook: Hook) -> None:
     mismatches = selftest(instructions, hook)
     if mismatches:
         raise SelftestFailed(
-            f"the translated filter is not what it was translated from ({len(mismatches)} of {_FRAMES} frames):"
-            f" {mismatches[0]}: please report it; --no-selftest attaches it all the same"
+            f"self-test failed: the translated filter differs from classic BPF ({len(mismatches)} of {_FRAMES} frames):"
+            f" {mismatches[0]}: please report this; --no-selftest skips the test"
         )

@@ -1,7 +1,7 @@
-"""Who may use the API over TCP, and who has changed what: the file access.db beside the store.
+"""Tokens and audit log of the API over TCP, in access.db next to the store.
 
-Enters: secrets that were shown once, and entries of the audit log. Leaves: the token that a secret belongs to. Of a
-secret only the SHA-256 is kept, which for 256 random bits is as good as a slow hash: there is nothing to guess.
+Enters: secrets, shown once on creation, and audit entries. Leaves: the token of a secret. Only the SHA-256 of a secret
+is stored; for 256 random bits that is as good as a slow hash.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Access:
         with _translated(self._path):
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
-                raise StoreError(f"{self._path}: written by a newer xdp-lb (schema {version}): upgrade xdp-lb")
+                raise StoreError(f"{self._path}: created by a newer xdp-lb (schema {version}): upgrade xdp-lb")
             if version < SCHEMA_VERSION:
                 self._connection.executescript(SCHEMA)
             # A power cut may cost the last entries, but no change waits for the disk.
@@ -133,16 +133,16 @@ class Access:
     # Tokens
 
     def create(self, name: str, role: Role) -> str:
-        """The secret, which nobody can read again. Raises InvalidInput, AlreadyExists."""
+        """The secret, which cannot be read again. Raises InvalidInput, AlreadyExists."""
         if not NAME.fullmatch(name):
-            raise InvalidInput(f"token {name or '(empty)'}: not a name: up to 63 letters, digits, and _ . -")
+            raise InvalidInput(f"token {name or '(empty)'}: invalid name: use up to 63 letters, digits, and _ . -")
         secret = PREFIX + secrets.token_hex(SECRET_BYTES)
         row = (name, _digest(secret), role.value, int(time.time()))
         with _translated(self._path):
             try:
                 self._connection.execute("INSERT INTO token VALUES (?, ?, ?, ?)", row)
             except sqlite3.IntegrityError:
-                raise AlreadyExists(f"token {name}: there already: revoke it first, or choose another name") from None
+                raise AlreadyExists(f"token {name}: already exists: revoke it first or choose another name") from None
         self._known = None
         return secret
 
@@ -150,7 +150,7 @@ class Access:
         """From its next request on. Raises NotFound."""
         with _translated(self._path):
             if not self._connection.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount:
-                raise NotFound(f"token {name}: there is none: see xdp-lb token list")
+                raise NotFound(f"token {name}: not found: see xdp-lb token list")
         self._known = None
 
     def tokens(self) -> list[Token]:
@@ -204,7 +204,7 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreError(f"{path}: {error}: run as root, with space on a disk that is not read-only") from error
+        raise StoreError(f"{path}: {error}: run as root, and check that the disk is writable and not full") from error
     except OSError as error:
         raise StoreError(f"{error.filename or path}: {error.strerror}: run as root, or set XDP_LB_STATE_DIR") from error
 
@@ -223,7 +223,7 @@ class Failures:
         self._failed: OrderedDict[str, list[float]] = OrderedDict()
 
     def wait_s(self, address: str, now_s: float) -> float:
-        """How long nothing from there is looked at; 0: it is."""
+        """For how long requests from this address are refused; 0: they are not."""
         failed = [at for at in self._failed.get(_network(address), ()) if now_s - at < self._period_s]
         return self._period_s - (now_s - failed[0]) if len(failed) >= self._rate else 0.0
 

@@ -1,4 +1,4 @@
-"""The API as one ASGI application: its routes, its metrics and health endpoints, its description."""
+"""The API as one ASGI application: routes, metrics, health endpoints, OpenAPI description."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(owner: BalancerThread, unready: Callable[[], str], beside: FeatureThreads | None = None) -> FastAPI:
-    """`unready` says why the daemon is not ready, or nothing. `beside`: the kernel that filters, explanations and
+def create_app(owner: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
+    """`unready` says why the daemon is not ready, or nothing. `features`: the kernel that filters, explanations and
     stages are of; None: there is none."""
     app = FastAPI(
         title="xdp-lb",
@@ -37,12 +37,12 @@ def create_app(owner: BalancerThread, unready: Callable[[], str], beside: Featur
         redirect_slashes=False,
         exception_handlers=HANDLERS,
     )
-    app.state.owner, app.state.beside = owner, beside
+    app.state.owner, app.state.features = owner, features
     routers = [
         services.router,
         status.router,
         page.router,
-        *((filters.router, explain.router, stages.router) if beside else ()),
+        *((filters.router, explain.router, stages.router) if features else ()),
     ]
     for each in routers:
         app.include_router(each)
@@ -77,7 +77,7 @@ def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[
 
 
 def _describe_problems(app: FastAPI) -> None:
-    """Add the schema that all problems refer to, when somebody asks for the description."""
+    """Add the schema that all problems refer to, when the description is first requested."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:

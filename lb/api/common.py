@@ -1,6 +1,6 @@
-"""What all parts of the API share: its parameters, its answers, and entity tags.
+"""Parameters, responses and entity tags shared by all routes.
 
-Enters: requests. Leaves: the daemon's parts that they are for, and bodies with their tags.
+Enters: requests. Leaves: the parts of the daemon that serve them, and bodies with entity tags.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lb.runtime.features import FeatureThreads
 
 JSON = "application/json"
 
-DryRun = Annotated[bool, Query(description="Say what would change; change nothing")]
-IfMatch = Annotated[str | None, Header(description="Entity tags; another one now: 412")]
-IfNoneMatch = Annotated[str | None, Header(description="Entity tags; one of them now: 304")]
+DryRun = Annotated[bool, Query(description="Report what would change without changing anything")]
+IfMatch = Annotated[str | None, Header(description="Entity tags; 412 if none matches")]
+IfNoneMatch = Annotated[str | None, Header(description="Entity tags; 304 if one matches")]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -39,13 +39,13 @@ async def _owner(request: Request) -> BalancerThread:
     return owner
 
 
-async def _beside(request: Request) -> FeatureThreads:
-    beside: FeatureThreads = request.app.state.beside
-    return beside
+async def _features(request: Request) -> FeatureThreads:
+    features: FeatureThreads = request.app.state.features
+    return features
 
 
 TheOwner = Annotated[BalancerThread, Depends(_owner)]
-TheBeside = Annotated[FeatureThreads, Depends(_beside)]
+TheFeatures = Annotated[FeatureThreads, Depends(_features)]
 
 
 def is_here(request: Request) -> bool:
@@ -64,7 +64,7 @@ def check_unchanged(if_match: str | None, etag: str | None, what: str) -> None:
     """Raises Conflict. `etag` None: it is not there."""
     if if_match is None or (etag and (if_match.strip() == "*" or etag in _tags(if_match))):
         return
-    raise Conflict(f"{what}: has changed meanwhile: read it again, and decide anew")
+    raise Conflict(f"{what}: modified since it was read: fetch it again and retry")
 
 
 def _is_known(if_none_match: str | None, etag: str) -> bool:

@@ -1,6 +1,6 @@
-"""Errors of the API as its answers: every one is a Problem, and the audit log gets its sentence.
+"""Exceptions -> problem responses (RFC 9457); the audit log gets the detail.
 
-Enters: what was raised while a request was answered. Leaves: a response.
+Enters: an exception raised while a request was handled. Leaves: a response.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     where, *steps = first["loc"]
     if first["type"] == "json_invalid":
         return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
-    place = pointer(steps) if where == "body" else None
+    field = pointer(steps) if where == "body" else None
     named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
-    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=place)
+    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=field)
     return _response(request, wrong)
 
 
@@ -50,10 +50,10 @@ async def on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        detail = "there is nothing at this path: see /openapi.json"
+        detail = "no such path: see /openapi.json"
     elif error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
-        detail = f"{request.method} means nothing here: {headers['Allow']} do"
+        detail = f"method {request.method} not allowed: use {headers['Allow']}"
     else:
         detail = str(error.detail)
     return _response(request, Problem(error.status_code, detail, headers=headers))
@@ -68,7 +68,7 @@ def _allowed(request: Request) -> list[str]:
 
 async def on_bug(request: Request, error: Exception) -> Response:
     # starlette raises the error again behind this, for lb.api.guard to log
-    return _response(request, Problem(500, "internal error: the log of the daemon has more"))
+    return _response(request, Problem(500, "internal error: see the daemon's log"))
 
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {

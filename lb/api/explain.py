@@ -1,6 +1,6 @@
-"""Explanations in the REST API.
+"""Explain in the REST API.
 
-Enters: a packet in words, in hexadecimal digits or in a capture file. Leaves: the documents of `xdp-lb explain --json`.
+Enters: a packet as a flow, in hex or in a capture file. Leaves: the documents of `xdp-lb explain --json`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter, Response
 
-from lb.api.common import ALWAYS, JSON, TheBeside
+from lb.api.common import ALWAYS, JSON, TheFeatures
 from lb.api.models.explain import ExplainBody, ExplanationAnswer, pcap_bytes
 from lb.errors import InvalidInput, part
 from lb.explain.explainer import Explainer
@@ -18,20 +18,20 @@ from lb.formats import json_bytes
 from lb.formats.capture_file import capture_of
 from lb.formats.documents import Document
 
-MOST_PACKETS = 1000  # of one request
+MAX_PACKETS = 1000  # of one request
 
 router = APIRouter(prefix="/v1")
 
 
 @router.post("/explain", response_model=list[ExplanationAnswer], responses=ALWAYS)
-async def explain(body: ExplainBody, beside: TheBeside) -> Response:
+async def explain(body: ExplainBody, features: TheFeatures) -> Response:
     """What becomes of a packet, and why, by the program that is loaded. It is sent nowhere."""
     body.check()
 
     def work(explainer: Explainer) -> bytes:
         return json_bytes.encode(list(_explained(body, LocalExplainer(explainer))))
 
-    return Response(await beside.explainer(work), media_type=JSON)
+    return Response(await features.explainer(work), media_type=JSON)
 
 
 def _explained(body: ExplainBody, asked: ExplainService) -> Iterator[Document]:
@@ -47,6 +47,6 @@ def _captured(pcap: bytes, body: ExplainBody, asked: ExplainService) -> Iterator
     with part("pcap"), capture_of(pcap, "pcap") as capture:
         found = explain_capture(asked, capture, body.number, body.interface)
         for count, document in enumerate(found):
-            if count == MOST_PACKETS:
-                raise InvalidInput(f"pcap: has more than {MOST_PACKETS} packets: ask for one by its number")
+            if count == MAX_PACKETS:
+                raise InvalidInput(f"pcap: more than {MAX_PACKETS} packets: select one with number")
             yield document

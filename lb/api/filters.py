@@ -1,8 +1,8 @@
-"""Filter rules in the REST API: under /v1/filters, and the two things that are no rule.
+"""Filter rules in the REST API: /v1/filters, /v1/filter-restore and /v1/filter-test.
 
-Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.firewall.documents. A change is answered
-when the kernel has it, told to the listeners of events, and refused where it would end the connection that it comes
-on: of TCP the request's own; on the Unix socket the SSH connection that the client tells of.
+Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.firewall.documents. A change is answered
+once the kernel has it, published as an event, and refused where it would drop the connection of the request: over TCP
+its own; on the Unix socket the SSH connection that the client names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lb.api.common import (
     DryRun,
     IfMatch,
     IfNoneMatch,
-    TheBeside,
+    TheFeatures,
     check_unchanged,
     content,
     is_here,
@@ -53,19 +53,21 @@ async def _interface(interface: Annotated[str, "A name"]) -> str:
     return unquote(interface)
 
 
-async def _how(
+async def _options(
     dry_run: DryRun = False,
-    force: Annotated[bool, Query(description="Also if it ends the connection that this comes on")] = False,
-    selftest: Annotated[bool, Query(description="Run new expressions against the kernel's own first")] = True,
+    force: Annotated[bool, Query(description="Apply even if the rules drop the connection of this request")] = False,
+    selftest: Annotated[bool, Query(description="Compare new filters with the kernel's classic BPF first")] = True,
 ) -> ApplyOptions:
     return ApplyOptions(force=force, selftest=selftest, dry_run=dry_run)
 
 
-async def _asked_on(
+async def _own_connection(
     request: Request,
     ssh: Annotated[
         str | None,
-        Header(alias=SSH_HEADER, description="On the Unix socket: $SSH_CONNECTION of whom no rule may lock out"),
+        Header(
+            alias=SSH_HEADER, description="Unix socket only: the caller's $SSH_CONNECTION, which rules must not drop"
+        ),
     ] = None,
 ) -> Connection | None:
     """Raises InvalidInput."""
@@ -74,13 +76,13 @@ async def _asked_on(
         return own
     found = SshConnection.parse(ssh) if ssh else None
     if ssh and found is None:
-        raise InvalidInput(f"{SSH_HEADER}: not CLIENT PORT SERVER PORT, as the variable SSH_CONNECTION has them")
+        raise InvalidInput(f"{SSH_HEADER}: not CLIENT PORT SERVER PORT: send the value of $SSH_CONNECTION")
     return found
 
 
 InterfaceInPath = Annotated[str, Depends(_interface)]
-TheHow = Annotated[ApplyOptions, Depends(_how)]
-AskedOn = Annotated[Connection | None, Depends(_asked_on)]
+TheOptions = Annotated[ApplyOptions, Depends(_options)]
+OwnConnection = Annotated[Connection | None, Depends(_own_connection)]
 
 
 def _rendered(firewall: Firewall, interface: str) -> bytes:
@@ -89,12 +91,12 @@ def _rendered(firewall: Firewall, interface: str) -> bytes:
 
 async def _change(
     request: Request,
-    asked_on: Connection | None,
+    own_connection: Connection | None,
     work: Callable[[Firewall], FilterReport],
     interface: str | None = None,
     if_match: str | None = None,
 ) -> Response:
-    """Do `work` if the rules of the interface are what `if_match` says."""
+    """Do `work` if the rules of the interface match `if_match`."""
 
     def checked(firewall: Firewall) -> tuple[FilterReport, str | None]:
         if if_match is not None and interface is not None:
@@ -103,7 +105,7 @@ async def _change(
         report = work(firewall)
         return report, etag_of(_rendered(firewall, interface)) if interface is not None else None
 
-    report, etag = await request.app.state.beside.change_filters(checked, asked_on)
+    report, etag = await request.app.state.features.change_filters(checked, own_connection)
     request.scope["state"]["change"] = _summary(report)
     _tell(request.app.state.owner, report)
     return Response(json_bytes.encode(report_document(report)), media_type=JSON, headers={"ETag": etag} if etag else {})
@@ -128,23 +130,23 @@ def _tell(owner: BalancerThread, report: FilterReport) -> None:
 
 @router.get("/filters", response_model=list[models.RuleStatusAnswer], responses=ALWAYS)
 async def list_rules(
-    beside: TheBeside, interface: Annotated[str | None, Query(description="Of this one alone")] = None
+    features: TheFeatures, interface: Annotated[str | None, Query(description="Only this interface")] = None
 ) -> Response:
-    """All rules, and what they have counted."""
-    body = await beside.filters(lambda firewall: json_bytes.encode(status_document(firewall.status(interface))))
+    """All rules with their counters."""
+    body = await features.filters(lambda firewall: json_bytes.encode(status_document(firewall.status(interface))))
     return Response(body, media_type=JSON)
 
 
 @router.delete("/filters", response_model=models.FilterReportAnswer, responses=CHANGES)
-async def flush_all(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
+async def flush_all(request: Request, options: TheOptions, own_connection: OwnConnection) -> Response:
     """Delete all rules."""
-    return await _change(request, asked_on, lambda firewall: firewall.flush(None, how))
+    return await _change(request, own_connection, lambda firewall: firewall.flush(None, options))
 
 
 @router.get("/filters/{interface}", response_model=models.RulesAnswer, responses=READS)
-async def get_rules(interface: InterfaceInPath, beside: TheBeside, if_none_match: IfNoneMatch = None) -> Response:
-    """What is asked for of an interface, as PUT takes it; sets without their prefixes."""
-    body = await beside.filters(lambda firewall: _rendered(firewall, interface))
+async def get_rules(interface: InterfaceInPath, features: TheFeatures, if_none_match: IfNoneMatch = None) -> Response:
+    """The rules of an interface, as PUT takes them; sets without their prefixes."""
+    body = await features.filters(lambda firewall: _rendered(firewall, interface))
     return content(lambda: body, etag_of(body), if_none_match)
 
 
@@ -153,15 +155,15 @@ async def put_rules(
     request: Request,
     interface: InterfaceInPath,
     body: models.RulesBody,
-    how: TheHow,
-    asked_on: AskedOn,
+    options: TheOptions,
+    own_connection: OwnConnection,
     if_match: IfMatch = None,
 ) -> Response:
     """Make these all the rules of the interface. Those that are there as they are wanted stay, with their counters; of
     a set that stays, the list may be left out."""
-    wishes = body.to_wishes(interface, is_here=is_here(request))
+    specs = body.to_specs(interface, is_here=is_here(request))
     return await _change(
-        request, asked_on, lambda firewall: firewall.replace(interface, wishes, how), interface, if_match
+        request, own_connection, lambda firewall: firewall.replace(interface, specs, options), interface, if_match
     )
 
 
@@ -170,23 +172,29 @@ async def add_rule(
     request: Request,
     interface: InterfaceInPath,
     body: models.NewRuleBody,
-    how: TheHow,
-    asked_on: AskedOn,
+    options: TheOptions,
+    own_connection: OwnConnection,
     if_match: IfMatch = None,
 ) -> Response:
     """Add a rule."""
-    wish = body.to_new_wish(interface, is_here=is_here(request))
+    spec = body.to_new_spec(interface, is_here=is_here(request))
     return await _change(
-        request, asked_on, lambda firewall: firewall.add(wish, body.position, how), interface, if_match
+        request, own_connection, lambda firewall: firewall.add(spec, body.position, options), interface, if_match
     )
 
 
 @router.delete("/filters/{interface}", response_model=models.FilterReportAnswer, responses=CHANGES)
 async def flush(
-    request: Request, interface: InterfaceInPath, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+    request: Request,
+    interface: InterfaceInPath,
+    options: TheOptions,
+    own_connection: OwnConnection,
+    if_match: IfMatch = None,
 ) -> Response:
     """Delete all rules of the interface."""
-    return await _change(request, asked_on, lambda firewall: firewall.flush(interface, how), interface, if_match)
+    return await _change(
+        request, own_connection, lambda firewall: firewall.flush(interface, options), interface, if_match
+    )
 
 
 @router.patch("/filters/{interface}/{number}", response_model=models.FilterReportAnswer, responses=CHANGES)
@@ -195,22 +203,31 @@ async def move_rule(
     interface: InterfaceInPath,
     number: int,
     body: models.MoveBody,
-    how: TheHow,
-    asked_on: AskedOn,
+    options: TheOptions,
+    own_connection: OwnConnection,
     if_match: IfMatch = None,
 ) -> Response:
     """Give a rule another number. Its counters stay."""
     return await _change(
-        request, asked_on, lambda firewall: firewall.move(interface, number, body.number, how), interface, if_match
+        request,
+        own_connection,
+        lambda firewall: firewall.move(interface, number, body.number, options),
+        interface,
+        if_match,
     )
 
 
 @router.delete("/filters/{interface}/{number}", response_model=models.FilterReportAnswer, responses=CHANGES)
 async def delete_rule(
-    request: Request, interface: InterfaceInPath, number: int, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+    request: Request,
+    interface: InterfaceInPath,
+    number: int,
+    options: TheOptions,
+    own_connection: OwnConnection,
+    if_match: IfMatch = None,
 ) -> Response:
     return await _change(
-        request, asked_on, lambda firewall: firewall.delete(interface, number, how), interface, if_match
+        request, own_connection, lambda firewall: firewall.delete(interface, number, options), interface, if_match
     )
 
 
@@ -224,14 +241,19 @@ LIST = {"text/plain": {"schema": {"type": "string", "example": "192.0.2.0/24\n20
     openapi_extra={"requestBody": {"content": LIST, "required": True}},
 )
 async def put_set(
-    request: Request, interface: InterfaceInPath, number: int, how: TheHow, asked_on: AskedOn, if_match: IfMatch = None
+    request: Request,
+    interface: InterfaceInPath,
+    number: int,
+    options: TheOptions,
+    own_connection: OwnConnection,
+    if_match: IfMatch = None,
 ) -> Response:
-    """Make this list, a prefix a line, the set of a rule. Only prefixes that differ are changed, in place."""
+    """Replace the set of a rule by this list, one prefix per line. Only prefixes that differ are changed, in place."""
     text = (await request.body()).decode(errors="replace")
     return await _change(
         request,
-        asked_on,
-        lambda firewall: firewall.reload(interface, number, how, set_list=text),
+        own_connection,
+        lambda firewall: firewall.reload(interface, number, options, set_list=text),
         interface,
         if_match,
     )
@@ -241,18 +263,18 @@ async def put_set(
 
 
 @router.post("/filter-restore", response_model=models.FilterReportAnswer, responses=CHANGES)
-async def restore(request: Request, how: TheHow, asked_on: AskedOn) -> Response:
+async def restore(request: Request, options: TheOptions, own_connection: OwnConnection) -> Response:
     """Put all stored rules in force, as after a boot."""
-    return await _change(request, asked_on, lambda firewall: firewall.restore(how))
+    return await _change(request, own_connection, lambda firewall: firewall.restore(options))
 
 
 @router.post("/filter-test", response_model=models.TrialAnswer, responses=ALWAYS)
-async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> Response:
-    """What rules would drop of the packets in a file. Nothing is counted, and nothing in force is touched. Rules that
-    are not there take a token of role write: what is compiled takes its time."""
-    wishes, pcap = body.to_wishes(is_here=is_here(request)), pcap_bytes(body.pcap)
-    if wishes and request.scope["state"]["caller"].role is not Role.WRITE:
-        raise Problem(403, "the token may only read: rules that are not there take one of role write")
+async def test(request: Request, body: models.TrialBody, features: TheFeatures) -> Response:
+    """Test which packets of a capture file rules would drop. Active rules and their counters are not touched. New
+    rules require a token with role write, since compiling them is expensive."""
+    specs, pcap = body.to_specs(is_here=is_here(request)), pcap_bytes(body.pcap)
+    if specs and request.scope["state"]["caller"].role is not Role.WRITE:
+        raise Problem(403, "the token is read-only: testing new rules requires role write")
 
     def try_them(firewall: Firewall) -> bytes:
         dropped: list[int] = []
@@ -263,10 +285,10 @@ async def test(request: Request, body: models.TrialBody, beside: TheBeside) -> R
         with capture_of(pcap, "pcap") as capture:
             packets = capture.packets()
             trial: FilterTestResult = (
-                firewall.judged_by(wishes, packets, keep)
+                firewall.test_packets_with(specs, packets, keep)
                 if body.interface is None
-                else firewall.judged(body.interface, packets, body.at, keep)
+                else firewall.test_packets(body.interface, packets, body.at, keep)
             )
         return json_bytes.encode(trial_document(trial) | {"dropped_packets": dropped})
 
-    return Response(await beside.filters(try_them), media_type=JSON)
+    return Response(await features.filters(try_them), media_type=JSON)

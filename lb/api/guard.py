@@ -1,8 +1,7 @@
-"""What stands before the API: who is there, what they may, how much and how long they may send, and the audit log.
+"""ASGI middleware in front of the API: authentication, roles, size and time limits, audit log.
 
-Enters: a request of HTTP as ASGI has it. Leaves: the same with its body whole, given on to the API, or a Problem. The
-Unix socket is guarded by its file mode, and who connects is known by SO_PEERCRED (unix(7)); TCP by bearer tokens
-(RFC 6750).
+Enters: a request. Leaves: the request with its complete body, passed on to the API, or a Problem. The Unix socket is
+protected by its file mode and identifies the peer by SO_PEERCRED (unix(7)); TCP uses bearer tokens (RFC 6750).
 """
 
 from __future__ import annotations
@@ -113,21 +112,21 @@ class AccessMiddleware:
             return Caller("anybody", Role.READ)
         caller = await self._authenticate(scope, peer)
         if caller.role is not Role.WRITE and not _reads(scope):
-            await self._record(scope, caller.who, "403: the token may only read")
-            raise Problem(403, "the token may only read: it takes one of role write")
+            await self._record(scope, caller.who, "403: the token is read-only")
+            raise Problem(403, "the token is read-only: use one with role write")
         return caller
 
     async def _authenticate(self, scope: MutableMapping[str, Any], peer: Peer) -> Caller:
         now_s = time.monotonic()
         if wait_s := self._failures.wait_s(peer.address, now_s):
             headers = {"Retry-After": str(ceil(wait_s))}
-            raise Problem(429, "too many wrong tokens from this address: wait", headers=headers)
+            raise Problem(429, "too many invalid tokens from this address: try again later", headers=headers)
         secret = _bearer(scope)
         token = await self._access.call(lambda access: access.authenticate(secret))
         if token is None:
             self._failures.note(peer.address, now_s)
-            await self._record(scope, "unknown", "401: wrong token")
-            raise _unauthorized("the token is not known: see xdp-lb token list", 'error="invalid_token"')
+            await self._record(scope, "unknown", "401: invalid token")
+            raise _unauthorized("invalid token: see xdp-lb token list", 'error="invalid_token"')
         return Caller(f"token {token.name}", token.role)
 
     def _audited(self, scope: MutableMapping[str, Any], caller: Caller, send: Send) -> Send:
@@ -174,7 +173,7 @@ def _bearer(scope: MutableMapping[str, Any]) -> str:
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, secret = given[0].decode("latin-1").partition(" ") if len(given) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not secret.strip():
-        raise _unauthorized("a token is needed: Authorization: Bearer xlb_...")
+        raise _unauthorized("token missing: send Authorization: Bearer xlb_...")
     return secret.strip()
 
 
@@ -193,7 +192,9 @@ async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) ->
         async with asyncio.timeout(patience_s):
             body = await _body(receive, limit)
     except TimeoutError:
-        raise Problem(408, f"the body took longer than {patience_s:g} s", headers={"Connection": "close"}) from None
+        raise Problem(
+            408, f"request body not received within {patience_s:g} s", headers={"Connection": "close"}
+        ) from None
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     _check_type(body, media_type, is_list=_is_set(scope["path"]))
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -218,9 +219,9 @@ def _is_set(path: str) -> bool:
 def _check_type(body: bytes, media_type: bytes, *, is_list: bool) -> None:
     """Raises Problem."""
     if is_list and media_type != b"text/plain":
-        raise Problem(415, "a set is a prefix a line: Content-Type: text/plain")
+        raise Problem(415, "unsupported content type: send one prefix per line with Content-Type: text/plain")
     if not is_list and body and media_type != b"application/json":
-        raise Problem(415, "the body has to be JSON: Content-Type: application/json")
+        raise Problem(415, "unsupported content type: send JSON with Content-Type: application/json")
 
 
 async def _body(receive: Receive, limit: int) -> bytes:
@@ -228,7 +229,7 @@ async def _body(receive: Receive, limit: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Problem(400, "the connection was closed in the middle of the body")
+            raise Problem(400, "connection closed before the end of the request body")
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > limit:
@@ -237,7 +238,7 @@ async def _body(receive: Receive, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> Problem:
-    return Problem(413, f"the body is larger than {limit} bytes")
+    return Problem(413, f"request body larger than {limit} bytes")
 
 
 def _patient(scope: MutableMapping[str, Any], send: Send) -> Send:

@@ -1,4 +1,4 @@
-"""Times each request and counts its answer."""
+"""ASGI middleware that times requests and counts responses."""
 
 from __future__ import annotations
 

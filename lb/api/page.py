@@ -1,8 +1,7 @@
 """The web page at `/`: the files of lb/api/web, as they are.
 
-Enters: nothing but a path, so anybody may have them; what there is to see, the page asks the API for, with a token.
-Leaves: a file with its entity tag, and headers by which a browser runs nothing but these files and lets no other site
-have the page in a frame.
+Enters: a path; no authentication, since the page reads everything from the API with a token. Leaves: a file with its
+entity tag, and headers that restrict scripts to these files and forbid framing.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # kept, but asked for each time: an upgrade is seen at once
+    "Cache-Control": "no-cache",  # cached, but revalidated: an upgrade is seen at once
 }
 
 

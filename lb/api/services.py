@@ -1,7 +1,7 @@
-"""The REST API under /v1, over the balancer's owner.
+"""Services, backends and interfaces in the REST API under /v1.
 
-Enters: requests that lb.api.guard has let through. Leaves: the documents of lb.formats.documents, with entity tags, and
-every error as a Problem. A change is answered when the kernel has it. The description of all of it is at /openapi.json.
+Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.formats.documents with entity tags, and
+errors as problems. A change is answered once the kernel has it. Described at /openapi.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
 from lb.formats import json_bytes
 from lb.formats.documents import backend_document, interface_document
-from lb.formats.problems import Place, Problem, of_error
+from lb.formats.problems import Pointer, Problem, of_error
 from lb.model.health_check import Kind
 from lb.model.report import Report
 from lb.model.state import Backend, Service, State
@@ -66,7 +66,7 @@ async def _change(
     vip: Vip | None = None,
     if_match: str | None = None,
 ) -> Response:
-    """Do `work` if the service, or (None) all of them, are what `if_match` says; the report of it."""
+    """Do `work` if the service, or (None) all services, match `if_match`; returns its report."""
     owner: BalancerThread = request.app.state.owner
 
     def checked(balancer: Balancer) -> Report:
@@ -92,7 +92,7 @@ def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -
     for service in wanted:
         check = service.options.health
         if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
-            raise Problem(403, f"vip {service}: a script as health check can be set on the balancer itself alone")
+            raise Problem(403, f"vip {service}: script health checks can only be set on the balancer's host")
 
 
 # Services
@@ -121,13 +121,13 @@ async def put_service(
     request: Request,
     vip: VipInPath,
     body: models.ServiceBody,
-    own_address: Annotated[bool, Query(description="Put a VIP that nobody has on an interface")] = True,
+    own_address: Annotated[bool, Query(description="Add a VIP that is no host's address to an interface")] = True,
     dry_run: DryRun = False,
     if_match: IfMatch = None,
-    if_none_match: Annotated[str | None, Header(description="*: only if it is not there")] = None,
+    if_none_match: Annotated[str | None, Header(description="*: only create")] = None,
 ) -> Response:
-    """Have the service served as the body says, whether it is there or not."""
-    service = body.to_model(Place(), vip)
+    """Create or replace the service."""
+    service = body.to_model(Pointer(), vip)
 
     def put(balancer: Balancer) -> Report:
         _check_scripts(request, balancer.state, [service])
@@ -142,9 +142,9 @@ async def put_service(
 def _check_absent(balancer: Balancer, service: Service, if_none_match: str) -> None:
     """Raises Problem."""
     if if_none_match.strip() != "*":
-        raise Problem(400, "If-None-Match: only * has a meaning here")
+        raise Problem(400, "If-None-Match: only * is supported")
     if any(other.vip == service.vip for other in balancer.state.services):
-        raise of_error(AlreadyExists(f"vip {service}: already served"), status=412)
+        raise of_error(AlreadyExists(f"vip {service}: already exists"), status=412)
 
 
 @router.patch("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
@@ -155,8 +155,8 @@ async def patch_service(
 
     def patch(balancer: Balancer) -> Report:
         before = balancer.state.service(vip)
-        options = options_of(body.options.given, before.options, Place() / "options")  # type: ignore[attr-defined]
-        with Place() / "options":
+        options = options_of(body.options.given, before.options, Pointer() / "options")  # type: ignore[attr-defined]
+        with Pointer() / "options":
             _check_scripts(request, balancer.state, [replace(before, options=options)])
         return balancer.set_options(vip, options, dry_run=dry_run)
 
@@ -187,7 +187,7 @@ async def add_backends(
     request: Request, vip: VipInPath, body: models.BackendsBody, dry_run: DryRun = False, if_match: IfMatch = None
 ) -> Response:
     """Add backends. Connections stay where they are."""
-    backends = backends_of(body.backends, vip, Place() / "backends")
+    backends = backends_of(body.backends, vip, Pointer() / "backends")
     return await _change(
         request, lambda balancer: balancer.add_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
     )
@@ -234,7 +234,7 @@ async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Resp
     return content(lambda: json_bytes.object_of({"services": now.body}), now.etag, if_none_match)
 
 
-OwnAddresses = Annotated[bool, Query(description="Put VIPs that nobody has on an interface")]
+OwnAddresses = Annotated[bool, Query(description="Add VIPs that are no host's address to an interface")]
 
 
 @router.put("/config", response_model=models.ReportAnswer, responses=CHANGES)
@@ -273,11 +273,11 @@ async def list_interfaces(owner: TheOwner) -> Response:
 
 @router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
 async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = False) -> Response:
-    """Serve on these interfaces too; everything is written anew."""
+    """Attach to these interfaces too; all maps are rewritten."""
     interfaces = [interface.to_model() for interface in body.interfaces]
 
     def attach(balancer: Balancer) -> Report:
-        services = services_of(body.services, Place() / "services")
+        services = services_of(body.services, Pointer() / "services")
         _check_scripts(request, balancer.state, services)
         return balancer.attach(interfaces, services, own_addresses=body.own_address, dry_run=dry_run)
 
@@ -287,7 +287,7 @@ async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = Fa
 @router.delete("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)
 async def detach(
     request: Request,
-    name: Annotated[list[str] | None, Query(description="May be repeated; none: all")] = None,
+    name: Annotated[list[str] | None, Query(description="May be repeated; default: all")] = None,
     dry_run: DryRun = False,
 ) -> Response:
     """Serve there no longer. Services stay stored."""

@@ -1,7 +1,7 @@
-"""Users' stages in the REST API: those that run, what they find, and their end.
+"""Users' stages in the REST API: list, tables, stop.
 
-A stage is begun by `xdp-lb stage run` alone, in its own process and with the rights of who types it: C that somebody
-sends would be code in the kernel, and its compiler 128 MB in the daemon.
+Stages are only started by `xdp-lb stage run`, in its own process and with its user's rights: C sent over the API would
+be code in the kernel, and its compiler 128 MB in the daemon.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from lb.api.common import ALWAYS, CHANGES, JSON, TheBeside
+from lb.api.common import ALWAYS, CHANGES, JSON, TheFeatures
 from lb.api.models.stages import StageAnswer, TableAnswer
 from lb.formats import json_bytes
 from lb.formats.documents import Document
@@ -20,27 +20,29 @@ router = APIRouter(prefix="/v1")
 
 
 @router.get("/stages", response_model=list[StageAnswer], responses=ALWAYS)
-async def list_stages(beside: TheBeside) -> Response:
+async def list_stages(features: TheFeatures) -> Response:
     """Those that run, and those that a killed process left at work."""
-    return Response(await beside.stages(lambda paths: json_bytes.encode(LocalStages(paths).listed())), media_type=JSON)
+    return Response(
+        await features.stages(lambda paths: json_bytes.encode(LocalStages(paths).listed())), media_type=JSON
+    )
 
 
 @router.get("/stages/{number}/tables", response_model=list[TableAnswer], responses=ALWAYS)
-async def get_tables(number: int, beside: TheBeside) -> Response:
+async def get_tables(number: int, features: TheFeatures) -> Response:
     """What a stage has found up to now."""
     return Response(
-        await beside.stages(lambda paths: json_bytes.encode(LocalStages(paths).tables(number))), media_type=JSON
+        await features.stages(lambda paths: json_bytes.encode(LocalStages(paths).tables(number))), media_type=JSON
     )
 
 
 @router.delete("/stages", response_model=list[StageAnswer], responses=CHANGES)
 async def stop_stages(
     request: Request,
-    beside: TheBeside,
-    number: Annotated[list[int] | None, Query(description="May be repeated; none: all")] = None,
+    features: TheFeatures,
+    number: Annotated[list[int] | None, Query(description="May be repeated; default: all")] = None,
 ) -> Response:
     """End stages: packets go on as if they had never been there. The answer has them as they were."""
-    ended = await beside.stages(lambda paths: LocalStages(paths).stop(number or ()))
+    ended = await features.stages(lambda paths: LocalStages(paths).stop(number or ()))
     sentences = [_sentence(stage) for stage in ended]
     request.scope["state"]["change"] = "; ".join(sentences) or "no stages"
     for stage, summary in zip(ended, sentences, strict=True):

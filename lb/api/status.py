@@ -1,4 +1,4 @@
-"""Routes that read: status, statistics, the event stream, and who the caller is."""
+"""Read-only routes: status, statistics, the event stream, and the caller's identity."""
 
 from __future__ import annotations
 
@@ -44,13 +44,15 @@ def _stats_document(now: Status) -> dict[str, Any]:
 
 
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM, "description": "Until either side ends"}}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": STREAM, "description": "Stream of events, until either side closes it"}
+}
 
 
 @router.get("/events", response_class=StreamingResponse, responses=ALWAYS | EVENTS)
 async def events(
     owner: TheOwner,
-    last_event_id: Annotated[str | None, Header(description="Go on behind this one")] = None,
+    last_event_id: Annotated[str | None, Header(description="ID of the last event received: continue after it")] = None,
 ) -> StreamingResponse:
     """Server-sent events: change, attach, detach, health, drift, upgrade, filter, stage; missed: some are gone."""
     return StreamingResponse(

@@ -109,9 +109,11 @@ class OptionWords:
 
     def _check_sources(self, vip: Vip) -> None:
         if vip.set and self.allow:
-            raise click.UsageError(f"--allow is for the VIP itself: for set {vip.set} use --source.")
+            raise click.UsageError(f"--allow does not apply to member sets: for the set {vip.set}, use --source.")
         if self.source and not vip.set:
-            raise click.UsageError(f"--source is for sets, such as {replace(vip, set='eu')}: use --allow.")
+            raise click.UsageError(
+                f"--source applies only to member sets, such as {replace(vip, set='eu')}: use --allow."
+            )
 
 
 def _prefixes(texts: Sequence[str], none: tuple[str, ...]) -> tuple[Network, ...]:

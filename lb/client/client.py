@@ -55,12 +55,12 @@ class Client:
         token: str | None = None,
         verify: Any = True,
         transport: httpx.BaseTransport | None = None,
-        asked_on: Callable[[], SshConnection | None] = lambda: None,
+        own_connection: Callable[[], SshConnection | None] = lambda: None,
     ) -> None:
-        """`verify`: as httpx has it: an ssl.SSLContext for a certificate of one's own. `asked_on`: the connection that
-        no filter rule may end unasked, beside the one that requests go by."""
+        """`verify`: as in httpx; an ssl.SSLContext for a private certificate. `own_connection`: the connection that
+        no filter rule may drop without force, besides the one of the request."""
         self._http = DaemonHttp(url, token, verify, transport)
-        self.filters = FilterClient(self._http, asked_on)
+        self.filters = FilterClient(self._http, own_connection)
         self.explainer = ExplainClient(self._http)
         self.stages = StageClient(self._http)
 
@@ -68,7 +68,7 @@ class Client:
     def unix(cls, path: Path) -> Client:
         """Of the daemon that listens at `path`."""
         transport = httpx.HTTPTransport(uds=str(path))
-        return cls("http://xdp-lb", verify=False, transport=transport, asked_on=ssh_connection)
+        return cls("http://xdp-lb", verify=False, transport=transport, own_connection=ssh_connection)
 
     def close(self) -> None:
         self._http.close()

@@ -32,8 +32,8 @@ FILTERS = "/v1/filters"
 class FilterClient:
     """`etag` of a change: raise Conflict unless the rules of the interface are as they were read."""
 
-    def __init__(self, http: DaemonHttp, asked_on: Callable[[], SshConnection | None]) -> None:
-        self._http, self._asked_on = http, asked_on
+    def __init__(self, http: DaemonHttp, own_connection: Callable[[], SshConnection | None]) -> None:
+        self._http, self._own_connection = http, own_connection
 
     def status(self, interface: str | None = None) -> list[RuleStatus]:
         return self._http.ask("GET", FILTERS, read_status, query={"interface": interface}).value
@@ -43,61 +43,66 @@ class FilterClient:
         return self._http.ask("GET", _path(interface), lambda document: list(document["rules"]))
 
     def add(
-        self, wish: RuleSpec, position: int | None = None, how: ApplyOptions | None = None, *, etag: str | None = None
+        self,
+        spec: RuleSpec,
+        position: int | None = None,
+        options: ApplyOptions | None = None,
+        *,
+        etag: str | None = None,
     ) -> FilterReport:
-        body = _body(_with_list(wish)) | ({} if position is None else {"position": position})
-        return self._change("POST", _path(wish.interface), how, etag, body=body)
+        body = _body(_with_list(spec)) | ({} if position is None else {"position": position})
+        return self._change("POST", _path(spec.interface), options, etag, body=body)
 
     def replace(
-        self, interface: str, wishes: Sequence[RuleSpec], how: ApplyOptions | None = None, *, etag: str | None = None
+        self, interface: str, specs: Sequence[RuleSpec], options: ApplyOptions | None = None, *, etag: str | None = None
     ) -> FilterReport:
         """Make these all the rules of an interface; those that are there as they are wanted stay."""
-        body = {"rules": [_body(wish) for wish in wishes]}
-        return self._change("PUT", _path(interface), how, etag, body=body)
+        body = {"rules": [_body(spec) for spec in specs]}
+        return self._change("PUT", _path(interface), options, etag, body=body)
 
     def delete(
-        self, interface: str, number: int, how: ApplyOptions | None = None, *, etag: str | None = None
+        self, interface: str, number: int, options: ApplyOptions | None = None, *, etag: str | None = None
     ) -> FilterReport:
-        return self._change("DELETE", _path(interface, number), how, etag)
+        return self._change("DELETE", _path(interface, number), options, etag)
 
     def move(
-        self, interface: str, number: int, to: int, how: ApplyOptions | None = None, *, etag: str | None = None
+        self, interface: str, number: int, to: int, options: ApplyOptions | None = None, *, etag: str | None = None
     ) -> FilterReport:
-        return self._change("PATCH", _path(interface, number), how, etag, body={"number": to})
+        return self._change("PATCH", _path(interface, number), options, etag, body={"number": to})
 
     def flush(
-        self, interface: str | None = None, how: ApplyOptions | None = None, *, etag: str | None = None
+        self, interface: str | None = None, options: ApplyOptions | None = None, *, etag: str | None = None
     ) -> FilterReport:
-        return self._change("DELETE", FILTERS if interface is None else _path(interface), how, etag)
+        return self._change("DELETE", FILTERS if interface is None else _path(interface), options, etag)
 
     def reload(
         self,
         interface: str,
         number: int,
-        how: ApplyOptions | None = None,
+        options: ApplyOptions | None = None,
         *,
         set_list: str | None = None,
         etag: str | None = None,
     ) -> FilterReport:
         """Without `set_list`, from the file on this host that the rule names."""
         text = self._list_of(interface, number) if set_list is None else set_list
-        return self._change("PUT", f"{_path(interface, number)}/set", how, etag, text=text)
+        return self._change("PUT", f"{_path(interface, number)}/set", options, etag, text=text)
 
-    def restore(self, how: ApplyOptions | None = None) -> FilterReport:
-        return self._change("POST", "/v1/filter-restore", how, None)
+    def restore(self, options: ApplyOptions | None = None) -> FilterReport:
+        return self._change("POST", "/v1/filter-restore", options, None)
 
     def _list_of(self, interface: str, number: int) -> str:
         rules = Rules(tuple(each.rule for each in self.status(interface)))
         return _text(set_file(rules.numbered(interface, number), number))
 
     def _change(
-        self, method: str, path: str, how: ApplyOptions | None, etag: str | None, **content: Any
+        self, method: str, path: str, options: ApplyOptions | None, etag: str | None, **content: Any
     ) -> FilterReport:
-        wanted = how or ApplyOptions()
+        wanted = options or ApplyOptions()
         said = {"force": wanted.force, "dry_run": wanted.dry_run, "selftest": not wanted.selftest}
         query = {name: name != "selftest" for name, is_other in said.items() if is_other}
         headers = {"If-Match": etag} if etag else {}
-        if connection := self._asked_on():
+        if connection := self._own_connection():
             headers[SSH_HEADER] = connection.text
         return self._http.ask(method, path, read_report, query=query, headers=headers, **content).value
 
@@ -106,8 +111,8 @@ class FilterClient:
     def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> FilterTestResult:
         return self._trial({"interface": interface, "at": at and str(at)}, path, write_to)
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
-        return self._trial({"rules": [_body(_with_list(wish)) for wish in wishes]}, path, write_to)
+    def test_specs(self, specs: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
+        return self._trial({"rules": [_body(_with_list(spec)) for spec in specs]}, path, write_to)
 
     def _trial(self, body: Document, path: str, write_to: str | None) -> FilterTestResult:
         """Of a file of any size, piece by piece."""
@@ -131,7 +136,7 @@ def _read_answer(document: Document) -> tuple[FilterTestResult, list[int]]:
 
 def _added(one: FilterTestResult, other: FilterTestResult) -> FilterTestResult:
     if one.rules != other.rules:
-        raise Conflict("filter: rules have changed meanwhile: repeat the test")
+        raise Conflict("filter: rules changed during the test: repeat it")
     return replace(
         one,
         matched={slot: count + other.matched[slot] for slot, count in one.matched.items()},
@@ -146,32 +151,32 @@ def _path(interface: str, number: int | None = None) -> str:
     return rules if number is None else f"{rules}/{number}"
 
 
-def _body(wish: RuleSpec) -> Document:
+def _body(spec: RuleSpec) -> Document:
     """Without what has its default."""
     own = {
-        "rate": str(wish.rate) if wish.rate else None,
-        "expression": wish.expression or None,
-        "set": _set_body(wish),
-        "for_s": wish.seconds,
-        "until": wish.until_s,
+        "rate": str(spec.rate) if spec.rate else None,
+        "expression": spec.expression or None,
+        "set": _set_body(spec),
+        "for_s": spec.seconds,
+        "until": spec.until_s,
     }
     given = {key: value for key, value in own.items() if value is not None}
-    return {"at": str(wish.at), "action": str(wish.action), **given}
+    return {"at": str(spec.at), "action": str(spec.action), **given}
 
 
-def _set_body(wish: RuleSpec) -> Document | None:
-    if wish.set_path is None:
+def _set_body(spec: RuleSpec) -> Document | None:
+    if spec.set_path is None:
         return None
-    text = {} if wish.set_list is None else {"list": wish.set_list}
-    return {"path": wish.set_path, "side": wish.set_side, **text}
+    text = {} if spec.set_list is None else {"list": spec.set_list}
+    return {"path": spec.set_path, "side": spec.set_side, **text}
 
 
-def _with_list(wish: RuleSpec) -> RuleSpec:
+def _with_list(spec: RuleSpec) -> RuleSpec:
     """With the text of its set's file."""
-    if wish.set_path is None or wish.set_list is not None:
-        return wish
-    path = str(Path(wish.set_path).absolute())
-    return replace(wish, set_path=path, set_list=_text(path))
+    if spec.set_path is None or spec.set_list is not None:
+        return spec
+    path = str(Path(spec.set_path).absolute())
+    return replace(spec, set_path=path, set_list=_text(path))
 
 
 def _text(path: str) -> str:

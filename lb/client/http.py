@@ -91,7 +91,7 @@ def _check(response: httpx.Response) -> None:
     response.read()
     if response.headers.get("content-type") == MEDIA_TYPE:
         raise to_error(response.json())
-    raise DaemonError(f"daemon: answers {response.status_code}, which is none of its own answers")
+    raise DaemonError(f"daemon: unexpected response: HTTP status {response.status_code}")
 
 
 @contextmanager
@@ -102,6 +102,6 @@ def _translated() -> Iterator[None]:
     except LbError:
         raise
     except httpx.HTTPError as error:
-        raise DaemonError(f"daemon: does not answer: {str(error) or type(error).__name__}") from error
+        raise DaemonError(f"daemon: no response: {str(error) or type(error).__name__}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise DaemonError(f"daemon: its answer is not understood ({error}): is it of another version?") from error
+        raise DaemonError(f"daemon: invalid response ({error}): check that its version is the same") from error

@@ -24,7 +24,7 @@ from lb.model.vip import Vip
 from lb.paths import DEFAULT_NETNS
 from lb.store.store import Store
 
-UPGRADED = "the installed program has taken over from that of xdp-lb {}"
+UPGRADED = "program upgraded from xdp-lb {} to the installed version"
 
 
 class Balancer:
@@ -222,8 +222,8 @@ class Balancer:
             ).items():
                 if name in names:
                     raise InvalidInput(
-                        f"interface {name}: nat replies of {some(backends)} come in there:"
-                        " detach all interfaces, or remove those backends first"
+                        f"interface {name}: nat replies of {some(backends)} arrive there:"
+                        " detach all interfaces or remove these backends first"
                     )
 
 
@@ -233,16 +233,16 @@ def _including(state: State, service: Service) -> State:
         return state
     if any(service.vip == other.vip for other in state.services):
         raise AlreadyExists(
-            f"vip {service.vip}: already served otherwise: change it with xdp-lb backend, or remove it first"
+            f"vip {service.vip}: already exists with other settings: change it with xdp-lb backend, or remove it first"
         )
     return state.with_service(service)
 
 
 def _check_something_to_serve(goal: State) -> None:
     if not goal.services:
-        raise InvalidInput("attach: nothing to serve: give --backends, or add a service first")
+        raise InvalidInput("attach: no services: give --backends or add a service first")
     if not goal.interfaces:
-        raise InvalidInput("attach: no interface: name one, as in xdp-lb attach eth0")
+        raise InvalidInput("attach: no interface given: for example xdp-lb attach eth0")
 
 
 def _check_same_shape(before: State, goal: State) -> None:
@@ -256,7 +256,7 @@ def _check_same_shape(before: State, goal: State) -> None:
             ("affinity", bool(was.options.affinity_s) != bool(new.options.affinity_s)),
         ):
             if changes:
-                raise InvalidInput(f"vip {new.vip}: {name} cannot be changed while it is served: remove it first")
+                raise InvalidInput(f"vip {new.vip}: {name} cannot be changed on an existing service: remove it first")
 
 
 def _service_status(service: Service, statistics: Statistics, conditions: Mapping[str, Condition]) -> ServiceStatus:

@@ -100,7 +100,7 @@ def with_reply_interfaces(
     for name, backends in reply_interfaces(services, hops).items():
         if goal.interface(name) is None:
             goal = goal.with_interface(Interface(name))
-            notes.append(f"{name}: attached too: nat replies of {some(backends)} come in there")
+            notes.append(f"{name}: also attached: nat replies of {some(backends)} arrive there")
     return goal, notes
 
 
@@ -121,8 +121,8 @@ def silent(services: Iterable[Service], hops: Mapping[Address, NextHop], *, foll
                 found.setdefault((hop.interface, hop.on_link), []).append(backend)
     for (interface, on_link), backends in found.items():
         whom = some(backends) if on_link else f"the gateway to {some(backends)}"
-        until = "there is one" if followed else "xdp-lb attach or xdp-lb serve has seen one"
-        yield f"{interface}: no answer from {whom}: packets for it are dropped until {until}"
+        until = "it replies" if followed else "xdp-lb attach or xdp-lb serve sees a reply"
+        yield f"{interface}: no ARP/ND reply from {whom}: packets for it are dropped until {until}"
 
 
 def backends_that_left(before: State, goal: State) -> set[Address]:
@@ -164,14 +164,14 @@ def addresses_in_force(state: State) -> tuple[OwnAddress, ...]:
 def notes_of_addresses(before: State, goal: State) -> Iterator[str]:
     old, new = addresses_in_force(before), addresses_in_force(goal)
     for own in differing(old, new):
-        yield f"{own.address}: put on {own.interface}, where no one had it"
+        yield f"{own.address}: added to {own.interface}"
     for own in differing(new, old):
-        yield f"{own.address}: taken off {own.interface}"
+        yield f"{own.address}: removed from {own.interface}"
 
 
 def notes_of_storing(before: State, goal: State) -> Iterator[str]:
     if before.services != goal.services:
-        yield "stored only: nothing is attached: xdp-lb attach IFACE puts it in force"
+        yield "stored, not active: no interface attached: run xdp-lb attach IFACE"
 
 
 def report(change_set: ChangeSet, outcome: Outcome, *, dry_run: bool = False) -> Report:

@@ -64,7 +64,7 @@ class KernelFilterHandover:
             except LbError as error:
                 failed.append(str(error))
             else:
-                done.append(f"{name}: filter rules at {at} were not in force: put there again")
+                done.append(f"{name}: filter rules at {at} were missing: reattached")
         return done, failed
 
     def _has_rules(self, name: str) -> bool:

@@ -64,14 +64,14 @@ class Repairs:
         missing = [i for i in self._state.interfaces if i.name not in ours]
         done = [self._attach_again(interface, running.get(interface.name)) for interface in missing]
         attached = tuple(each for each in done if isinstance(each, Attachment))
-        notes = [f"{each.interface}: the program was not there: attached again" for each in attached]
+        notes = [f"{each.interface}: XDP program was missing: reattached" for each in attached]
         notes += self._dataplane.restore_lookups(self._writer.all_in_force(self._state.services))
         notes += self._put_addresses_back()
         warnings = [e for e in done if isinstance(e, str)]
         try:
             notes += self._dataplane.restore_pins()
         except LbError as error:
-            warnings.append(f"pins: taken away by someone else: {error}")
+            warnings.append(f"pins: removed by another process: {error}")
         return Report(attached=attached, notes=tuple(notes), warnings=tuple(warnings))
 
     def _attach_again(self, interface: Interface, running: int | None) -> Attachment | str:
@@ -98,7 +98,7 @@ class Repairs:
             for address in wanted[name]:
                 if address not in held and self._network.owner(address) is None:
                     self._network.add_address(name, address)
-                    yield f"{address}: was not on {name}: put there again"
+                    yield f"{address}: was missing on {name}: added again"
 
     def reconcile_service(self, vip: Vip) -> Report:
         """Its entries, but for next hops, and its slots; nothing if there is no such service in force."""
@@ -157,5 +157,5 @@ class Repairs:
 
 
 def _leads(hop: NextHop) -> str:
-    to = hop.dst_mac.hex(":") if hop.dst_mac else "a neighbour that has not answered"
-    return f"next hop is {to} on {hop.interface} now"
+    to = hop.dst_mac.hex(":") if hop.dst_mac else "an unresolved neighbour"
+    return f"next hop is now {to} on {hop.interface}"

@@ -42,9 +42,9 @@ from lb.model.state import Interface, Service, State
 from lb.model.vip import Address, Vip
 from lb.store.store import Store
 
-REPAIRED = "the kernel did not hold what is stored: everything is written anew"
-UNCHECKED = "health checks run only while xdp-lb serve does"
-ABSENT = "interface {0}: does not exist: nothing is served there: xdp-lb detach {0} forgets it"
+REPAIRED = "kernel state did not match the store: rewritten"
+UNCHECKED = "health checks run only while xdp-lb serve is running"
+ABSENT = "interface {0}: does not exist: not attached: run xdp-lb detach {0} to remove it from the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class Writer:
         if lost and goal.services != self.state.services:
             names = " ".join(lost)
             raise DataplaneError(
-                f"{names}: attached, but not in the store: xdp-lb attach {names} goes on, xdp-lb detach ends it"
+                f"{names}: attached, but not in the store: xdp-lb attach {names} to keep it, xdp-lb detach to remove it"
             )
 
     def _prepare(self, before: State, goal: State, everything: bool) -> ChangeSet:
@@ -287,7 +287,7 @@ class Writer:
                 self._apply(back)
         except LbError as second:
             raise DataplaneError(
-                f"{error}; nor could the old state be put back ({second}): the next change repairs what is in force"
+                f"{error}; rollback failed: {second}: the next change restores the kernel state"
             ) from error
 
     def _serve(self, change_set: ChangeSet) -> Outcome:

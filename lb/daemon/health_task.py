@@ -1,8 +1,7 @@
-"""Health checks as a task of the daemon (lb.daemon.server.Task): the engine between the balancer's owner and the
-network.
+"""Health checks as a task of the daemon (lb.daemon.server.Task).
 
-Enters: the desired state, as the owner's snapshot has it, and what changes in the host's network. Leaves: conditions
-that the balancer puts in force, an event `health` for each backend that goes up or down, and a file that remembers.
+Enters: the desired state from the snapshot, and changes of the host's network. Leaves: conditions applied by the
+balancer, an event `health` for each backend that goes up or down, and the health file.
 """
 
 from __future__ import annotations
@@ -25,54 +24,54 @@ log = structlog.get_logger("xdp-lb")
 
 LOOK_S = 0.1  # after changes of the desired state
 ALIVE_S = 1.0
-AGAIN_S = 1.0  # between two searches for ways
+AGAIN_S = 1.0  # between two updates of paths
 QUIET_S = 3600.0
 
 
 class HealthTask:
-    """`ways` makes what lb.health.path.RealPath is, and `listen` gives the host's changes, for each run."""
+    """`paths` makes the CheckPaths, and `listen` opens the source of host changes, for each run."""
 
     def __init__(
         self,
-        ways: Callable[[], CheckPaths],
+        paths: Callable[[], CheckPaths],
         file: HealthFile,
         listen: Callable[[], AbstractContextManager[HostChanges]],
     ) -> None:
-        self._ways, self._file, self._listen = ways, file, listen
+        self._paths, self._file, self._listen = paths, file, listen
         self._found: Found | None = None  # by an earlier run
         self._fault = ""
 
     async def run(self, owner: BalancerThread) -> None:
         found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
-        told = conditions_of(found)
+        reported = conditions_of(found)
 
         async def put_in_force(conditions: Conditions) -> None:
-            nonlocal told
+            nonlocal reported
             await self._remember(checker.remembered)
             await owner.call(lambda balancer: balancer.writer.set_conditions(conditions))
-            for document in turns(told, conditions):
+            for document in turns(reported, conditions):
                 owner.events.publish("health", document)
-            told = conditions
+            reported = conditions
 
-        ways = self._ways()
-        checker = Checker(put_in_force, ways, previous=found)
-        await owner.call(lambda balancer: balancer.writer.set_conditions(told))
+        paths = self._paths()
+        checker = Checker(put_in_force, paths, previous=found)
+        await owner.call(lambda balancer: balancer.writer.set_conditions(reported))
         with self._listen() as host:
             async with asyncio.TaskGroup() as group:
                 group.create_task(checker.run())
                 group.create_task(_follow(owner, checker))
-                group.create_task(_follow_host(host, ways, checker))
+                group.create_task(_follow_host(host, paths, checker))
                 group.create_task(self._stay_fresh())
 
     async def _remember(self, found: Found) -> None:
-        """Before it is in force: a process killed in between finds it, and puts it in force."""
+        """Saved before it is applied: after a kill in between the next process applies it."""
         self._found = found
         try:
             await asyncio.to_thread(self._file.write, found)
             self._fault = ""
         except OSError as error:
             if self._fault != str(error):
-                log.warning("what health checks find is lost when this process ends", reason=str(error))
+                log.warning("cannot save health state: it is lost when this process exits", reason=str(error))
             self._fault = str(error)
 
     async def _stay_fresh(self) -> None:
@@ -90,15 +89,15 @@ async def _follow(owner: BalancerThread, checker: Checker) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def _follow_host(host: HostChanges, ways: CheckPaths, checker: Checker) -> None:
+async def _follow_host(host: HostChanges, paths: CheckPaths, checker: Checker) -> None:
     while True:
-        if ways.concerned(await host.next(QUIET_S)):
-            checker.look_for_ways()
+        if paths.concerned(await host.next(QUIET_S)):
+            checker.update_paths()
         await asyncio.sleep(AGAIN_S)
 
 
 def turns(before: Conditions, after: Conditions) -> Iterator[Document]:
-    """`vip`, `backend`, `state` (active or down), `why`, `since` of each that has gone up or down."""
+    """`vip`, `backend`, `state` (active or down), `why`, `since` of each backend that went up or down."""
     for vip, name, condition in _each(after):
         if before.get(vip, {}).get(name, UP).down != condition.down:
             state = "down" if condition.down else "active"

@@ -1,7 +1,7 @@
-"""HTTP on sockets that are open already: uvicorn, with its patience limited and the peer made known.
+"""HTTP on open sockets: uvicorn with time limits and the peer made known.
 
-Enters: an ASGI application and listening sockets. Leaves: requests, with the lb.api.guard.Peer of the connection in
-`scope["state"]["peer"]`, and in `["abort"]` what ends the connection at once.
+Enters: an ASGI application and listening sockets. Leaves: requests with the lb.api.guard.Peer of the connection in
+`scope["state"]["peer"]`, and in `["abort"]` a function that closes it at once.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def unix_socket(path: Path) -> socket.socket:
             os.umask(mask)
     except OSError as error:
         listening.close()
-        raise DaemonError(f"{path}: {error.strerror or error}: set XDP_LB_RUN_DIR to another place") from None
+        raise DaemonError(f"{path}: {error.strerror or error}: set XDP_LB_RUN_DIR to another directory") from None
     return listening
 
 
@@ -177,8 +177,6 @@ def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> N
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
         context.load_cert_chain(certificate, key)
     except ssl.SSLError as error:
-        raise InvalidInput(
-            f"tls: {certificate} and {key}: not a certificate and its key in PEM: {error.reason}"
-        ) from None
+        raise InvalidInput(f"tls: {certificate} and {key}: not a PEM certificate and its key: {error.reason}") from None
     except OSError as error:
         raise InvalidInput(f"tls: {certificate} or {key}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What the daemon has to say: lines for people, or a JSON object each for programs, on standard error."""
+"""Log of the daemon on standard error: lines for people, or one JSON object per line."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The kernel kept in step with what is stored, as a task of the daemon (lb.daemon.server.Task).
+"""Keeps the kernel in step with the store, as a task of the daemon (lb.daemon.server.Task).
 
-Enters: time, and what changes in the host's network. Leaves: what others have changed is repaired, packets go where
-routes and neighbours lead, and each of that is a line in the log and an event `drift`. What cannot be repaired, such as
-an interface with someone else's program, is left alone and told once, for as long as it lasts.
+Enters: timer ticks, and changes of the host's network. Leaves: foreign changes repaired, next hops updated, each logged
+and published as an event `drift`. What cannot be repaired, such as an interface with a foreign program, is left alone
+and reported once while it lasts.
 
-The balancer's thread is asked for a little at a time: requests do not wait for the whole of it.
+Work is handed to the balancer's thread in small pieces, so that requests are not blocked.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lb.runtime.balancer_thread import BalancerThread
 log = structlog.get_logger("xdp-lb")
 
 PERIOD_S = 60.0
-AT_ONCE = 8  # backends whose next hops are looked for in one piece of work, about 10 ms
-NEXT_HOPS_A_CHECK = 1000  # backends whose next hops are looked for without a notification
-SENTENCES = 20  # of an event
+NEXT_HOPS_AT_ONCE = 8  # backends whose next hops are resolved in one piece of work, about 10 ms
+NEXT_HOPS_PER_CHECK = 1000  # backends whose next hops are resolved without a notification
+MAX_MESSAGES = 20  # in an event
 
 
 class HostChanges(Protocol):
-    """What lb.host.events.HostEvents is."""
+    """Implemented by lb.host.events.HostEvents."""
 
     async def next(self, timeout_s: float) -> Changes:
-        """What has changed, as soon as there is something; nothing after the timeout."""
+        """Changes as soon as there are any; empty after the timeout."""
 
 
 class ReconcileTask:
-    """`listen` gives the host's changes, for each run."""
+    """`listen` opens the source of host changes, for each run."""
 
     def __init__(self, listen: Callable[[], AbstractContextManager[HostChanges]], period_s: float = PERIOD_S) -> None:
         self._listen, self._period_s = listen, period_s
@@ -54,71 +54,75 @@ class ReconcileTask:
                 changes = await host.next(max(0.0, check_at - time.monotonic()))
                 began = time.monotonic()
                 if changes.everything or began >= check_at:
-                    await self._check(owner, every_next_hop=changes.everything)
+                    await self._check(owner, all_next_hops=changes.everything)
                     check_at = time.monotonic() + self._period_s
                 else:
                     await self._follow(owner, changes)
-                await asyncio.sleep(time.monotonic() - began)  # at most half of a processor, whatever goes on
+                await asyncio.sleep(time.monotonic() - began)  # uses at most half of a CPU
 
-    async def _check(self, owner: BalancerThread, *, every_next_hop: bool) -> None:
-        """All of it; but of very many next hops, of which notifications tell as well, a part each time. What is mended
-        by then is told again if it comes back."""
-        found = Found(owner)
+    async def _check(self, owner: BalancerThread, *, all_next_hops: bool) -> None:
+        """A full check; of very many next hops, which notifications cover as well, a part each time. A fault that was
+        repaired is reported again if it recurs."""
+        found = Results(owner)
         await found.add(_host)
         for service in owner.snapshot.state.services:
             await found.add(_service(service.vip))
         addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
-        await found.add_next_hops(addresses if every_next_hop else self._part_of(addresses))
+        await found.add_next_hops(addresses if all_next_hops else self._part_of(addresses))
         self._report(found)
-        self._reported = frozenset(found.unmended)
+        self._reported = frozenset(found.unrepaired)
 
     def _part_of(self, addresses: Sequence[Address]) -> Sequence[Address]:
-        """Those behind the last part, in turn."""
+        """The next part, in turn."""
         begin = self._next_hops_begin if self._next_hops_begin < len(addresses) else 0
-        self._next_hops_begin = begin + NEXT_HOPS_A_CHECK
-        return addresses[begin : begin + NEXT_HOPS_A_CHECK]
+        self._next_hops_begin = begin + NEXT_HOPS_PER_CHECK
+        return addresses[begin : begin + NEXT_HOPS_PER_CHECK]
 
     async def _follow(self, owner: BalancerThread, changes: Changes) -> None:
-        found = Found(owner)
+        found = Results(owner)
         if changes.links:
             await found.add(_host)
         await found.add_next_hops(
             await owner.call(lambda balancer: changes.concerned(balancer.repairs.installed_next_hops()))
         )
         self._report(found)
-        self._reported |= frozenset(found.unmended)
+        self._reported |= frozenset(found.unrepaired)
 
-    def _report(self, found: Found) -> None:
-        news = [sentence for sentence in found.unmended if sentence not in self._reported]
-        for sentence in _some(news):
-            log.warning(sentence)
-        for sentence in _some(found.mended):
-            log.info("drift", what=sentence)
-        if sentences := [*news, *found.mended]:
-            document = {"mended": _some(found.mended), "unmended": _some(news), "summary": "; ".join(_some(sentences))}
+    def _report(self, found: Results) -> None:
+        new = [message for message in found.unrepaired if message not in self._reported]
+        for message in _shortened(new):
+            log.warning(message)
+        for message in _shortened(found.repaired):
+            log.info("drift", what=message)
+        if messages := [*new, *found.repaired]:
+            document = {
+                "mended": _shortened(found.repaired),
+                "unmended": _shortened(new),
+                "summary": "; ".join(_shortened(messages)),
+            }
             found.owner.events.publish("drift", document)
 
 
-class Found:
-    """In one look at everything or at a part: sentences of what has been mended, and of what cannot be."""
+class Results:
+    """Results of a full or partial check: messages of what was repaired, and of what cannot be."""
 
     def __init__(self, owner: BalancerThread) -> None:
         self.owner = owner
-        self.mended: list[str] = []
-        self.unmended: dict[str, None] = {}
+        self.repaired: list[str] = []
+        self.unrepaired: dict[str, None] = {}
 
     async def add(self, work: Callable[[Balancer], Report]) -> None:
         try:
             report = (await self.owner.change(work)).report
         except LbError as error:
             report = Report(warnings=(str(error),))
-        self.mended += report.notes
-        self.unmended |= dict.fromkeys(report.warnings)
+        self.repaired += report.notes
+        self.unrepaired |= dict.fromkeys(report.warnings)
 
     async def add_next_hops(self, addresses: Collection[Address]) -> None:
         waiting = list(addresses)
-        for at in range(0, len(waiting), AT_ONCE):
-            await self.add(_next_hops(waiting[at : at + AT_ONCE]))
+        for at in range(0, len(waiting), NEXT_HOPS_AT_ONCE):
+            await self.add(_follow_next_hops(waiting[at : at + NEXT_HOPS_AT_ONCE]))
 
 
 def _host(balancer: Balancer) -> Report:
@@ -129,10 +133,10 @@ def _service(vip: Vip) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.reconcile_service(vip)
 
 
-def _next_hops(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
+def _follow_next_hops(addresses: Collection[Address]) -> Callable[[Balancer], Report]:
     return lambda balancer: balancer.repairs.follow(addresses)
 
 
-def _some(sentences: Sequence[str]) -> list[str]:
-    more = len(sentences) - SENTENCES
-    return [*sentences[:SENTENCES], f"{more} more"] if more > 0 else list(sentences)
+def _shortened(messages: Sequence[str]) -> list[str]:
+    more = len(messages) - MAX_MESSAGES
+    return [*messages[:MAX_MESSAGES], f"{more} more"] if more > 0 else list(messages)

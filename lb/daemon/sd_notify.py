@@ -1,4 +1,4 @@
-"""Tells systemd how far the daemon is, sd_notify(3), and feeds its watchdog."""
+"""sd_notify(3): readiness, and the watchdog."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lb.runtime.balancer_thread import BalancerThread
 
 
 def notify(message: str) -> None:
-    """To the service manager, where there is one."""
+    """Send to the service manager, if any."""
     name = os.environ.get("NOTIFY_SOCKET")
     if not name:
         return

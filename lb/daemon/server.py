@@ -1,10 +1,10 @@
-"""The daemon: one balancer for as long as it lives, the API in front of it, and what runs beside.
+"""The daemon: one balancer for its lifetime, the API, and background tasks.
 
-Enters: where things lie, what to listen on, and tasks. Leaves: a kernel that holds what is stored. The daemon has the
-writer's lock of its network namespace from start to end; packets do not notice either.
+Enters: paths, listen addresses, tasks. Leaves: a kernel that holds the stored configuration. The daemon holds the
+writer's lock of its network namespace from start to end; starting and stopping it does not affect traffic.
 
-Whatever else needs a process that stays is a Task: it is started when the kernel has been reconciled, reaches the
-balancer through the BalancerThread, and is cancelled at the end. One that fails is reported, and started again.
+A Task is started once the kernel has been reconciled, uses the balancer through the BalancerThread, and is cancelled at
+the end. A failed task is logged and restarted.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from lb.runtime.features import FeatureThreads
 log = structlog.get_logger("xdp-lb")
 
 AGAIN_S = 5.0  # after a task has failed
-STARTING = "starting: what is stored is being written to the kernel"
+STARTING = "starting: writing the stored configuration to the kernel"
 
 
 class Task(Protocol):
-    """What runs beside the API."""
+    """A background task."""
 
     async def run(self, owner: BalancerThread) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """socket: of the API, on this host. listen: address and port, for TLS. config: lb.toml, the services wanted. paths:
-    of what the API reaches beside the balancer; None: nothing."""
+    """socket: Unix socket of the API. listen: address and port for TLS. config: lb.toml with the desired services.
+    paths: for filters, explain and stages in the API; None: without them."""
 
     socket: Path
     access: Path
@@ -65,7 +65,7 @@ class Settings:
 
 
 class Daemon:
-    """`on_ready` is called when the kernel has what is stored."""
+    """`on_ready` is called once the kernel holds the stored configuration."""
 
     def __init__(
         self,
@@ -86,15 +86,15 @@ class Daemon:
         self._tls = _tls(settings)
 
     def stop(self) -> None:
-        """Answers that are on their way are finished first. To be called in the event loop's thread."""
+        """Requests in progress are finished first. Call it in the thread of the event loop."""
         self._ending.set()
 
     def reload(self) -> None:
-        """Read the configuration file and the certificate anew."""
+        """Read the configuration file and the certificate again."""
         self._reloading.set()
 
     async def run(self) -> None:
-        """Until `stop`. Raises LbError where it cannot begin."""
+        """Runs until `stop`. Raises LbError if it cannot start."""
         wanted = config.read(self._settings.config) if self._settings.config else None
         async with AsyncExitStack() as stack:
             self.owner = owner = await stack.enter_async_context(BalancerThread.open(self._opener))
@@ -102,21 +102,21 @@ class Daemon:
             stack.callback(access.close)
             self._listen(owner, access, stack)
             running = [asyncio.create_task(each.run_until_exit()) for each in self._listeners]
-            beside = asyncio.create_task(self._beside(owner, wanted))
+            background = asyncio.create_task(self._run_tasks(owner, wanted))
             await self._ending.wait()
             notify("STOPPING=1")
             owner.events.close()
-            beside.cancel()
+            background.cancel()
             for listener in self._listeners:
                 listener.should_exit = True
-            await asyncio.gather(beside, *running, return_exceptions=True)
+            await asyncio.gather(background, *running, return_exceptions=True)
 
     def _listen(self, owner: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
-        """Connections are taken from here on; they wait until the balancer is free."""
-        beside = FeatureThreads(self._settings.paths) if self._settings.paths else None
-        if beside:
-            stack.callback(beside.close)
-        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, beside), access), owner.metrics)
+        """Accepts connections from here on; requests wait until the balancer is free."""
+        features = FeatureThreads(self._settings.paths) if self._settings.paths else None
+        if features:
+            stack.callback(features.close)
+        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, features), access), owner.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))
@@ -127,26 +127,26 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _beside(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _run_tasks(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
         await self._upgrade(owner)
         await self._reconcile(owner, wanted)
         self._on_ready()
         notify("READY=1")
         async with asyncio.TaskGroup() as group:
             group.create_task(self._reconcile_again(owner, wanted))
-            group.create_task(self._reload_when_told(owner))
+            group.create_task(self._reload_on_request(owner))
             group.create_task(feed_watchdog(owner))
             for task in self._tasks:
-                group.create_task(_kept_running(task, owner))
+                group.create_task(_restarting(task, owner))
 
     async def _upgrade(self, owner: BalancerThread) -> None:
-        """Once: what the verifier refuses now, it will refuse again."""
+        """Once: what the verifier rejects now, it will reject again."""
         notes = await owner.upgrade()
         for note in notes:
             (log.error if owner.refused else log.info)(note)
 
     async def _reconcile(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
-        """Have the kernel hold what is stored, and the store what the file says."""
+        """Apply the store to the kernel, and the configuration file to the store."""
         try:
             _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
             if wanted is not None:
@@ -154,7 +154,7 @@ class Daemon:
             self.unready = ""
         except LbError as error:
             if self.unready != str(error):
-                log.error("the kernel does not hold what is wanted", reason=str(error), again_after_s=AGAIN_S)
+                log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
     async def _reconcile_again(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
@@ -163,7 +163,7 @@ class Daemon:
             await asyncio.sleep(AGAIN_S)
             await self._reconcile(owner, wanted)
 
-    async def _reload_when_told(self, owner: BalancerThread) -> None:
+    async def _reload_on_request(self, owner: BalancerThread) -> None:
         while True:
             await self._reloading.wait()
             self._reloading.clear()
@@ -178,7 +178,7 @@ class Daemon:
                 wanted = config.read(self._settings.config)
                 _log_report("reloaded", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
         except LbError as error:
-            log.error("not reloaded: all stays as it was", reason=str(error))
+            log.error("reload failed: configuration unchanged", reason=str(error))
 
     def _reload_certificate(self) -> None:
         certificate, key = self._settings.tls_certificate, self._settings.tls_key
@@ -204,24 +204,21 @@ def _name(listening: socket.socket) -> str:
     return name if isinstance(name, str) else f"{name[0]} port {name[1]}"
 
 
-async def _kept_running(task: Task, owner: BalancerThread) -> None:
+async def _restarting(task: Task, owner: BalancerThread) -> None:
     while True:
         try:
             await task.run(owner)
             return
         except Exception:
-            log.exception("a task has failed: it is started again", task=type(task).__name__, after_s=AGAIN_S)
+            log.exception("task failed: restarting", task=type(task).__name__, after_s=AGAIN_S)
         await asyncio.sleep(AGAIN_S)
-
-
-# systemd's notification protocol, sd_notify(3)
 
 
 def serve(
     opener: Callable[[], AbstractContextManager[Balancer]], settings: Settings, tasks: Sequence[Task] = ()
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads. Raises LbError."""
-    gc.enable()  # which the command line does without
+    gc.enable()  # the command line disables it
     _raise_limit()
     asyncio.run(_serve(opener, settings, tasks))
 
@@ -235,17 +232,17 @@ async def _serve(
         loop.add_signal_handler(number, daemon.stop)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     await daemon.run()
-    log.info("ended: programs and maps go on")
+    log.info("stopped: programs and maps stay loaded")
 
 
 def _ready() -> None:
-    """What is there by now stays: looking through it for garbage would take longer than most changes."""
+    """Exempt what is loaded by now from garbage collection, which would take longer than most changes."""
     gc.collect()
     gc.freeze()
     log.info("ready")
 
 
 def _raise_limit() -> None:
-    """Of open files, to what is allowed: a connection is one."""
+    """Raise the limit of open files to the hard limit: each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,7 @@
-"""Transitions ended when their time is over, as a task of the daemon (lb.daemon.server.Task).
+"""Ends expired transitions, as a task of the daemon (lb.daemon.server.Task).
 
-Enters: time. Leaves: slots that name one member alone, whose packets need no lookup of their flow any more, and in mode
-gue no second address. Without the daemon the next change of any service does it.
+Enters: timer ticks. Leaves: slots with a single member, whose packets need no flow lookup and, in mode gue, no second
+address. Without the daemon the next change of any service does it.
 """
 
 from __future__ import annotations

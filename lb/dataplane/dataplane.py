@@ -213,7 +213,7 @@ class KernelDataplane:
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         found = []
         if changed := self.maps.lookups.reread():
-            found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by someone else")
+            found.append(f"lookups: {changed} {'entry' if changed == 1 else 'entries'} changed by another process")
         self.publish(services)
         return found + self.programs.restore_stages()
 
@@ -221,11 +221,11 @@ class KernelDataplane:
     def differences(self, service: Service) -> list[str]:
         allocation = self._allocation_like(service)
         if allocation is None:
-            return ["was not there"]
-        found = [] if self.maps.services.holds(allocation, service) else ["its entry was changed"]
+            return ["was missing"]
+        found = [] if self.maps.services.holds(allocation, service) else ["map entry was modified"]
         numbers = self._assigned_numbers(service)
         if not self.maps.members.is_whole(allocation, numbers):
-            found.append("entries of its backends were changed")
+            found.append("backend entries were modified")
         elif service.vip not in self._assigned:
             self._remember(allocation, service, numbers)
         if slots := self.maps.rings.differing_slots(allocation, service, numbers):

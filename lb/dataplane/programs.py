@@ -41,8 +41,8 @@ from xdp.stages import MAPS as STAGE_MAPS
 from xdp.stages import Stages
 
 PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
-REFUSED = "the installed program cannot take over, the one in force goes on"
-LOST = "{0}: the pins of the program there are gone, and it is not this version's ({1}): ip link set dev {0} xdp off"
+REFUSED = "upgrade to the installed program failed, the running program is kept"
+LOST = "{0}: the attached program has lost its pins and is not of this version ({1}): run ip link set dev {0} xdp off"
 WRITTEN_MAPS = ("services", "members", "counters", "rings", *TABLES)  # by lb.dataplane.service_maps
 MOST_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than this, whatever becomes of the process
 
@@ -87,10 +87,10 @@ class Programs:
         """Likewise; raises DataplaneError where there is none."""
         if self._unusable:
             can_follow = self._object and not isinstance(self._unusable, CannotCarry)
-            mend = "xdp-lb attach IFACE" if can_follow else "xdp-lb detach, then xdp-lb attach IFACE"
-            raise DataplaneError(f"the programs in force are of another version of xdp-lb ({self._unusable}): {mend}")
+            mend = "run xdp-lb attach IFACE" if can_follow else "run xdp-lb detach, then xdp-lb attach IFACE"
+            raise DataplaneError(f"the loaded programs are of another version of xdp-lb ({self._unusable}): {mend}")
         if self._object is None:
-            raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
+            raise DataplaneError("no program loaded: run xdp-lb attach IFACE")
         return self._object
 
     @property
@@ -160,7 +160,7 @@ class Programs:
         if balance is not None and balance.value == self.obj.program(BEHIND_STAGES).id:
             return []
         self._balance_behind_stages()
-        return ["stages: the balancer was taken out from behind them"]
+        return ["stages: the balancer was missing at the end of the chain"]
 
     # Without pins
 
@@ -205,7 +205,7 @@ class Programs:
         self._pinned_in = generation
         for other in self._pins.others():
             self._pins.discard(other)
-        return [f"pins: taken away by someone else: pinned again in {generation}"]
+        return [f"pins: removed by another process: pinned again in {generation}"]
 
     # From one program to the next
 
@@ -223,7 +223,7 @@ class Programs:
         try:
             self._replace(Sizes.held_by(self._object))
         except CannotCarry as error:
-            raise DataplaneError(f"{REFUSED}: {error}: xdp-lb detach, then xdp-lb attach IFACE") from error
+            raise DataplaneError(f"{REFUSED}: {error}: run xdp-lb detach, then xdp-lb attach IFACE") from error
         except XdpError as error:
             raise DataplaneError(f"{REFUSED}: {in_one_line(error)}") from error
         return True

@@ -56,7 +56,7 @@ class ServiceMaps:
         """Where the service lies from now on, with those of its members that it has already."""
         old, allocation = self.allocation_like(service), self._allocation_in(self._layout, service)
         if allocation is None:
-            raise DataplaneError("the maps are full: load() makes them larger")
+            raise DataplaneError("maps full: load() grows them")
         if old is None or allocation.member_block != old.member_block:
             self.members.wipe(*allocation.member_block)
             if old:

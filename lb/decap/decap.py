@@ -1,8 +1,8 @@
-"""Decapsulation on a backend: what is configured, what was done, and what has been counted.
+"""Decapsulation on a backend: configuration, status, counters.
 
-Enters: interfaces and the destinations whose tunnel packets end here. Leaves: the programs attached,
-if wanted also VIPs on the loopback and the ARP settings that go with them, and a report. What was
-done to the host is remembered, and `detach` takes back exactly that.
+Enters: interfaces and the destinations whose tunnel packets end here. Leaves: the attached programs, on request also
+VIPs on the loopback with the ARP settings they need, and a report. Changes to the host are recorded, and `detach`
+reverts exactly these.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What decapsulation wants of the host: the VIP on the loopback, and silence about it on the wire.
+"""Host settings for decapsulation: VIPs on the loopback, and no ARP replies for them.
 
-Enters: the VIPs, and a file that remembers what was changed here. Leaves: addresses on `lo` and ARP
-settings, changed only where they were not as they should be, and taken back exactly; or sentences on
-what is not as it should be. IPv6 needs no setting: neighbour solicitations for an address of another
+Enters: the VIPs, and a file that records the changes. Leaves: addresses on `lo` and ARP settings, changed only where
+needed and reverted exactly; or warnings. IPv6 needs no setting: neighbour solicitations for an address of another
 interface are not answered.
 """
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 LOOPBACK = "lo"
 SYSCTLS = Path("/proc/sys/net/ipv4/conf")
 
-# Documentation/networking/ip-sysctl.rst: answer ARP for the asked interface's own addresses, and never ask as a VIP.
+# ip-sysctl.rst: reply to ARP only for addresses of the incoming interface, and never announce a VIP.
 WANTED = {"arp_ignore": 1, "arp_announce": 2}
 SET_ON = ("all", LOOPBACK)
 RP_FILTER_STRICT = 1
@@ -37,7 +36,7 @@ RP_FILTER_STRICT = 1
 
 @dataclass(frozen=True, slots=True)
 class AppliedHostChanges:
-    """What was changed: addresses put on the loopback, and settings (`all/arp_ignore`) with their values before."""
+    """Applied changes: addresses added to the loopback, and sysctls (`all/arp_ignore`) with their previous values."""
 
     addresses: tuple[str, ...] = ()
     sysctls: dict[str, int] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class AppliedHostChanges:
         return cls(tuple(document["addresses"]), document["sysctls"])
 
     def write(self, path: Path) -> None:
-        """Whole or not at all; what is nothing needs no file."""
+        """Atomically; without changes there is no file."""
         if self == AppliedHostChanges():
             path.unlink(missing_ok=True)
             return
@@ -62,50 +61,50 @@ class AppliedHostChanges:
 
 
 class DecapHost:
-    """The host's side of one network namespace. Raises LbError and OSError."""
+    """Host settings of one network namespace. Raises LbError and OSError."""
 
     def __init__(self, open_socket: Callable[[], IPRoute], path: Path) -> None:
         self._open_socket, self._path = open_socket, path
         self._network = Network(open_socket)
-        self._made = self._before = AppliedHostChanges.read(path)
+        self._applied = self._before = AppliedHostChanges.read(path)
 
     def own_addresses(self, names: Sequence[str]) -> dict[int, Address]:
-        """IP version -> the first address that these interfaces have, and send from. Raises NotFound."""
+        """IP version -> first address of these interfaces, used as source. Raises NotFound."""
         found = [address for name in names for address in self._network.addresses(name) if not address.is_link_local]
         return {address.version: address for address in reversed(found)}
 
     def set_up(self, vips: Sequence[Address]) -> list[str]:
-        """Make VIPs the host's own, each one that is not; what was done, as sentences.
+        """Add VIPs that are not local addresses yet; returns notes.
 
-        The settings come first: no ARP request is to be answered in between.
+        Sysctls first, so that no ARP request is answered in between.
         """
         notes = [self._set(name) for name in _settings() if _value(name) < WANTED[Path(name).name]]
         for vip in vips:
             if not self._is_local(vip):
                 self._network.add_address(LOOPBACK, vip)
-                self._remember(replace(self._made, addresses=(*self._made.addresses, str(vip))))
-                notes.append(f"{vip}: put on {LOOPBACK}")
+                self._remember(replace(self._applied, addresses=(*self._applied.addresses, str(vip))))
+                notes.append(f"{vip}: added to {LOOPBACK}")
         return notes
 
     def commit(self, vips: Sequence[Address]) -> None:
-        """What set_up() did stays; of what it did earlier, addresses that are no VIPs any more go."""
+        """Keep what set_up() did, and remove earlier addresses that are no longer VIPs."""
         kept = {str(vip) for vip in vips}
-        for address in self._made.addresses:
+        for address in self._applied.addresses:
             if address not in kept:
                 self._network.remove_address(LOOPBACK, ip_address(address))
-        self._remember(replace(self._made, addresses=tuple(a for a in self._made.addresses if a in kept)))
-        self._before = self._made
+        self._remember(replace(self._applied, addresses=tuple(a for a in self._applied.addresses if a in kept)))
+        self._before = self._applied
 
     def undo(self) -> None:
-        """Take back what was done since the last commit()."""
+        """Revert what was done since the last commit()."""
         self._return_to(self._before)
 
     def take_back(self) -> list[str]:
-        """Take back all that was done; sentences."""
+        """Revert all changes; returns notes."""
         return self._return_to(AppliedHostChanges())
 
     def warnings(self, destinations: Iterable[Prefix], interfaces: Sequence[str]) -> list[str]:
-        """What will keep decapsulated packets from being served, each with its remedy."""
+        """Warnings of what keeps decapsulated packets from being delivered, each with its fix."""
         return [
             warning
             for destination in destinations
@@ -115,24 +114,24 @@ class DecapHost:
 
     def _set(self, name: str) -> str:
         before, wanted = _value(name), WANTED[Path(name).name]
-        self._remember(replace(self._made, sysctls={name: before} | self._made.sysctls))
+        self._remember(replace(self._applied, sysctls={name: before} | self._applied.sysctls))
         _write(name, wanted)
         return f"{_dotted(name)}: {before} -> {wanted}"
 
-    def _remember(self, made: AppliedHostChanges) -> None:
-        made.write(self._path)
-        self._made = made
+    def _remember(self, applied: AppliedHostChanges) -> None:
+        applied.write(self._path)
+        self._applied = applied
 
     def _return_to(self, target: AppliedHostChanges) -> list[str]:
         notes = []
-        for address in self._made.addresses:
+        for address in self._applied.addresses:
             if address not in target.addresses:
                 self._network.remove_address(LOOPBACK, ip_address(address))
-                notes.append(f"{address}: taken off {LOOPBACK}")
-        for name, before in self._made.sysctls.items():
+                notes.append(f"{address}: removed from {LOOPBACK}")
+        for name, before in self._applied.sysctls.items():
             if name not in target.sysctls and _value(name) == WANTED[Path(name).name]:
                 _write(name, before)
-                notes.append(f"{_dotted(name)}: back to {before}")
+                notes.append(f"{_dotted(name)}: restored to {before}")
         self._remember(target)
         return notes
 
@@ -148,29 +147,29 @@ class DecapHost:
         if self._is_local(destination.network_address):
             return None
         name = prefix_text(destination)
-        remedy = "give --setup-vip" if is_address(destination) else f"ip route add local {name} dev {LOOPBACK}"
-        return f"{name}: not an address of this host, which will not take its packets: {remedy}"
+        remedy = "use --setup-vip" if is_address(destination) else f"ip route add local {name} dev {LOOPBACK}"
+        return f"{name}: not an address of this host, so its packets are not accepted: {remedy}"
 
     def _answers_arp(self, destination: Prefix, interfaces: Sequence[str]) -> str | None:
         loud = [name for name in interfaces if _effective("arp_ignore", name) == 0]
         if destination.version == 6 or not loud or not self._is_local(destination.network_address):
             return None
         return (
-            f"{prefix_text(destination)}: this host answers ARP for it on {', '.join(loud)}, in the balancer's place:"
-            " give --setup-vip, or sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2"
+            f"{prefix_text(destination)}: this host answers ARP for it on {', '.join(loud)}, instead of the balancer:"
+            " use --setup-vip, or run sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2"
         )
 
     def _drops_by_source(self, name: str) -> str | None:
         """RFC 3704's strict mode takes a client's packet only where packets to the client leave."""
-        ways = set(self._default_ways())
-        if _effective("rp_filter", name) != RP_FILTER_STRICT or name in ways:
+        egress = set(self._default_interfaces())
+        if _effective("rp_filter", name) != RP_FILTER_STRICT or name in egress:
             return None
         return (
-            f"{name}: strict rp_filter drops packets of clients, to whom replies leave on"
-            f" {', '.join(sorted(ways)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
+            f"{name}: strict rp_filter drops packets from clients, replies to whom leave on"
+            f" {', '.join(sorted(egress)) or 'no interface'}: sysctl -w net.ipv4.conf.{name}.rp_filter=2"
         )
 
-    def _default_ways(self) -> Iterator[str]:
+    def _default_interfaces(self) -> Iterator[str]:
         """The interfaces of the IPv4 default routes."""
         with self._open_socket() as ipr:
             messages = ipr.get_default_routes(family=AF_INET)

@@ -1,8 +1,8 @@
 """The kernel side of decapsulation: prefixes and constants in maps, programs on interfaces.
 
-Enters: a DecapConfig. Leaves: the XDP program that decapsulates, beside it at tc ingress the one that
-sends packets on to the other member, and their counters. A configuration is fixed when the programs
-are loaded: a new one is loaded beside the old, on the same counters, and takes its place at once.
+Enters: a DecapConfig. Leaves: the XDP program that decapsulates, the tc ingress program that forwards packets to the
+other member, and their counters. The configuration is fixed at load: a new one is loaded next to the old, on the same
+counters, and replaces it atomically.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class KernelDecap:
             load(obj, config, own, bytes(_config(old).mark))
 
     def _adopt(self, obj: BpfObject) -> bool:
-        """False where nothing is in force, or what is there is of another version: it is replaced all the same."""
+        """False if nothing is attached, or programs of another version: these are replaced anyway."""
         current = self._pins.current()
         if current is None:
             return False
@@ -150,7 +150,7 @@ class KernelDecap:
         return {program.id: program for program in self._pinned()}
 
     def _pinned(self) -> Iterator[Program]:
-        """Where there is none, the process that should have pinned it was killed before it could be attached."""
+        """A missing pin means that the process was killed before it attached the program."""
         for generation in self._generations():
             with suppress(LoadError):
                 yield pinned_program(str(generation), PROGRAM)
@@ -165,8 +165,8 @@ class KernelDecap:
                 obj.adopt(str(current))
             except LoadError as error:
                 raise DataplaneError(
-                    f"the programs in force are of another version of xdp-lb ({error}): xdp-lb decap attach"
-                    " replaces them"
+                    f"the loaded programs are of another version of xdp-lb ({error}): run xdp-lb decap attach"
+                    " to replace them"
                 ) from error
             return _read_config(obj), _read_statistics(obj)
 

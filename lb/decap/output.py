@@ -84,7 +84,7 @@ def _reasons(status: DecapStatus, *kinds: str) -> dict[str, int]:
 def status_lines(status: DecapStatus) -> list[str]:
     """Interfaces, then what is configured, what was decapsulated, and why the rest was not."""
     if status.config is None:
-        return ["nothing is decapsulated: start with xdp-lb decap attach IFACE --vip ADDR"]
+        return ["not attached: run xdp-lb decap attach IFACE --vip ADDR"]
     paragraphs = [
         _table(
             [Column("INTERFACE"), Column("XDP"), Column("PROGRAM", number=True)],

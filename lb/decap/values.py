@@ -1,4 +1,4 @@
-"""What decapsulation is set to, counts and reports, as values."""
+"""Configuration, counters and reports of decapsulation, as values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DecapConfig:
 def _check_destination(prefix: Prefix) -> None:
     first = prefix.network_address
     if first.is_multicast or first.is_loopback or first.is_unspecified:
-        raise InvalidInput(f"vip {prefix_text(prefix)}: cannot be a VIP: give addresses that clients connect to")
+        raise InvalidInput(f"vip {prefix_text(prefix)}: not a valid VIP: use an address that clients connect to")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""What a host's facts mean for the balancer (pure): facts in, findings out.
+"""Facts of a host -> findings (pure).
 
-Enters: what lb.doctor.collect has read of the kernel, the host and its interfaces. Leaves: one Finding for each check
-that applies, and for each that is not ok what mends it. A FAIL keeps the balancer from running; a warning is what makes
-it slow, or loses packets of some kind.
+Enters: what lb.doctor.collect has read from the kernel, the host and its interfaces. Leaves: one Finding per applicable
+check, with a fix unless it is ok. A FAIL keeps the balancer from running; a warning means lower performance, or loss of
+some packets.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 from lb.doctor.facts import Dataplane, Host, Interface, Refusal
 
-LEAST_KERNEL = (6, 1)
+MIN_KERNEL = (6, 1)
 
 # What a mode puts in front of a packet at most: IPv6 40; GUE besides UDP 8, its header 4, and on slots in transition 20
 # (xdp/bpf/common/tunnel.h).
 TUNNEL_BYTES = {"ipip": 40, "gue": 72}
 CLIENT_MTU = 1500
 
-# A frame in one page, beside the room in front (256) and struct skb_shared_info (320), less Ethernet and two VLAN tags.
+# A frame in one page with headroom (256) and struct skb_shared_info (320), less Ethernet and two VLAN tags.
 ROOM_OF_A_PAGE = 256 + 320 + 14 + 2 * 4
 
 # Drivers with native XDP in Linux 6.1 and 6.2, which have no way to ask (those that the kernel's commit 66c0e13ad236
@@ -118,10 +118,10 @@ def findings_document(found: Sequence[Finding]) -> list[dict[str, Any]]:
 
 def _kernel(host: Host) -> Findings:
     version = tuple(int(number) for number in re.findall(r"\d+", host.kernel)[:2])
-    if version >= LEAST_KERNEL:
+    if version >= MIN_KERNEL:
         yield _ok("kernel", host.kernel)
     else:
-        needed = ".".join(map(str, LEAST_KERNEL))
+        needed = ".".join(map(str, MIN_KERNEL))
         yield _fail("kernel", f"{host.kernel}: too old", f"boot Linux {needed} or later (Debian 12, Ubuntu 24.04)")
 
 
@@ -129,7 +129,7 @@ def _capabilities(host: Host) -> Findings:
     if host.missing_capabilities:
         yield _fail("capabilities", f"{' and '.join(host.missing_capabilities)} missing", "sudo xdp-lb doctor")
     else:
-        yield _ok("capabilities", "all that are needed")
+        yield _ok("capabilities", "all present")
 
 
 def _program_loads(host: Host) -> Findings:
@@ -137,9 +137,9 @@ def _program_loads(host: Host) -> Findings:
         case Refusal(why, fix):
             yield _fail("program", why, fix)
         case Dataplane(instructions=count):
-            yield _ok("program", f"the kernel takes it: {count:,} instructions verified")
+            yield _ok("program", f"loads: {count:,} instructions verified")
         case None:
-            yield _warn("program", "not tried, for want of capabilities", "sudo xdp-lb doctor")
+            yield _warn("program", "not tested: capabilities missing", "sudo xdp-lb doctor")
 
 
 def _jit(host: Host) -> Findings:
@@ -153,11 +153,11 @@ def _jit(host: Host) -> Findings:
 
 def _bpffs(host: Host) -> Findings:
     if not host.has_bpffs:
-        yield _fail("bpffs", "not in this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y")
+        yield _fail("bpffs", "not supported by this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y")
     elif host.loaded:
         yield _ok("bpffs", f"in use: {host.pins}")
     else:
-        yield _ok("bpffs", f"attach mounts one: {host.pins}")
+        yield _ok("bpffs", f"mounted by attach: {host.pins}")
 
 
 def _store(host: Host) -> Findings:
@@ -174,7 +174,7 @@ def _memory(host: Host) -> Findings:
     needed = host.dataplane.map_bytes
     room = f"{_mebibytes(needed)} for maps, {_mebibytes(host.free_bytes)} free"
     if host.loaded:
-        yield _ok("memory", "maps are allocated")
+        yield _ok("memory", "maps already allocated")
     elif needed > host.free_bytes:
         yield _fail("memory", room, _more_memory(host, needed))
     elif 2 * needed > host.free_bytes:
@@ -191,7 +191,7 @@ def _more_memory(host: Host, needed: int) -> str:
     missing = _mebibytes(needed - host.free_bytes + (1 << 20))
     if host.memory_limit:
         return f"raise the limit by {missing}: {host.memory_limit}"
-    return f"free {missing} of memory, or add them"
+    return f"free or add {missing} of memory"
 
 
 def _nat_ports(host: Host) -> Findings:
@@ -199,19 +199,19 @@ def _nat_ports(host: Host) -> Findings:
         return
     (low, high), (first, last) = host.local_ports, host.dataplane.nat_ports
     if low > last or high < first:
-        yield _ok("nat ports", f"{first}-{last}, apart from the host's {low}-{high}")
+        yield _ok("nat ports", f"{first}-{last}, outside the host's ephemeral range {low}-{high}")
     else:
         default = " ".join(map(str, LOCAL_PORTS))
         yield _warn(
             "nat ports",
-            f"{first}-{last} overlap the host's own {low}-{high}",
+            f"{first}-{last} overlaps the host's ephemeral range {low}-{high}",
             f'sysctl -w net.ipv4.ip_local_port_range="{default}"',
         )
 
 
 def _neighbours(host: Host) -> Findings:
     for table in host.neighbours:
-        check, value = f"neighbours v{table.family}", f"{table.backends} backends, room for {table.limit}"
+        check, value = f"neighbours v{table.family}", f"{table.backends} backends, table limit {table.limit}"
         if 2 * table.backends <= table.limit:
             yield _ok(check, value)
         else:
@@ -248,32 +248,34 @@ def _native(interface: Interface, _host: Host) -> Findings:
     if native:
         yield _ok("native xdp", driver)
     elif interface.is_veth and interface.native is not None:
-        yield _warn("native xdp", f"{driver}: its other end sends on more queues", _as_many_queues(interface))
+        yield _warn("native xdp", f"{driver}: peer has more TX queues", _as_many_queues(interface))
     else:
-        accept = f"to accept that: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
-        yield _warn("native xdp", f"{driver}: none known, generic mode is several times slower", accept)
+        accept = f"to accept generic mode: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
+        yield _warn(
+            "native xdp", f"{driver}: not known to support native XDP; generic mode is several times slower", accept
+        )
 
 
 def _as_many_queues(interface: Interface) -> str:
-    """drivers/net/veth.c: no native XDP on an end that receives on fewer queues than the other sends on."""
+    """drivers/net/veth.c: no native XDP on an end with fewer RX queues than its peer has TX queues."""
     count = str(interface.peer.tx_queues) if interface.peer else "N"
     return f"ethtool -L {_word(interface.name)} rx {count}"
 
 
 def _transmit(interface: Interface, _host: Host) -> Findings:
-    """A veth hands on what XDP sends only where its other end expects frames from XDP; drivers of cards do so, as a
-    rule, once a program is attached."""
+    """A veth passes frames sent by XDP only if its peer expects them; NIC drivers usually do once a program is
+    attached."""
     if not (interface.is_veth and interface.native):
         return
     if interface.transmits:
-        yield _ok("transmit", "the other end takes what XDP sends")
+        yield _ok("transmit", "peer accepts frames sent by XDP")
     else:
-        yield _warn("transmit", "its other end drops what XDP sends", _at_other_end(interface, "gro on"))
+        yield _warn("transmit", "peer drops frames sent by XDP", _at_other_end(interface, "gro on"))
 
 
 def _at_other_end(veth: Interface, setting: str) -> str:
     if veth.peer is None:
-        return f"in the network namespace of its other end DEV: ethtool -K DEV {setting}"
+        return f"in the peer's network namespace, DEV being the peer: ethtool -K DEV {setting}"
     return f"ethtool -K {_word(veth.peer.name)} {setting}"
 
 
@@ -282,11 +284,11 @@ def _running(interface: Interface, _host: Host) -> Findings:
     if program is None:
         yield _ok("attached", "nothing")
     elif program.lost:
-        value = f"id {program.program_id}, name {program.name}, {program.mode}: its pins are gone"
-        yield _fail("attached", value, f"xdp-lb attach {name}, by the same version")
+        value = f"id {program.program_id}, name {program.name}, {program.mode}: pins missing"
+        yield _fail("attached", value, f"xdp-lb attach {name}, using the same version")
     elif not program.ours:
         link_word = "xdp" if program.mode == "native" else f"xdp{program.mode}"
-        value = f"a program of someone else: id {program.program_id}, name {program.name}, {program.mode}"
+        value = f"foreign program: id {program.program_id}, name {program.name}, {program.mode}"
         yield _fail("attached", value, f"ip link set dev {name} {link_word} off")
     elif program.mode == "generic":
         value = f"xdp-lb, id {program.program_id}, generic: several times slower than native"
@@ -301,42 +303,46 @@ def _lro(interface: Interface, _host: Host) -> Findings:
 
 def _hardware_gro(interface: Interface, _host: Host) -> Findings:
     if interface.driver == "virtio_net" and interface.offloads - interface.fixed_offloads >= {"rx-gro-hw"}:
-        yield _ok("hardware gro", "on: the driver turns it off for XDP")
+        yield _ok("hardware gro", "on: disabled by the driver for XDP")
     else:
         yield _merging(interface, "hardware gro", "rx-gro-hw", "rx-gro-hw")
 
 
 def _merging(interface: Interface, check: str, feature: str, word: str) -> Finding:
-    """Offloads that hand over several packets as one: native XDP is refused with them."""
+    """Offloads that merge packets: drivers refuse native XDP with them."""
     if feature not in interface.offloads:
         return _ok(check, "off")
     if feature not in interface.fixed_offloads:
-        return _warn(check, "on: native XDP is refused", f"ethtool -K {_word(interface.name)} {word} off")
-    accept = f"to accept that: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
+        return _warn(check, "on: incompatible with native XDP", f"ethtool -K {_word(interface.name)} {word} off")
+    accept = f"to accept generic mode: xdp-lb attach {_word(interface.name)} --xdp-mode generic"
     fix = QEMU_OFFLOADS_OFF if interface.driver == "virtio_net" else accept
-    return _warn(check, "on, and fixed: native XDP is refused", fix)
+    return _warn(check, "on [fixed]: incompatible with native XDP", fix)
 
 
 def _vlan(interface: Interface, _host: Host) -> Findings:
-    """A card takes tags off the frame; a veth hands over frames whose tag the other end has left beside them."""
+    """A NIC strips tags from frames; a veth passes frames whose tag its peer left out of band."""
     hidden, fix = "rx-vlan-hw-parse" in interface.offloads, f"ethtool -K {_word(interface.name)} rxvlan off"
     if interface.is_veth:
         hidden = interface.peer is not None and interface.peer.leaves_vlan_tags_out
         fix = _at_other_end(interface, "txvlan off")
     if hidden:
-        yield _warn("vlan offload", "on: XDP sees no tags, any VLAN looks untagged", fix)
+        yield _warn("vlan offload", "on: XDP does not see VLAN tags", fix)
     else:
         yield _ok("vlan offload", "off")
 
 
 def _checksums(interface: Interface, _host: Host) -> Findings:
-    """A veth hands over frames whose checksums were left to a card: XDP cannot mend them."""
+    """A veth passes frames whose checksums were left to a NIC: XDP cannot complete them."""
     if not interface.is_veth:
         return
     if interface.peer and not interface.peer.leaves_checksums_out:
-        yield _ok("checksums", f"complete in what {interface.peer.name} sends")
+        yield _ok("checksums", f"complete in frames from {interface.peer.name}")
     else:
-        lacking = f"lacking in what {interface.peer.name} sends" if interface.peer else "of its other end: out of sight"
+        lacking = (
+            f"missing in frames from {interface.peer.name}"
+            if interface.peer
+            else "unknown: peer in another network namespace"
+        )
         yield _warn("checksums", lacking, _at_other_end(interface, "tx off"))
 
 
@@ -344,33 +350,33 @@ def _mtu(interface: Interface, host: Host) -> Findings:
     most = host.page_size - ROOM_OF_A_PAGE
     name, mtu = _sender(interface)
     if mtu > most:
-        value = f"{mtu}: native XDP is refused, frames exceed a page"
+        value = f"{mtu}: too large for native XDP, frames exceed a page"
         yield _warn("mtu", value, f"ip link set dev {_word(name)} mtu {most}")
     else:
         yield _tunnel_room(interface, host)
 
 
 def _sender(interface: Interface) -> tuple[str, int]:
-    """Whose MTU bounds what comes in, and that MTU: of a veth, the other end's (drivers/net/veth.c)."""
+    """Name and MTU of the sender that bounds received frames: of a veth, its peer (drivers/net/veth.c)."""
     sender = interface.peer or interface
     return sender.name, sender.mtu
 
 
 def _tunnel_room(interface: Interface, host: Host) -> Finding:
-    """Clients send up to 1500 bytes; of what does not fit into the tunnel they are told to send less."""
+    """Clients send up to 1500 bytes; larger ones than the tunnel takes are answered with an ICMP error."""
     tunnels = host.modes & TUNNEL_BYTES.keys()
     if not tunnels:
         return _ok("mtu", str(interface.mtu))
     overhead = max(TUNNEL_BYTES[mode] for mode in tunnels)
-    value = f"{interface.mtu}: tunnels leave {interface.mtu - overhead}"
+    value = f"{interface.mtu}: {interface.mtu - overhead} inside tunnels"
     if interface.mtu >= CLIENT_MTU + overhead:
         return _ok("mtu", value)
     wider = f"ip link set dev {_word(interface.name)} mtu {CLIENT_MTU + overhead}"
-    return _warn("mtu", f"{value} of clients' {CLIENT_MTU}", wider)
+    return _warn("mtu", f"{value}, clients send {CLIENT_MTU}", wider)
 
 
 def _queues(interface: Interface, host: Host) -> Findings:
-    """Of a veth, the other end decides how many of them are used."""
+    """Of a veth, the peer decides how many are used."""
     queues = interface.queues
     if queues is None or interface.is_veth:
         return
@@ -389,7 +395,7 @@ def _forwarding(interface: Interface, host: Host) -> Findings:
     if off:
         families = " and ".join(f"IPv{family}" for family in off)
         settings = (_setting(interface, family, "forwarding", 1) for family in off)
-        value = f"{families} off: backends down when added stay unserved"
+        value = f"{families} off: bpf_fib_lookup cannot resolve next hops"
         yield _warn("forwarding", value, f"sysctl -w {' '.join(settings)}")
     else:
         yield _ok("forwarding", "on")
@@ -397,22 +403,22 @@ def _forwarding(interface: Interface, host: Host) -> Findings:
 
 def _rp_filter(interface: Interface, _host: Host) -> Findings:
     if interface.rp_filter == STRICT:
-        value = "strict: drops what the host gets another way than it answers"
+        value = "strict: drops packets on asymmetric routes"
         yield _warn("rp_filter", value, f"sysctl -w {_setting(interface, 4, 'rp_filter', LOOSE)}")
     else:
         yield _ok("rp_filter", "loose" if interface.rp_filter == LOOSE else "off")
 
 
 def _arp(interface: Interface, host: Host) -> Findings:
-    """Where a VIP is on the loopback, as on a backend, the host must not answer for it."""
+    """With a VIP on the loopback, as on a backend, the host must not reply to ARP for it."""
     if not host.loopback_addresses:
         return
     addresses = ", ".join(host.loopback_addresses)
     if interface.arp_ignore >= 1 and interface.arp_announce >= 2:
-        yield _ok("arp", f"silent about {addresses} on lo")
+        yield _ok("arp", f"no ARP replies for {addresses} on lo")
     else:
         settings = (_setting(interface, 4, "arp_ignore", 1), _setting(interface, 4, "arp_announce", 2))
-        yield _warn("arp", f"answers for {addresses} on lo", f"sysctl -w {' '.join(settings)}")
+        yield _warn("arp", f"ARP replies for {addresses} on lo", f"sysctl -w {' '.join(settings)}")
 
 
 def _setting(interface: Interface, family: int, key: str, value: int) -> str:

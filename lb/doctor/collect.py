@@ -1,7 +1,7 @@
-"""The facts that lb.doctor.checks judges, read from this host; nothing is attached, and nothing changed.
+"""Collects the facts for lb.doctor.checks from this host; attaches and changes nothing.
 
 Enters: the paths of this network namespace and names of interfaces. Leaves: a Host and its Interfaces. The program is
-loaded once, with maps of one entry, and forgotten again: only the kernel's verifier knows whether it takes it.
+loaded once, with maps of one entry, and unloaded again: only the verifier knows whether it accepts it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IFF_UP = 1
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 BUILD = "make build"
-OTHER_KERNEL = "boot Linux 6.1 or later; where it is, report this with uname -r"
+OTHER_KERNEL = "boot Linux 6.1 or later; if it is, report this with the output of uname -r"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,9 @@ def _named(messages: Collection[Any], names: Collection[str]) -> list[Any]:
     by_name = {_name(message): message for message in messages}
     for name in names:
         if name not in by_name:
-            raise NotFound(f"interface {name}: not there: see ip link")
+            raise NotFound(f"interface {name}: does not exist: see ip link")
         if not _is_ethernet(by_name[name]):
-            raise InvalidInput(f"interface {name}: not Ethernet: name one that is, see ip link")
+            raise InvalidInput(f"interface {name}: not an Ethernet interface: see ip link")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 

@@ -1,4 +1,4 @@
-"""Findings -> the lines that people read: a paragraph for the host and each interface, each fault with its fix."""
+"""Findings -> lines for people: a paragraph for the host and one per interface, each fault with its fix."""
 
 from __future__ import annotations
 

@@ -78,14 +78,14 @@ def _member_document(explanation: Explanation) -> Document | None:
     }
 
 
-ACTIONS = {"pass": "passed to the host", "drop": "dropped", "tx": "sent back out", "redirect": "sent on"}
+ACTIONS = {"pass": "passed to the host", "drop": "dropped", "tx": "sent back", "redirect": "redirected"}
 
 
 def verdict(explanation: Explanation) -> tuple[str, str | None]:
     """What became of the packet, in a sentence, and what to do about it."""
     outcome = explanation.outcome
     if outcome.stages or outcome.reason is None:
-        where = "by a program that is not the balancer's"
+        where = "by another program"
         return f"{ACTIONS.get(outcome.action, outcome.action)} {where}", _fix_of_stages(outcome.stages, outcome.action)
     sentence, fix = reason_text(outcome.reason)
     if outcome.egress:

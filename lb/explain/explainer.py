@@ -48,12 +48,12 @@ def open_explainer(paths: Paths) -> Iterator[Explainer]:
     with translated(), ExitStack() as resources:
         generation = Pins(paths.run_dir, paths.netns).current()
         if generation is None:
-            raise DataplaneError("nothing is loaded: xdp-lb attach IFACE does it")
+            raise DataplaneError("no program loaded: run xdp-lb attach IFACE")
         obj = resources.enter_context(BpfObject.open(LB_OBJECT))
         try:
             obj.adopt(str(generation))
         except LoadError as error:
-            raise DataplaneError(f"the programs in force are of another version of xdp-lb ({error})") from error
+            raise DataplaneError(f"the loaded programs are of another version of xdp-lb ({error})") from error
         yield Explainer(paths, obj, resources)
 
 
@@ -67,7 +67,7 @@ class Explainer:
         self._probes: dict[int, Probe] = {}
         self._interfaces = _attached(obj)
         if not self._interfaces:
-            raise DataplaneError("attached to no interface: xdp-lb attach IFACE does it")
+            raise DataplaneError("not attached to any interface: run xdp-lb attach IFACE")
 
     def flow(self, flow: Flow, tcp_flags: int = 0, interface: str | None = None) -> Explanation:
         """A packet of this flow, as it would come in."""
@@ -75,7 +75,7 @@ class Explainer:
         ingress = self._ingress(packet, interface)
         frame = make_frame(flow, tcp_flags, ingress.client_mac, ingress.own_mac)
         notes = (
-            () if ingress.client_mac != MADE_UP_MAC else ("the client's MAC address is made up: nobody here knows it",)
+            () if ingress.client_mac != MADE_UP_MAC else ("the client's MAC address is unknown, a placeholder is used",)
         )
         return self._explain(frame, ingress.interface, notes)
 
@@ -91,7 +91,7 @@ class Explainer:
         if interface and interface not in self._interfaces:
             attached = ", ".join(self._interfaces)
             with part("interface"):
-                raise InvalidInput(f"interface {interface}: xdp-lb is not attached there, but to {attached}")
+                raise InvalidInput(f"interface {interface}: not attached: xdp-lb is attached to {attached}")
         reply = self._tables.way_to_client(packet, choose(packet, self._tables)) if packet else None
         ifindex, mac = (reply.ifindex, reply.client_mac) if reply else _route_to(packet.flow.source if packet else None)
         name = interface or self._name_of(ifindex)
@@ -122,10 +122,10 @@ class Explainer:
             try:
                 run = probe.run(frame)
             except OSError as error:
-                why = "the kernel takes no test packets for it" if error.errno == EINVAL else str(error.strerror)
-                raise DataplaneError(f"interface {interface}: {why}: is it up?") from error
+                why = "the kernel does not accept test packets for it" if error.errno == EINVAL else str(error.strerror)
+                raise DataplaneError(f"interface {interface}: {why}: check that it is up") from error
         if run.reason is None and not self._occupied:
-            raise DataplaneError("somebody else came to the same place behind the balancer: try again")
+            raise DataplaneError("another program was attached behind the balancer at the same time: try again")
         return run
 
     def _probe(self, interface: str) -> Probe:

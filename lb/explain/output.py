@@ -13,12 +13,12 @@ LABEL_WIDTH = 11
 COLOURS = {"drop": "red", "aborted": "red", "pass": "yellow", "tx": "green", "redirect": "green"}
 SOURCES = {
     Source.RING_CURRENT: "from the ring (current)",
-    Source.RING_PREVIOUS: "from the ring (previous): older than the last change",
+    Source.RING_PREVIOUS: "from the ring (previous): connection older than the last change",
     Source.FLOW_TABLE: "from the flow table",
-    Source.NAT_TABLE: "from the nat table: an open connection",
-    Source.NAT_REPLY: "the sender: a reply, by the nat table",
-    Source.CONNECTION_ID: "named by the QUIC connection ID",
-    Source.FRAGMENT_TABLE: "from the fragment table: where the first fragment went",
+    Source.NAT_TABLE: "from the nat table: existing connection",
+    Source.NAT_REPLY: "sender of a reply, from the nat table",
+    Source.CONNECTION_ID: "from the QUIC connection ID",
+    Source.FRAGMENT_TABLE: "from the fragment table: same as the first fragment",
 }
 
 
@@ -42,7 +42,7 @@ def _verdict(document: Document, colour: bool) -> Iterator[tuple[str, str]]:
     yield "verdict", click.style(sentence, fg=COLOURS.get(document["action"])) if colour else sentence
     if document["reason"]:
         yield "reason", document["reason"]
-    yield from zip(_labels("ended by"), map(_stage_text, document["ended_by"]), strict=False)
+    yield from zip(_labels("stopped by"), map(_stage_text, document["ended_by"]), strict=False)
     if document["fix"]:
         yield "fix", document["fix"]
 
@@ -83,7 +83,7 @@ def _member(document: Document) -> str:
 
 def _next_hop(member: Document) -> str:
     if not member["resolved"]:
-        return "not resolved: the kernel's FIB decides"
+        return "unresolved: looked up in the kernel's FIB"
     return f"{member['mac']} on {member['interface']}, from {member['source_mac']}"
 
 

@@ -107,7 +107,7 @@ def parse_flow(protocol: str, source: str, destination: str) -> Flow:
     with part("destination"):
         vip, vip_port = _parse_end(protocol, destination)
         if client.version != vip.version:
-            raise InvalidInput(f"{client} and {vip}: not of one address family")
+            raise InvalidInput(f"{client} and {vip}: different address families")
     number = {"tcp": IPPROTO_TCP, "udp": IPPROTO_UDP, "icmp": ICMP_OF[client.version]}[protocol]
     return Flow(number, client, client_port, vip, vip_port)
 
@@ -131,7 +131,9 @@ def parse_hex(text: str) -> bytes:
 def check_size(frame: bytes) -> bytes:
     """The frame, if the kernel takes it for a test run. Raises InvalidInput."""
     if not LEAST_FRAME <= len(frame) <= MOST_FRAME:
-        raise InvalidInput(f"packet of {len(frame)} bytes: not from {LEAST_FRAME} to {MOST_FRAME}, Ethernet header on")
+        raise InvalidInput(
+            f"packet of {len(frame)} bytes: out of range {LEAST_FRAME} to {MOST_FRAME}, including the Ethernet header"
+        )
     return frame
 
 

@@ -425,16 +425,16 @@ def _reaches(outcome: Outcome, packet: Packet, mode: Mode, member: Member) -> bo
 
 def disagreement(choice: Choice, outcome: Outcome, reached: Sequence[Member]) -> str | None:
     """A sentence if the program did what the tables do not account for."""
-    by_tables = str(choice.member) if choice.member else "nobody"
+    by_tables = str(choice.member) if choice.member else "none"
     if outcome.reason == "forwarded" and choice.source is not Source.NAT_REPLY:
         if choice.service and choice.member in reached:
             return None
         chosen = " or ".join(map(str, reached)) or "none of the service's members"
-        return f"the program chose {chosen}; by the maps it would be {by_tables}"
+        return f"the program chose {chosen}; according to the maps it is {by_tables}"
     if outcome.reason == "drop_no_backend" and choice.member:
-        return f"the program found no backend; by the maps it would be {by_tables}"
+        return f"the program found no backend; according to the maps it is {by_tables}"
     if outcome.reason == "pass_not_a_service" and choice.source:
-        return f"the program found no service; by the maps it would be {_by_tables(choice)}"
+        return f"the program found no service; according to the maps it is {_by_tables(choice)}"
     return None
 
 
@@ -445,67 +445,67 @@ def _by_tables(choice: Choice) -> str:
 # Reasons as text
 
 REASON_TEXTS: dict[str, tuple[str, str | None]] = {
-    "forwarded": ("sent on", None),
-    "answered_echo": ("an echo request, answered by the balancer", None),
+    "forwarded": ("forwarded", None),
+    "answered_echo": ("ICMP echo request answered by the balancer", None),
     "answered_too_big": (
-        "too big for the tunnel: the sender is told the size that fits",
-        "raise the MTU of the way to the backends, or lower the service's --mss",
+        "too big for the tunnel: answered with an ICMP error that gives the MTU",
+        "raise the MTU on the path to the backends, or lower the service's --mss",
     ),
-    "pass_not_ip": ("left to the host: neither IPv4 nor IPv6", None),
-    "pass_not_tcp_or_udp": ("left to the host: neither TCP nor UDP", None),
+    "pass_not_ip": ("passed to the host: neither IPv4 nor IPv6", None),
+    "pass_not_tcp_or_udp": ("passed to the host: neither TCP nor UDP", None),
     "pass_not_a_service": (
-        "left to the host: for no service, and no reply of a translated flow",
-        "is it to be balanced? xdp-lb vip list shows the addresses, ports and protocols that are",
+        "passed to the host: no matching service or NAT flow",
+        "if it should be balanced, compare address, port and protocol with xdp-lb vip list",
     ),
-    "pass_malformed": ("left to the host: cut off in its headers", None),
+    "pass_malformed": ("passed to the host: truncated headers", None),
     "pass_fragment": (
-        "left to the host: a fragment whose first one has not come by here",
-        "fragments come in order where the way to here keeps it; better, let senders find the path MTU",
+        "passed to the host: fragment, first fragment not seen",
+        "check that the network does not reorder fragments; better, use path MTU discovery on the sender",
     ),
-    "pass_ipv6_extension": ("left to the host: an IPv6 extension header", None),
-    "pass_icmp": ("left to the host: ICMP, but no error about a balanced flow", None),
-    "pass_icmp_no_flow": ("left to the host: an ICMP error about a flow that nobody knows", None),
+    "pass_ipv6_extension": ("passed to the host: IPv6 extension header", None),
+    "pass_icmp": ("passed to the host: ICMP, not an error for a balanced flow", None),
+    "pass_icmp_no_flow": ("passed to the host: ICMP error for an unknown flow", None),
     "drop_malformed": (
-        "dropped: its lengths contradict each other, or the frame",
-        "look for what mangles it on its way",
+        "dropped: inconsistent length fields",
+        "find the device that corrupts it",
     ),
     "drop_fragment": (
-        "dropped: a fragment of a packet that cannot be balanced in pieces",
-        "have the sender send smaller packets: TCP by --mss, UDP in the application",
+        "dropped: fragment of a packet that cannot be balanced in fragments",
+        "send smaller packets: set --mss for TCP, the payload size for UDP",
     ),
-    "drop_ip_options": ("dropped: a packet to a service with IPv4 options", "have the sender leave them out"),
-    "drop_ttl_expired": ("dropped: its TTL or hop limit ends here", "look for a routing loop"),
+    "drop_ip_options": ("dropped: IPv4 options in a packet to a service", "disable IP options on the sender"),
+    "drop_ttl_expired": ("dropped: TTL or hop limit expired", "look for a routing loop"),
     "drop_no_backend": (
-        "dropped: the service has no backend for it",
-        "xdp-lb backend list, then backend add, or give one a weight above 0",
+        "dropped: no backend available",
+        "add a backend, or set a weight above 0: see xdp-lb backend list",
     ),
     "drop_no_neighbour": (
-        "dropped: the backend's MAC address is not known",
-        "ping the backend from here; xdp-lb status shows which ones are unresolved",
+        "dropped: the backend's next hop is unresolved",
+        "ping the backend from this host; xdp-lb status lists unresolved backends",
     ),
-    "drop_nat_no_flow": ("dropped: a reset of a connection that is not translated", None),
+    "drop_nat_no_flow": ("dropped: TCP RST without a NAT flow", None),
     "drop_nat_no_port": (
-        "dropped: no port is free towards the backend",
-        "add backends, or balance by --mode dr, ipip or gue, which need no ports",
+        "dropped: no free NAT port for the backend",
+        "add backends, or use --mode dr, ipip or gue, which need no ports",
     ),
     "drop_source_not_allowed": (
-        "dropped: the client is in none of the prefixes that the service is for",
+        "dropped: client not in the service's allowed prefixes",
         "xdp-lb vip set VIP --allow PREFIX,..., or --allow any",
     ),
     "drop_syn_limit": (
-        "dropped: more new connections than the service's limit",
+        "dropped: service's SYN limit exceeded",
         "wait a second, or xdp-lb vip set VIP --syn-limit N",
     ),
     "drop_syn_limit_of_source": (
-        "dropped: more new connections than the limit of one client network",
+        "dropped: SYN limit per source exceeded",
         "wait a second, or xdp-lb vip set VIP --syn-limit-of-source N",
     ),
     "drop_too_big": (
         "dropped: too big for the tunnel",
-        "raise the MTU of the way to the backends, or lower the service's --mss",
+        "raise the MTU on the path to the backends, or lower the service's --mss",
     ),
     "drop_no_headroom": (
-        "dropped: the driver leaves no room in front of the frame",
+        "dropped: not enough headroom in the driver's buffer",
         "xdp-lb attach IFACE --xdp-mode generic",
     ),
 }

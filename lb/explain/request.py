@@ -50,7 +50,7 @@ class LocalExplainer:
 def _cut(captured: int, length: int | None) -> tuple[str, ...]:
     if length in (None, captured):
         return ()
-    return (f"only {captured} of {length} bytes were captured, and the program has seen no more",)
+    return (f"only {captured} of {length} bytes were captured: the result is for the truncated packet",)
 
 
 def explain_capture(
@@ -64,4 +64,4 @@ def explain_capture(
         if number == found:
             return
     if number:
-        raise InvalidInput(f"{capture.name}: no packet {number}: there are {found}")
+        raise InvalidInput(f"{capture.name}: no packet {number}: the file has {found}")

@@ -1,1 +1,1 @@
-"""Filter rules: asked for, compiled, attached."""
+"""Filter rules: specified, compiled, attached."""

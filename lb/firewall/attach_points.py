@@ -1,4 +1,4 @@
-"""Where a program of filter rules is attached: in the balancer's path, at XDP, at tc."""
+"""Attach points of filter programs: the balancer's stage map, XDP, tc."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xdp.object import Program, program_name
 FOLDER, NAME = "filter", "xdp_lb_filter"
 TC_PLACES = {At.TC_IN: tc.LAST_IN, At.TC_OUT: tc.LAST_OUT}
 HookKey = tuple[str, At]
-"""Interface name and place."""
+"""Interface name and hook."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageAttach:
-    """In the balancer's path, for all interfaces that it is attached to."""
+    """A stage of the balancer, for all interfaces that it is attached to."""
 
     programs: Programs
     pin: str = "prog_front"
@@ -55,7 +55,7 @@ class XdpAttach:
                 describe=lambda number: f"id {number}, name {program_name(number)}",
             )
         except Occupied as error:
-            raise Occupied(f"{error}, or filter with --at tc-in, beside it") from error
+            raise Occupied(f"{error}, or use --at tc-in") from error
         return done.warning if done.mode == xdp_attach.GENERIC and not before else None
 
 

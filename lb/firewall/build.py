@@ -1,4 +1,4 @@
-"""What the operator asks of a rule -> a rule, checked and compiled."""
+"""RuleSpec -> Rule, validated and compiled."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ LONGEST_EXPRESSION = 1 << 14
 
 
 def new_rule(
-    wish: RuleSpec, slot: int, now: Clock, how: ApplyOptions, prefixes: Prefixes | None = None
+    spec: RuleSpec, slot: int, now: Clock, options: ApplyOptions, prefixes: Prefixes | None = None
 ) -> tuple[Rule, Prefixes | None]:
-    """`prefixes`: those of its text, where they are known already."""
-    check_interface(wish.interface)
-    rule, found = build_rule(wish, slot, now, prefixes)
-    if how.selftest:
+    """`prefixes`: those of its set, if parsed already."""
+    check_interface(spec.interface)
+    rule, found = build_rule(spec, slot, now, prefixes)
+    if options.selftest:
         with translated(), part("expression"):
             check(cbpf.decode(rule.instructions), HOOKS[rule.at])
     return rule, found
 
 
-def build_rule(wish: RuleSpec, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
+def build_rule(spec: RuleSpec, slot: int, now: Clock, prefixes: Prefixes | None = None) -> tuple[Rule, Prefixes | None]:
     with part("expression"):
-        instructions = cbpf.encode(_compile(wish))
+        instructions = cbpf.encode(_compile(spec))
     source = None
-    if wish.set_path is not None:
-        path, prefixes = _set(wish.set_path, wish.set_list, prefixes)
-        source = SetSource(path, wish.set_side, len(prefixes))
-    deadline = _deadline_of(wish, now)
-    rule = Rule(slot, wish.interface, wish.at, wish.action, wish.expression, instructions, wish.rate, source, deadline)
+    if spec.set_path is not None:
+        path, prefixes = _set(spec.set_path, spec.set_list, prefixes)
+        source = SetSource(path, spec.set_side, len(prefixes))
+    deadline = _deadline_of(spec, now)
+    rule = Rule(slot, spec.interface, spec.at, spec.action, spec.expression, instructions, spec.rate, source, deadline)
     return rule, prefixes
 
 
 def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, Prefixes]:
-    """Its name, and what is in it; a file is read only where there is no text, be it an empty one."""
+    """Name and prefixes of the set; the file is only read if there is no text (an empty text counts)."""
     if text is None:
         file = str(Path(path).absolute())
         return file, read_set_file(file)
@@ -53,19 +53,19 @@ def _set(path: str, text: str | None, prefixes: Prefixes | None) -> tuple[str, P
         return path, parse_list(text, path) if prefixes is None else prefixes
 
 
-def _deadline_of(wish: RuleSpec, now: Clock) -> Deadline | None:
-    if wish.until_s is not None:
+def _deadline_of(spec: RuleSpec, now: Clock) -> Deadline | None:
+    if spec.until_s is not None:
         with part("until"):
-            return Deadline.at(wish.until_s, now)
-    return None if wish.seconds is None else Deadline.after(wish.seconds, now)
+            return Deadline.at(spec.until_s, now)
+    return None if spec.seconds is None else Deadline.after(spec.seconds, now)
 
 
-def given_prefixes(wish: RuleSpec) -> Prefixes | None:
-    """Those of the text that it has; None: it has none."""
-    if wish.set_path is None or wish.set_list is None:
+def given_prefixes(spec: RuleSpec) -> Prefixes | None:
+    """Prefixes of the spec's text; None without text."""
+    if spec.set_path is None or spec.set_list is None:
         return None
     with part("set", "list"):
-        return parse_list(wish.set_list, wish.set_path)
+        return parse_list(spec.set_list, spec.set_path)
 
 
 def parse_list(text: str, name: str) -> Prefixes:
@@ -73,26 +73,26 @@ def parse_list(text: str, name: str) -> Prefixes:
         return parse_prefixes(text, name)
 
 
-def check_has_list(wish: RuleSpec) -> None:
+def check_has_list(spec: RuleSpec) -> None:
     """Raises InvalidInput."""
-    if wish.set_path is not None and wish.set_list is None:
+    if spec.set_path is not None and spec.set_list is None:
         with part("set", "list"):
-            raise InvalidInput(f"set {wish.set_path}: list: missing: no rule that is there has this set")
+            raise InvalidInput(f"set {spec.set_path}: list: missing: no existing rule uses this set")
 
 
-def _compile(wish: RuleSpec) -> tuple[cbpf.Instruction, ...]:
-    """libpcap's optimiser takes minutes for what is several times longer than the longest that is taken here."""
-    mask = netmask(Interface(wish.interface)) if ifindex_of(wish.interface) else 0
+def _compile(spec: RuleSpec) -> tuple[cbpf.Instruction, ...]:
+    """Checks the length first: libpcap's optimiser takes minutes for expressions several times longer."""
+    mask = netmask(Interface(spec.interface)) if ifindex_of(spec.interface) else 0
     try:
-        length = len(compile_expression(wish.expression, netmask=mask, optimise=False))
+        length = len(compile_expression(spec.expression, netmask=mask, optimise=False))
         if length > LONGEST_EXPRESSION:
             raise InvalidInput(
-                f"expression {wish.expression[:40]}...: {length} instructions of classic BPF, the most is"
-                f" {LONGEST_EXPRESSION}: put addresses into a file and say --set FILE"
+                f"expression {spec.expression[:40]}...: {length} classic BPF instructions, at most"
+                f" {LONGEST_EXPRESSION}: put addresses into a file and use --set FILE"
             )
-        return compile_expression(wish.expression, netmask=mask)
+        return compile_expression(spec.expression, netmask=mask)
     except FilterError as error:
-        raise InvalidInput(f"expression {wish.expression!r}: {' '.join(str(error).split())}") from error
+        raise InvalidInput(f"expression {spec.expression!r}: {' '.join(str(error).split())}") from error
 
 
 def read_set_file(path: str) -> Prefixes:

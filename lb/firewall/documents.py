@@ -1,8 +1,7 @@
-"""Filter rules, reports and trials -> JSON documents for programs, and the way back.
+"""Filter rules, reports and test results <-> JSON documents.
 
-The keys are stable; the help of each command names them. What `read_...` returns prints as the value that the document
-was made of: it has no instructions, and slots of its own. It raises KeyError, TypeError, ValueError or LbError for what
-is no such document.
+The keys are stable; the help of each command names them. What `read_...` returns prints like the original value, but
+has no instructions, and slots of its own. It raises KeyError, TypeError, ValueError or LbError for an invalid document.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def _own_document(rule: Rule) -> Document:
 
 
 def wanted_document(rules: Sequence[Rule]) -> Document:
-    """`rules`, in their order: what is asked for of an interface, and nothing that changes by itself."""
+    """`rules`, in order: the desired rules of an interface, without state."""
     return {
         "rules": [_own_document(rule) | {"until": rule.deadline.unix_s if rule.deadline else None} for rule in rules]
     }

@@ -1,12 +1,11 @@
-"""The one writer of filter rules: from the rules in force to those that are asked for.
+"""The only writer of filter rules: from the active rules to the requested ones.
 
-Enters: an operator's wish, in values of lb.model.rule_report. Leaves: a FilterReport of what became of it. A change
-goes validate -> compile and load -> ask the new programs about the operator's connection -> open the store's
-transaction -> exchange the programs -> commit. An error on the way leaves the old rules in force, in the store and in
-the kernel. A process that is killed in between leaves the old rules in the store; the next change of that hook brings
-the kernel back to it.
+Enters: RuleSpecs and ApplyOptions (lb.model.rule_report). Leaves: a FilterReport. A change goes validate -> compile and
+load -> test the operator's connection on the new programs -> open the store's transaction -> swap the programs ->
+commit. On an error the old rules stay active, in the store and in the kernel. A process killed in between leaves the
+old rules in the store; the next change of that hook restores the kernel.
 
-The balancer tells when it comes to an interface or leaves it: hand_over_to_balancer(), take_back().
+The balancer announces that it attaches to or detaches from an interface: hand_over_to_balancer(), take_back().
 """
 
 from __future__ import annotations
@@ -46,104 +45,103 @@ class Firewall:
     """The filter rules of one network namespace. Changes are to be made with its lock held. Raises LbError."""
 
     def __init__(
-        self, store: Store, kernel: KernelFilters, *, asked_on: Callable[[], Connection | None] = ssh_connection
+        self, store: Store, kernel: KernelFilters, *, own_connection: Callable[[], Connection | None] = ssh_connection
     ) -> None:
-        """`asked_on`: the connection that no change may end unasked."""
-        self._store, self._kernel, self._asked_on = store, kernel, asked_on
+        """`own_connection`: the connection that no change may drop without `force`."""
+        self._store, self._kernel, self._own_connection = store, kernel, own_connection
 
-    # What an operator can ask for
+    # Operations
 
-    def add(self, wish: RuleSpec, position: int | None = None, how: ApplyOptions | None = None) -> FilterReport:
-        """Behind the last rule of its interface, or at a position."""
-        how, before = how or ApplyOptions(), self._rules()
-        rule, prefixes = new_rule(wish, before.free_slot(), clock(), how)
+    def add(self, spec: RuleSpec, position: int | None = None, options: ApplyOptions | None = None) -> FilterReport:
+        """After the last rule of its interface, or at a position."""
+        options, before = options or ApplyOptions(), self._rules()
+        rule, prefixes = new_rule(spec, before.free_slot(), clock(), options)
         goal = before.with_rule(rule, position)
         sets = {} if prefixes is None else {rule.slot: prefixes}
-        return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), how, sets)
+        return self._change(goal, [rule], lambda after: RuleChange("added", rule, after.number(rule)), options, sets)
 
-    def replace(self, interface: str, wishes: Sequence[RuleSpec], how: ApplyOptions | None = None) -> FilterReport:
-        """Make these all the rules of an interface. One that is there as it is wanted stays, with its counters; that
-        of a set may leave out the text of it, which no other may."""
-        how, now, before = how or ApplyOptions(), clock(), self._rules()
+    def replace(self, interface: str, specs: Sequence[RuleSpec], options: ApplyOptions | None = None) -> FilterReport:
+        """Replace all rules of an interface. A rule that is unchanged keeps its counters; with a set it may omit the
+        prefixes, which a new rule must not."""
+        options, now, before = options or ApplyOptions(), clock(), self._rules()
         left, wanted, new = list(before.in_time(now).of(interface)), list[Rule](), list[Rule]()
         sets: dict[int, Prefixes] = {}
-        for place, wish in enumerate(wishes):
+        for place, spec in enumerate(specs):
             with part("rules", place):
-                prefixes = given_prefixes(wish)
-                rule = next((rule for rule in left if self._is_as_wanted(rule, wish, prefixes)), None)
+                prefixes = given_prefixes(spec)
+                rule = next((rule for rule in left if self._is_as_wanted(rule, spec, prefixes)), None)
                 if rule:
                     left.remove(rule)
                 else:
-                    check_has_list(wish)
+                    check_has_list(spec)
                     slot = Rules((*before.all, *new)).free_slot()
-                    rule, prefixes = new_rule(wish, slot, now, how, prefixes)
+                    rule, prefixes = new_rule(spec, slot, now, options, prefixes)
                     new.append(rule)
                     sets |= {} if prefixes is None else {slot: prefixes}
                 wanted.append(rule)
         goal = before.ordered(interface, wanted)
-        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), how, sets)
+        return self._change(goal, new, lambda after: _differences(before.in_time(now), after, interface), options, sets)
 
-    def _is_as_wanted(self, rule: Rule, wish: RuleSpec, prefixes: Prefixes | None) -> bool:
+    def _is_as_wanted(self, rule: Rule, spec: RuleSpec, prefixes: Prefixes | None) -> bool:
         own_set = (rule.set.path, rule.set.side) if rule.set else None
-        wanted_set = (wish.set_path, wish.set_side) if wish.set_path is not None else None
+        wanted_set = (spec.set_path, spec.set_side) if spec.set_path is not None else None
         own = (rule.at, rule.action, rule.rate, rule.expression, own_set, rule.deadline and rule.deadline.unix_s)
-        if own != (wish.at, wish.action, wish.rate, wish.expression, wanted_set, wish.until_s):
+        if own != (spec.at, spec.action, spec.rate, spec.expression, wanted_set, spec.until_s):
             return False
         return prefixes is None or prefixes == Prefixes.unpacked(*self._store.rule_set(rule.slot))
 
-    def delete(self, interface: str, number: int, how: ApplyOptions | None = None) -> FilterReport:
+    def delete(self, interface: str, number: int, options: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
         return self._change(
-            rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), how or ApplyOptions()
+            rules.without([rule]), [], lambda _: RuleChange("deleted", rule, number), options or ApplyOptions()
         )
 
-    def move(self, interface: str, number: int, to: int, how: ApplyOptions | None = None) -> FilterReport:
+    def move(self, interface: str, number: int, to: int, options: ApplyOptions | None = None) -> FilterReport:
         rules = self._rules()
         rule = rules.numbered(interface, number)
         moved = RuleChange("moved", rule, number, f"to {to}")
-        return self._change(rules.moved(rule, to), [], lambda _: moved, how or ApplyOptions())
+        return self._change(rules.moved(rule, to), [], lambda _: moved, options or ApplyOptions())
 
-    def flush(self, interface: str | None = None, how: ApplyOptions | None = None) -> FilterReport:
+    def flush(self, interface: str | None = None, options: ApplyOptions | None = None) -> FilterReport:
         """All rules of an interface, or (None) all."""
         rules = self._rules()
         gone = rules.all if interface is None else rules.of(interface)
         if not gone and interface is not None:
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         changes = [RuleChange("deleted", rule, rules.number(rule)) for rule in gone]
-        return self._change(rules.without(gone), [], lambda _: changes, how or ApplyOptions())
+        return self._change(rules.without(gone), [], lambda _: changes, options or ApplyOptions())
 
     def reload(
-        self, interface: str, number: int, how: ApplyOptions | None = None, *, set_list: str | None = None
+        self, interface: str, number: int, options: ApplyOptions | None = None, *, set_list: str | None = None
     ) -> FilterReport:
-        """Read the file of a rule's set again (or take `set_list` for its text), and change the set in force where it
-        differs."""
-        how, rules = how or ApplyOptions(), self._rules()
+        """Read the file of a rule's set again (or take `set_list` as its text), and update the active set."""
+        options, rules = options or ApplyOptions(), self._rules()
         rule = rules.numbered(interface, number)
         source = set_of(rule, number)
         prefixes = read_set_file(set_file(rule, number)) if set_list is None else parse_list(set_list, source.path)
         now = replace(rule, set=replace(source, prefixes=len(prefixes)))
         goal = rules.replacing(now)
-        if not how.force:
+        if not options.force:
             self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
-        if how.dry_run:
+        if options.dry_run:
             return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
         packed = {rule.slot: prefixes.packed()}
-        # Prefixes first: the store is the balancer's too, and should not wait for them.
+        # Prefixes first: the store is shared with the balancer and should not be locked meanwhile.
         with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
             pass
         return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
 
-    def restore(self, how: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
-        """Put in force what is stored, as after a boot: on these hooks, or (None) on all."""
+    def restore(self, options: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
+        """Load and attach the stored rules, as after a boot: on these hooks, or (None) on all."""
         rules = self._rules().in_time(clock())
         changes = [RuleChange("restored", rule, rules.number(rule)) for rule in rules.all]
         return self._change(
-            rules, [], lambda _: changes, how or ApplyOptions(), hooks=rules.hooks if hooks is None else hooks
+            rules, [], lambda _: changes, options or ApplyOptions(), hooks=rules.hooks if hooks is None else hooks
         )
 
     def lost(self) -> list[HookKey]:
-        """Where rules of interfaces that are there should be in force, and are not."""
+        """Hooks of existing interfaces whose rules are not active."""
         hooks = self._rules().in_time(clock()).hooks
         in_force, absent = self._kernel.in_force(hooks), _absent(hooks)
         return [hook for hook in hooks if hook not in in_force and hook[0] not in absent]
@@ -163,33 +161,33 @@ class Firewall:
         ]
 
     def wanted(self, interface: str) -> tuple[Rule, ...]:
-        """What is asked for of an interface, but for what is over."""
+        """The rules of an interface that have not expired."""
         return self._rules().in_time(clock()).of(interface)
 
     def test(self, interface: str, path: str, at: At | None = None, write_to: str | None = None) -> FilterTestResult:
-        """What the rules of an interface do to the packets of a file: at XDP, then at tc ingress; or at one place."""
+        """Run the packets of a file through the rules of an interface: at XDP, then at tc ingress; or at one hook."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
-            return self.judged(interface, capture.packets(), at, keep)
+            return self.test_packets(interface, capture.packets(), at, keep)
 
-    def test_wishes(self, wishes: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
-        """The same for rules that are not there."""
+    def test_specs(self, specs: Sequence[RuleSpec], path: str, write_to: str | None = None) -> FilterTestResult:
+        """The same for rules that are not installed."""
         with open_capture(path) as capture, writer(write_to, capture.snaplen) as keep:
-            return self.judged_by(wishes, capture.packets(), keep)
+            return self.test_packets_with(specs, capture.packets(), keep)
 
-    def judged(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> FilterTestResult:
+    def test_packets(self, interface: str, packets: Iterable[Packet], at: At | None, keep: Keep) -> FilterTestResult:
         rules = self._rules().in_time(clock())
         if not rules.of(interface):
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         places = [at] if at else [At.XDP, At.TC_IN]
         return self._try([rules.hook(interface, place) for place in places], packets, keep)
 
-    def judged_by(self, wishes: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> FilterTestResult:
+    def test_packets_with(self, specs: Sequence[RuleSpec], packets: Iterable[Packet], keep: Keep) -> FilterTestResult:
         now = clock()
-        made = [build_rule(wish, slot, now) for slot, wish in enumerate(wishes)]
-        sets = {rule.slot: prefixes for rule, prefixes in made if prefixes is not None}
-        return self._try([[rule for rule, _ in made]], packets, keep, sets)
+        built = [build_rule(spec, slot, now) for slot, spec in enumerate(specs)]
+        sets = {rule.slot: prefixes for rule, prefixes in built if prefixes is not None}
+        return self._try([[rule for rule, _ in built]], packets, keep, sets)
 
-    # The balancer, coming and going
+    # The balancer attaches or detaches
 
     def hand_over_to_balancer(self, name: str) -> None:
         self._kernel.hand_over_to_balancer(name, self._rules().in_time(clock()))
@@ -197,7 +195,7 @@ class Firewall:
     def take_back(self, name: str) -> None:
         self._kernel.take_back(name, self._rules().in_time(clock()))
 
-    # How a change is made
+    # A change
 
     def _rules(self) -> Rules:
         now = clock()
@@ -208,11 +206,11 @@ class Firewall:
         goal: Rules,
         new: Sequence[Rule],
         change: Callable[[Rules], RuleChange | Sequence[RuleChange]],
-        how: ApplyOptions,
+        options: ApplyOptions,
         sets: Mapping[int, Prefixes] | None = None,
         hooks: Iterable[HookKey] = (),
     ) -> FilterReport:
-        """`new`: rules that were not there; `sets`: slot -> prefixes of theirs; `hooks`: also to be put in force."""
+        """`new`: added rules; `sets`: slot -> their prefixes; `hooks`: further hooks to load and attach."""
         now, before, given = clock(), self._rules(), sets or {}
         after = goal.in_time(now)
         every = [*before.hooks, *after.hooks]
@@ -223,10 +221,10 @@ class Firewall:
         for slot, prefixes in given.items():
             self._kernel.add_set(slot, prefixes)
         exchange = self._kernel.prepare(after, wanted, new)
-        if not how.force:
+        if not options.force:
             self._check_connection(before, after, wanted, {})
-        warnings = [f"interface {name}: does not exist: its rules wait" for name in _absent(wanted)]
-        if how.dry_run:
+        warnings = [f"interface {name}: does not exist: rules stay pending" for name in _absent(wanted)]
+        if options.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
         packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}
         try:
@@ -241,9 +239,8 @@ class Firewall:
     def _check_connection(
         self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]
     ) -> None:
-        """Raises InvalidInput where the rules would drop the connection that the change is asked for on, and did not
-        before."""
-        connection = self._asked_on()
+        """Raises InvalidInput if the rules would drop the connection of the request, and did not before."""
+        connection = self._own_connection()
         if connection is None:
             return
         ends = connection.server, connection.client
@@ -287,7 +284,7 @@ class Firewall:
 
 
 def _differences(before: Rules, after: Rules, interface: str) -> list[RuleChange]:
-    """Deleted, moved among those that stay, and added ones."""
+    """Deleted, moved and added rules."""
     was, now = before.of(interface), after.of(interface)
     numbers, places = ({rule.slot: number for number, rule in enumerate(rules, 1)} for rules in (was, now))
     stay = [[rule for rule in rules if rule.slot in numbers and rule.slot in places] for rules in (was, now)]
@@ -319,9 +316,9 @@ def _short(rule: Rule) -> str:
 
 @contextmanager
 def open_firewall(
-    paths: Paths, *, write: bool, asked_on: Callable[[], Connection | None] = ssh_connection
+    paths: Paths, *, write: bool, own_connection: Callable[[], Connection | None] = ssh_connection
 ) -> Iterator[Firewall]:
-    """The filter rules of one network namespace; to `write` is to hold its lock until the end.
+    """The filter rules of one network namespace; with `write` its lock is held until the end.
 
     Raises Busy, StoreError, DataplaneError.
     """
@@ -332,7 +329,7 @@ def open_firewall(
         store = stack.enter_context(Store.open(paths.store, write))
         programs = Programs.open(paths)
         stack.callback(programs.close)
-        yield stack.enter_context(firewall_of(paths, store, programs, asked_on))
+        yield stack.enter_context(firewall_of(paths, store, programs, own_connection))
 
 
 @contextmanager
@@ -340,11 +337,11 @@ def firewall_of(
     paths: Paths,
     store: Store,
     programs: Programs,
-    asked_on: Callable[[], Connection | None] = ssh_connection,
+    own_connection: Callable[[], Connection | None] = ssh_connection,
 ) -> Iterator[Firewall]:
-    """For who has the store and the balancer's programs open."""
+    """For callers that have the store and the balancer's programs open."""
     with KernelFilters.open(paths, programs, partial(_stored_set, store)) as kernel:
-        yield Firewall(store, kernel, asked_on=asked_on)
+        yield Firewall(store, kernel, own_connection=own_connection)
 
 
 def _stored_set(store: Store, slot: int) -> Prefixes:

@@ -1,12 +1,12 @@
-"""The kernel side of filter rules: each hook's rules compiled into one program, which is exchanged in one step.
+"""The kernel side of filter rules: the rules of a hook compiled into one program, which is replaced atomically.
 
-Enters: rules. Leaves: programs in their places, counters, sets. Where the balancer runs, the rules of all its
-interfaces are one program in the balancer's own path; elsewhere each interface has a program of its own at XDP. At tc
-each interface has one a direction. Counters, buckets and sets are maps that outlive the programs: a rule keeps its own
-through every change of others.
+Enters: rules. Leaves: attached programs, counters, sets. Where the balancer is attached, the rules of all its
+interfaces are one program among its stages; other interfaces have a program of their own at XDP. At tc each interface
+has one per direction. Counters, buckets and sets are maps that outlive the programs: a rule keeps its own when others
+change.
 
     RUN_DIR/filter/bpf/NETNS/1/    map_counters, map_buckets, set4_SLOT, set6_SLOT,
-                                   prog_front, prog_IFINDEX_xdp, ..., and of a change under way prog_..._next
+                                   prog_front, prog_IFINDEX_xdp, ..., and during a change prog_..._next
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from lb.firewall.attach_points import FOLDER, NAME, TC_PLACES, AttachPoint, Hook
 from lb.firewall.trial import RuleTester, test_actions
 from lb.host.interfaces import ifindex_of
 from lb.model.rule_report import Counts
-from lb.model.rules import MOST_RULES, Action, At, Rule, Rules
+from lb.model.rules import MAX_RULES, Action, At, Rule, Rules
 from lb.paths import Paths
 from xdp import attach as xdp_attach
 from xdp import libbpf, tc
@@ -55,16 +55,15 @@ from xdp.object import Program, pinned_program, program_by_id
 from xdp.pins import Pins
 
 NEXT = "_next"
-# What a rule is tested with: rules there are those of plain interfaces, where packets may be in fragments.
+# Hooks that rules are tested on: those of interfaces without the balancer, where frames may have fragments.
 HOOKS: Mapping[At, Hook] = {At.XDP: replace(XDP_FRAGS, name=str(At.XDP)), At.TC_IN: TC_IN, At.TC_OUT: TC_OUT}
 
 
-# Where programs are
+# Replacing programs
 
 
 class ProgramSwap:
-    """Loaded programs on their way to where they belong: nothing is changed before swap(), and nothing after
-    roll_back()."""
+    """Loaded programs and their attach points: nothing changes before swap(), and roll_back() reverts it."""
 
     def __init__(self, kernel: KernelFilters, goals: Mapping[AttachPoint, LoadedProgram | None], rules: Rules) -> None:
         self._kernel, self._goals, self._rules = kernel, goals, rules
@@ -72,41 +71,41 @@ class ProgramSwap:
         self.warnings: list[str] = []
 
     def swap(self) -> None:
-        """Raises DataplaneError, with everything as it was."""
+        """Raises DataplaneError after a rollback."""
         try:
             with translated():
                 self._kernel.keep_sets(self._rules)
-                for unit, after in self._goals.items():
-                    self._swap(unit, after)
+                for point, after in self._goals.items():
+                    self._swap(point, after)
         except BaseException:
             self.roll_back()
             raise
 
-    def _swap(self, unit: AttachPoint, after: LoadedProgram | None) -> None:
-        before = self._kernel.in_place(unit)
+    def _swap(self, point: AttachPoint, after: LoadedProgram | None) -> None:
+        before = self._kernel.in_place(point)
         if after:
-            self._kernel.pin(after.fd, f"{unit.pin}{NEXT}")
-        self._swapped.append((unit, before, after))
-        if warning := unit.exchange(before, after):
+            self._kernel.pin(after.fd, f"{point.pin}{NEXT}")
+        self._swapped.append((point, before, after))
+        if warning := point.exchange(before, after):
             self.warnings.append(warning)
 
     def commit(self) -> None:
-        for unit, _, after in self._swapped:
-            self._kernel.settle(unit.pin, is_there=after is not None)
+        for point, _, after in self._swapped:
+            self._kernel.settle(point.pin, installed=after is not None)
         self._kernel.forget_sets(self._rules)
 
     def roll_back(self) -> None:
-        for unit, before, after in reversed(self._swapped):
+        for point, before, after in reversed(self._swapped):
             with suppress(XdpError):
-                unit.exchange(after, before)
-            self._kernel.unpin(f"{unit.pin}{NEXT}")
+                point.exchange(after, before)
+            self._kernel.unpin(f"{point.pin}{NEXT}")
         self._swapped.clear()
 
 
 class KernelFilters:
     """Every method raises DataplaneError, and InvalidInput for rules that do not fit into a program.
 
-    `stored_set` gives the prefixes of a stored rule, by its slot: they are asked for where the kernel has none.
+    `stored_set` gives the prefixes of a stored rule by its slot, for sets that the kernel does not have.
     """
 
     def __init__(self, paths: Paths, programs: Programs, stored_set: Callable[[int], Prefixes]) -> None:
@@ -124,10 +123,10 @@ class KernelFilters:
         with kernel._resources:
             yield kernel
 
-    # What is in force
+    # Status
 
     def in_force(self, hooks: Iterable[HookKey]) -> set[HookKey]:
-        """Those of the hooks where a program of ours runs, whole."""
+        """The hooks where our program is attached and no change was interrupted."""
         with translated():
             return {key for key in hooks if self._is_in_force(*key)}
 
@@ -135,17 +134,17 @@ class KernelFilters:
         ifindex = ifindex_of(interface)
         if ifindex is None or (folder := self._pins.current()) is None:
             return False
-        unit = self._unit(interface, ifindex, at)
-        if (folder / f"{unit.pin}{NEXT}").exists():
+        point = self._attach_point(interface, ifindex, at)
+        if (folder / f"{point.pin}{NEXT}").exists():
             return False
-        if isinstance(unit, StageAttach):
-            return unit.programs.stages.filter in unit.programs.stages.occupied()
-        if isinstance(unit, TcAttach):
-            return tc.is_attached(unit.ifindex, TC_PLACES[at])
-        return self.in_place(unit) is not None
+        if isinstance(point, StageAttach):
+            return point.programs.stages.filter in point.programs.stages.occupied()
+        if isinstance(point, TcAttach):
+            return tc.is_attached(point.ifindex, TC_PLACES[at])
+        return self.in_place(point) is not None
 
     def counts(self, slot: int) -> Counts:
-        """Zero for a rule that has never been in force since the host booted."""
+        """Zero for a rule that was never active since boot."""
         with translated():
             if self._maps is None and self._pins.current() is None:
                 return Counts()
@@ -154,43 +153,45 @@ class KernelFilters:
             return Counts(matched.packets, matched.bytes, dropped.packets, dropped.bytes)
 
     def cut_short(self, hooks: Iterable[HookKey]) -> set[HookKey]:
-        """Hooks whose last change was not brought to its end, by whatever ended the process."""
+        """Hooks whose last change was interrupted by the end of the process."""
         folder = self._pins.current()
-        units = ((key, self._unit(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0])))
-        return {key for key, unit in units if folder and (folder / f"{unit.pin}{NEXT}").exists()}
+        points = (
+            (key, self._attach_point(key[0], ifindex, key[1])) for key in hooks if (ifindex := ifindex_of(key[0]))
+        )
+        return {key for key, point in points if folder and (folder / f"{point.pin}{NEXT}").exists()}
 
     # Changes
 
     def prepare(self, rules: Rules, hooks: Iterable[HookKey], new: Iterable[Rule] = ()) -> ProgramSwap:
-        """Load what is to be in force on these hooks. `new`: rules whose slots may have been those of others."""
+        """Load the programs for these hooks. `new`: rules whose slots may have been used before."""
         with translated():
             for rule in new:
                 self._reset(rule.slot)
-            return self._exchange(rules, dict.fromkeys(self._unit(*key) for key in self._existing(hooks)))
+            return self._exchange(rules, dict.fromkeys(self._attach_point(*key) for key in self._existing(hooks)))
 
     def _existing(self, hooks: Iterable[HookKey]) -> Iterator[tuple[str, int, At]]:
         for name, at in hooks:
             if ifindex := ifindex_of(name):
                 yield name, ifindex, at
 
-    def _unit(self, interface: str, ifindex: int, at: At) -> AttachPoint:
+    def _attach_point(self, interface: str, ifindex: int, at: At) -> AttachPoint:
         if at is not At.XDP:
             return TcAttach(ifindex, at)
         return StageAttach(self._programs) if interface in self._programs.attachments() else XdpAttach(ifindex)
 
     def _exchange(
-        self, rules: Rules, units: Iterable[AttachPoint], balanced: Iterable[str] | None = None
+        self, rules: Rules, points: Iterable[AttachPoint], balanced: Iterable[str] | None = None
     ) -> ProgramSwap:
         names = list(self._programs.attachments() if balanced is None else balanced)
-        goals = {unit: self._program(rules, unit, names) for unit in units}
+        goals = {point: self._program(rules, point, names) for point in points}
         return ProgramSwap(self, goals, rules)
 
-    def _program(self, rules: Rules, unit: AttachPoint, balanced: Sequence[str]) -> LoadedProgram | None:
+    def _program(self, rules: Rules, point: AttachPoint, balanced: Sequence[str]) -> LoadedProgram | None:
         """None where there are no rules."""
-        if isinstance(unit, StageAttach):
+        if isinstance(point, StageAttach):
             return self._front_program(rules, balanced)
-        at = At.XDP if isinstance(unit, XdpAttach) else unit.at
-        own = [rule for name in rules.interfaces if ifindex_of(name) == unit.ifindex for rule in rules.hook(name, at)]
+        at = At.XDP if isinstance(point, XdpAttach) else point.at
+        own = [rule for name in rules.interfaces if ifindex_of(name) == point.ifindex for rule in rules.hook(name, at)]
         if not own:
             return None
         hook = HOOKS[at]
@@ -211,18 +212,18 @@ class KernelFilters:
 
     def _compiled(self, rule: Rule, hook: Hook, go_on: FilterAction) -> CompiledRule:
         counted, bucket = self._held_maps()
-        tails: list[FilterAction] = [Count(counted, 2 * rule.slot)]
+        actions: list[FilterAction] = [Count(counted, 2 * rule.slot)]
         dropped = Count(counted, 2 * rule.slot + 1)
         if rule.action is Action.DROP:
-            tails += [dropped, Drop()]
+            actions += [dropped, Drop()]
         elif rule.action is Action.PASS:
-            tails.append(go_on)
+            actions.append(go_on)
         elif rule.rate:
-            tails.append(Limit(bucket, rule.slot, rule.rate.interval_ns, rule.rate.burst_ns, dropped))
+            actions.append(Limit(bucket, rule.slot, rule.rate.interval_ns, rule.rate.burst_ns, dropped))
         conditions: list[Condition] = [In(self._tries_of(rule), rule.set.side)] if rule.set else []
         if rule.deadline:
             conditions.append(Until(rule.deadline.boot_ns))
-        return CompiledRule(_translation(rule, hook), tails, conditions)
+        return CompiledRule(_translation(rule, hook), actions, conditions)
 
     # Sets
 
@@ -233,8 +234,8 @@ class KernelFilters:
 
     @contextmanager
     def reloading_set(self, slot: int, prefixes: Prefixes) -> Iterator[tuple[int, int]]:
-        """Make the set in force this one, prefix by prefix; what stays is not touched. Gives how many were added and
-        removed. If the body fails it is as it was."""
+        """Update the active set to this one, prefix by prefix. Yields how many were added and removed. Reverted if the
+        body fails."""
         with translated():
             tries = self._pinned_tries(slot)
             if tries is None:
@@ -274,14 +275,14 @@ class KernelFilters:
         return tries
 
     def keep_sets(self, rules: Rules) -> None:
-        """Have the sets that these rules refer to outlive this process."""
+        """Pin the sets that these rules refer to."""
         for slot in self._unpinned_sets & {rule.slot for rule in rules.all}:
             self.pin(self._tries[slot].ipv4.fd, f"set4_{slot}")
             self.pin(self._tries[slot].ipv6.fd, f"set6_{slot}")
         self._unpinned_sets.clear()
 
     def forget_sets(self, rules: Rules) -> None:
-        """Those of rules that are gone; with the last rule, everything."""
+        """Unpin sets without a rule; with the last rule, everything."""
         if not rules.all:
             self._pins.remove()
             self._maps = None
@@ -291,18 +292,18 @@ class KernelFilters:
             if path.name.partition("_")[2] not in slots:
                 path.unlink()
 
-    # Beside the balancer
+    # With the balancer
 
     def hand_over_to_balancer(self, name: str, rules: Rules) -> None:
-        """Before the balancer is attached to an interface: the rules there move into its path, without a gap.
+        """Before the balancer is attached to an interface: its rules move into a stage, without a gap.
 
-        First they are there, then the balancer's program replaces ours on the interface, in one step.
+        The stage is set first, then the balancer's program replaces ours on the interface atomically.
         """
         if not rules.hook(name, At.XDP) or (ifindex := ifindex_of(name)) is None:
             return
         with translated():
             names = dict.fromkeys((*self._programs.attachments(), name))
-            self._at_once(self._exchange(rules, [StageAttach(self._programs)], names))
+            self._swap_now(self._exchange(rules, [StageAttach(self._programs)], names))
             plain = XdpAttach(ifindex)
             if ours := self.in_place(plain):
                 balancer = self._balancer()
@@ -310,7 +311,7 @@ class KernelFilters:
             self.unpin(plain.pin)
 
     def take_back(self, name: str, rules: Rules) -> None:
-        """Before the balancer is detached from an interface: a program with the rules there replaces it."""
+        """Before the balancer is detached from an interface: a program with its rules replaces it."""
         ifindex, attachments = ifindex_of(name), self._programs.attachments()
         if not rules.hook(name, At.XDP) or ifindex is None or name not in attachments:
             return
@@ -321,14 +322,14 @@ class KernelFilters:
             self.pin(program.fd, plain.pin)
             replaced = self._running(attachments[name].program_id)
             xdp_attach.attach(ifindex, program.fd, program.id, replace_fd=replaced.fd)
-            self._at_once(self._exchange(rules, [StageAttach(self._programs)], [n for n in attachments if n != name]))
+            self._swap_now(self._exchange(rules, [StageAttach(self._programs)], [n for n in attachments if n != name]))
 
-    def _at_once(self, exchange: ProgramSwap) -> None:
+    def _swap_now(self, exchange: ProgramSwap) -> None:
         exchange.swap()
         exchange.commit()
 
     def _running(self, program_id: int) -> Program:
-        """The balancer's own, as a rule: any other takes CAP_SYS_ADMIN to open."""
+        """Usually the balancer's own; opening any other by id requires CAP_SYS_ADMIN."""
         pinned = self._balancer()
         return pinned if pinned.id == program_id else program_by_id(program_id)
 
@@ -339,7 +340,7 @@ class KernelFilters:
 
     @contextmanager
     def tester(self, rules: Sequence[Rule], at: At, sets: Mapping[int, Prefixes] | None = None) -> Iterator[RuleTester]:
-        """The rules of one hook, to be asked about frames. `sets`: slot -> prefixes, instead of those in force."""
+        """The rules of one hook, to test frames with. `sets`: slot -> prefixes, instead of the active ones."""
         with translated(), ExitStack() as resources:
             tries = {}
             for slot, prefixes in (sets or {}).items():
@@ -357,18 +358,18 @@ class KernelFilters:
                 )
                 for number, rule in enumerate(rules)
             ]
-            program = resources.enter_context(load("filter_judge", hook, assemble(hook, compiled, Answer(0))))
+            program = resources.enter_context(load("filter_test", hook, assemble(hook, compiled, Answer(0))))
             yield RuleTester(program, rules, counted)
 
     # Pins and maps
 
     def _folder(self) -> Path:
-        """With the maps that all programs share. A new one is there whole, or not at all."""
+        """The folder with the maps that all programs share; a new one is created atomically."""
         if folder := self._pins.current():
             return folder
         folder = self._pins.prepare()
         try:
-            for name, made in (("map_counters", counters(2 * MOST_RULES)), ("map_buckets", buckets(MOST_RULES))):
+            for name, made in (("map_counters", counters(2 * MAX_RULES)), ("map_buckets", buckets(MAX_RULES))):
                 self._resources.callback(os.close, made.fd)
                 libbpf.pin(made.fd, os.fsencode(folder / name))
         except BaseException:
@@ -394,11 +395,11 @@ class KernelFilters:
             counted.set_total(index, Counter())
         held[slot] = Bucket()
 
-    def in_place(self, unit: AttachPoint) -> Program | None:
-        """Our program there. Of a change that was cut short both are pinned; at XDP the interface tells which runs."""
-        programs = list(self._pinned(unit.pin))
-        if isinstance(unit, XdpAttach):
-            running = xdp_attach.attached(unit.ifindex)
+    def in_place(self, point: AttachPoint) -> Program | None:
+        """Our attached program. After an interrupted change both are pinned; at XDP the interface has the id of one."""
+        programs = list(self._pinned(point.pin))
+        if isinstance(point, XdpAttach):
+            running = xdp_attach.attached(point.ifindex)
             programs = [program for program in programs if running and program.id == running.program_id]
         return programs[0] if programs else None
 
@@ -418,9 +419,9 @@ class KernelFilters:
         if folder := self._pins.current():
             (folder / name).unlink(missing_ok=True)
 
-    def settle(self, name: str, *, is_there: bool) -> None:
-        """The change is done: its program is the one in force."""
-        if is_there:
+    def settle(self, name: str, *, installed: bool) -> None:
+        """The change is done: rename the pin of its program."""
+        if installed:
             self.unpin(name)
             (self._folder() / f"{name}{NEXT}").rename(self._folder() / name)
         else:
@@ -438,6 +439,3 @@ def _get(path: Path) -> int:
 
 def _translation(rule: Rule, hook: Hook) -> Translation:
     return translate(cbpf.decode(rule.instructions), hook)
-
-
-# Which interfaces a connection takes

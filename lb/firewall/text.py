@@ -51,7 +51,7 @@ def status_lines(rules: Sequence[RuleStatus], *, colour: bool) -> list[str]:
     lines = [_without_padding(line) for line in table(COLUMNS, [_row(status) for status in rules], colour=colour)]
     idle = dict.fromkeys(s.rule.interface for s in rules if not s.in_force and not s.is_expired)
     if idle:
-        lines += ["", f"not in force on {', '.join(idle)}: xdp-lb filter restore puts them there"]
+        lines += ["", f"not active on {', '.join(idle)}: run xdp-lb filter restore"]
     return lines
 
 
@@ -117,5 +117,5 @@ def trial_lines(trial: FilterTestResult) -> list[str]:
     return [
         *table(columns, rows, colour=False),
         "",
-        f"{trial.packets} packet{plural}: {trial.dropped} dropped, {onward} go on{untested}",
+        f"{trial.packets} packet{plural}: {trial.dropped} dropped, {onward} passed{untested}",
     ]

@@ -1,4 +1,4 @@
-"""A rule tested on a frame, by the program that the kernel would run."""
+"""Runs rules on test frames, with the program that the kernel would run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LONGEST_FRAME = 3520 + 16 * 4096
 
 
 def test_actions(rule: Rule, number: int) -> list[FilterAction]:
-    """A limit never drops what one sends now and then."""
+    """A limit never drops: test packets have no rate."""
     if rule.action is Action.DROP:
         return [Answer(number + 1)]
     return [Answer(0)] if rule.action is Action.PASS else []
 
 
 class RuleTester:
-    """Says of a frame what rules do to it, by running them; nothing of it is counted in force."""
+    """Runs frames through rules; the counters of active rules are not touched."""
 
     def __init__(self, program: LoadedProgram, rules: Sequence[Rule], counted: Map) -> None:
         self._program, self._rules, self._counted = program, rules, counted
@@ -34,5 +34,5 @@ class RuleTester:
         return self._rules[verdict - 1] if verdict else None
 
     def matched(self) -> dict[int, int]:
-        """Slot -> packets, since the beginning."""
+        """Slot -> packets so far."""
         return {rule.slot: self._counted.total(number).packets for number, rule in enumerate(self._rules)}

@@ -1,7 +1,7 @@
-"""Capture files with Ethernet frames, for the commands that ask what would become of them.
+"""Capture files with Ethernet frames, for the commands that test packets.
 
-Enters: a path (`-` for standard input), or the content of such a file. Leaves: packets, and InvalidInput where there
-are none to be had.
+Enters: a path (`-` for standard input), or the content of such a file. Leaves: packets; raises InvalidInput for other
+files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Capture:
         self._file, self._path, self.name = file, path, name
         self.snaplen = file.snaplen
         if file.link_type != ETHERNET:
-            raise InvalidInput(f"{name}: has no Ethernet frames, but {file.link_type_words}")
+            raise InvalidInput(f"{name}: not a capture of Ethernet frames: {file.link_type_words}")
 
     def packets(self) -> Iterator[Packet]:
         with _named(self._path, self.name):

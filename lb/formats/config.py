@@ -1,4 +1,4 @@
-"""lb.toml -> the services it asks for.
+"""lb.toml -> services.
 
 Enters: the text of a file such as
 
@@ -59,7 +59,7 @@ def read(path: Path) -> list[Service]:
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidInput(f"{path}: not a text in UTF-8") from None
+        raise InvalidInput(f"{path}: not UTF-8 text") from None
     return parse(text, str(path))
 
 
@@ -101,7 +101,7 @@ class _Table:
     def allow(self, keys: tuple[str, ...]) -> None:
         for key in self.entries:
             if key not in keys:
-                raise InvalidInput(f"{self.name}: {key}: no such key: there are {', '.join(keys)}")
+                raise InvalidInput(f"{self.name}: {key}: unknown key: known keys are {', '.join(keys)}")
 
     def get(self, key: str, default: Value) -> Value:
         """The value, which has to be of the default's type."""
@@ -109,14 +109,14 @@ class _Table:
         # Not isinstance: a bool is no number here.
         if type(value) is type(default):
             return value
-        raise InvalidInput(f"{self.name}: {key}: {_kind(value)} where {_kind(default)} is expected")
+        raise InvalidInput(f"{self.name}: {key}: expected {_kind(default)}, got {_kind(value)}")
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings, empty where there is none."""
+        """A list of strings, empty if missing."""
         found = []
         for entry in self.get(key, NOTHING):
             if not isinstance(entry, str):
-                raise InvalidInput(f"{self.name}: {key}: {_kind(entry)} where a string is expected")
+                raise InvalidInput(f"{self.name}: {key}: expected a string, got {_kind(entry)}")
             found.append(entry)
         return found
 
@@ -156,7 +156,7 @@ def _mode(table: _Table) -> Mode:
     text = table.get("mode", Mode.NAT.value)
     if text not in list(Mode):
         *others, last = Mode
-        raise InvalidInput(f"{table.name}: mode {text}: not known: use {', '.join(others)} or {last}")
+        raise InvalidInput(f"{table.name}: mode {text}: unknown: use {', '.join(others)} or {last}")
     return Mode(text)
 
 
@@ -185,7 +185,7 @@ def _backend(entry: object, service: str) -> Backend:
             return Backend.parse(entry)
     if isinstance(entry, dict):
         return _backend_of_table(entry, service)
-    raise InvalidInput(f"{service}: backends: {_kind(entry)} where a string or a table is expected")
+    raise InvalidInput(f"{service}: backends: expected a string or a table, got {_kind(entry)}")
 
 
 def _backend_of_table(entries: dict[str, object], service: str) -> Backend:

@@ -1,9 +1,8 @@
-"""Reports, services and status -> JSON documents for programs, and the way back.
+"""Reports, services and status <-> JSON documents.
 
-In come the frozen values of lb.model.report and lb.model.state; out go dicts and lists that `json` can write.
-The keys are stable, in snake_case, and each docstring names those of its document. What `read_...` returns prints as
-the value that the document was made of; it raises KeyError, TypeError, ValueError or LbError for what is no such
-document.
+Enters: frozen values of lb.model.report and lb.model.state. Leaves: dicts and lists for `json`. Keys are stable, in
+snake_case, and named in each docstring. What `read_...` returns prints like the original value; it raises KeyError,
+TypeError, ValueError or LbError for an invalid document.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def status_document(status: Status) -> Document:
     version that the program in force is of, null if it is the installed one.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
-    else 100; `why` what was wrong with it, `since` the Unix time since when it is as it is, null if nobody checks it.
+    else 100; `why` the reason it is or was down, `since` the Unix time of its last change, null if unchecked.
 
     Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
     nat), `connections`, `repeated_syns`. An interface that is not attached has the `xdp_mode` asked for and
@@ -258,7 +257,7 @@ def _read_attachment(document: Document) -> Attachment:
 
 
 def read_status(document: Document) -> Status:
-    """From a `status_document`; of an attached interface, the mode asked for is not known."""
+    """From a `status_document`; the configured mode of an attached interface is unknown."""
     return Status(
         document["netns"],
         document["loaded"],

@@ -19,7 +19,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'operating system'}: {error.strerror or error}"
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"internal error: {words} (XDP_LB_TRACEBACK=1 shows where)"
+    return f"internal error: {words} (set XDP_LB_TRACEBACK=1 for a traceback)"
 
 
 def is_expected(error: Exception) -> bool:

@@ -1,6 +1,6 @@
-"""Options -> the words that people read of them; only what is not the default is worth a word.
+"""Options -> text for people; defaults are left out.
 
-Enters: the Options of a service. Leaves: phrases such as `mss 1400`, and what turned into what.
+Enters: the Options of a service. Leaves: phrases such as `mss 1400`, and changes such as `mss off -> 1400`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def _prefixes(none: str) -> Callable[[tuple[Network, ...]], str]:
     return lambda value: " ".join(map(str, value)) or none
 
 
-# Field -> its name, and what it says of a value.
+# Field -> its name, and the text of a value.
 WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "affinity_s": ("affinity", _seconds),
     "sources": ("sources", _prefixes("any")),
     "syn_limit": ("syn limit", _rate),
-    "syn_limit_of_source": ("syn limit of a source", _rate),
+    "syn_limit_of_source": ("syn limit per source", _rate),
     "mss": ("mss", _number),
     "echo": ("echo", _switch),
     "tunnel_sources": ("tunnel source", _prefixes("own")),

@@ -1,7 +1,7 @@
-"""Errors as the API words them, and as its client understands them (RFC 9457).
+"""Errors of the API as problem details (RFC 9457), for the server and its client.
 
-Enters: an error of the balancer, or a status code of HTTP. Leaves: a Problem, whose `type` names the class of the
-error, so that the client raises the same. `field` is the JSON Pointer (RFC 6901) of the value at fault in the body.
+Enters: an error of the balancer, or an HTTP status code. Leaves: a Problem, whose `type` names the error's class, so
+that the client raises the same. `field` is the JSON Pointer (RFC 6901) of the invalid value in the body.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Kind:
 
 
 KINDS: dict[type[LbError], Kind] = {
-    InvalidInput: Kind("invalid-input", "The values given describe nothing that can be served", 422),
-    NotFound: Kind("not-found", "There is no such thing", 404),
-    AlreadyExists: Kind("already-exists", "It is there already", 409),
-    NoRoute: Kind("no-route", "The host has no way to a backend", 409),
-    Conflict: Kind("conflict", "It is not as it was when it was read", 412),
-    Busy: Kind("busy", "Something else is changing this network namespace", 503),
-    StoreError: Kind("store-error", "The desired state cannot be read or written", 503),
-    DataplaneError: Kind("dataplane-error", "The kernel refused; the old state is in force", 503),
-    DaemonError: Kind("refused", "The daemon refuses", 403),
+    InvalidInput: Kind("invalid-input", "Invalid values", 422),
+    NotFound: Kind("not-found", "Not found", 404),
+    AlreadyExists: Kind("already-exists", "Already exists", 409),
+    NoRoute: Kind("no-route", "No route to a backend", 409),
+    Conflict: Kind("conflict", "Modified since it was read", 412),
+    Busy: Kind("busy", "Another process is changing this network namespace", 503),
+    StoreError: Kind("store-error", "Store cannot be read or written", 503),
+    DataplaneError: Kind("dataplane-error", "Rejected by the kernel; previous state kept", 503),
+    DaemonError: Kind("refused", "Refused by the daemon", 403),
 }
 CLASSES = {kind.name: error for error, kind in KINDS.items()}
 
@@ -98,13 +98,13 @@ def pointer(steps: Iterable[str | int]) -> str:
 
 
 @dataclass
-class Place:
+class Pointer:
     """Where in the body one is; errors of the balancer on the way get its pointer."""
 
     steps: tuple[str | int, ...] = field(default=())
 
-    def __truediv__(self, step: str | int) -> Place:
-        return Place((*self.steps, step))
+    def __truediv__(self, step: str | int) -> Pointer:
+        return Pointer((*self.steps, step))
 
     def __str__(self) -> str:
         return pointer(self.steps)

@@ -1,13 +1,13 @@
-"""Status -> the text exposition format of Prometheus (version 0.0.4): what the kernel has counted, and how things are.
+"""Status -> the text exposition format of Prometheus (version 0.0.4).
 
-Enters: a Status. Leaves: text for a scrape, or for node_exporter's textfile collector. Nothing is remembered here:
-counters are the kernel's own, so they go on over restarts of any process, and start at zero where the kernel does (a
-backend that is removed and added again, a detach from the last interface), which Prometheus takes for a reset.
+Enters: a Status. Leaves: text for a scrape, or for node_exporter's textfile collector. Counters are the kernel's own:
+they survive restarts of any process and start at zero where the kernel's do (a backend removed and added again, a
+detach from the last interface), which Prometheus handles as a reset.
 
-Names and labels are stable. Every sample has the label `netns` as well, but for those of the namespace `default`: to
-Prometheus a label that is not there is the empty one, so `by (netns, vip)` serves both. What cannot be known has no
-series: replies in modes whose backends answer the client themselves, SYNs of what is not TCP, neighbours while nothing
-is in the kernel, the health of a backend that nobody checks.
+Names and labels are stable. Every sample also has the label `netns`, except in the namespace `default`: to Prometheus a
+missing label is an empty one, so `by (netns, vip)` serves both. Unknown values have no series: replies in modes whose
+backends answer clients directly, SYNs of other protocols than TCP, neighbours while nothing is loaded, the health of
+unchecked backends.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ def exposition(status: Status) -> str:
 
 
 def families(status: Status) -> Iterator[Family]:
-    yield _gauge("xdp_lb_build_info", "The version of xdp-lb.", [(labels(version=version("xdp-lb")), 1)])
-    yield _gauge("xdp_lb_loaded", "Whether programs and maps are in the kernel.", [(labels(), int(status.loaded))])
+    yield _gauge("xdp_lb_build_info", "Version of xdp-lb.", [(labels(version=version("xdp-lb")), 1)])
+    yield _gauge("xdp_lb_loaded", "Whether programs and maps are loaded.", [(labels(), int(status.loaded))])
     yield from _of_interfaces(status.interfaces)
     yield from _of_services(status)
     yield from _of_backends(status)
     yield from _of_reasons(status)
     yield _gauge(
         "xdp_lb_map_memory_bytes",
-        "Memory of the kernel that a map takes.",
+        "Kernel memory used by a map.",
         [(labels(map=name), size) for name, size in status.maps.items()],
     )
 
 
 def backend_state(status: BackendStatus, *, loaded: bool) -> str:
-    """One of STATES: `unresolved` is one that would be active, if its neighbour answered."""
+    """One of STATES: `unresolved` would be active if its next hop were resolved."""
     return "unresolved" if status.state == "active" and loaded and not status.resolved else status.state
 
 
@@ -101,12 +101,12 @@ def _of_interfaces(interfaces: Iterable[InterfaceStatus]) -> Iterator[Family]:
     named = [(labels(interface=status.interface.name), status.attached) for status in interfaces]
     yield _gauge(
         "xdp_lb_interface_attached",
-        "Whether the program runs on an interface that it is wanted on.",
+        "Whether the program is attached to a configured interface.",
         [(text, int(attached is not None)) for text, attached in named],
     )
     yield _gauge(
         "xdp_lb_interface_info",
-        "How the program runs on an interface: native or generic XDP.",
+        "XDP mode of an attached interface: native or generic.",
         [(f"{text},{labels(xdp_mode=attached.mode)}", 1) for text, attached in named if attached],
     )
 
@@ -115,26 +115,30 @@ def _of_services(status: Status) -> Iterator[Family]:
     named = [(labels(vip=each.service.vip), each) for each in status.services]
     yield _gauge(
         "xdp_lb_service_info",
-        "What is served at a VIP.",
+        "Mode and protocol of a service.",
         [
             (f"{text},{labels(mode=each.service.mode, protocol=each.service.vip.protocol.label)}", 1)
             for text, each in named
         ],
     )
-    yield _gauge("xdp_lb_service_backends", "Backends of a service by state.", _backends_by_state(named, status.loaded))
+    yield _gauge(
+        "xdp_lb_service_backends",
+        "Number of backends of a service, by state.",
+        _backends_by_state(named, status.loaded),
+    )
     yield _gauge(
         "xdp_lb_service_ring_slots",
-        "Slots of a service's ring.",
+        "Number of slots in a service's ring.",
         [(text, each.service.ring_size) for text, each in named],
     )
     yield _gauge(
         "xdp_lb_service_slots_in_transition",
-        "Slots whose older connections still go to the backend of before the last change.",
+        "Ring slots whose older connections still use the backend from before the last change.",
         [(text, each.slots_in_transition) for text, each in named],
     )
     yield _gauge(
         "xdp_lb_service_flow_timeout_seconds",
-        "After so long without a further change a transition ends.",
+        "Seconds without a further change after which a transition ends.",
         [(text, each.service.flow_timeout_s) for text, each in named],
     )
 
@@ -159,10 +163,12 @@ def _of_backends(status: Status) -> Iterator[Family]:
 
 
 def _of_desired_backends(named: Sequence[Named]) -> Iterator[Family]:
-    yield _gauge("xdp_lb_backend_weight", "The weight asked for.", ((text, b.backend.weight) for text, b in named))
+    yield _gauge(
+        "xdp_lb_backend_weight", "Configured weight of a backend.", ((text, b.backend.weight) for text, b in named)
+    )
     yield _gauge(
         "xdp_lb_backend_draining",
-        "Whether a backend is to get no new connections.",
+        "Whether a backend is draining.",
         ((text, int(b.backend.draining)) for text, b in named),
     )
 
@@ -170,17 +176,17 @@ def _of_desired_backends(named: Sequence[Named]) -> Iterator[Family]:
 def _of_found_backends(named: Sequence[Named], *, loaded: bool) -> Iterator[Family]:
     yield _gauge(
         "xdp_lb_backend_resolved",
-        "Whether the neighbour on the way to a backend has answered.",
+        "Whether the next hop of a backend is resolved.",
         ((text, int(b.resolved)) for text, b in named if loaded),
     )
     yield _gauge(
         "xdp_lb_backend_up",
-        "Whether health checks find a backend alive.",
+        "Whether health checks report a backend as up.",
         ((text, int(not b.condition.down)) for text, b in named if b.condition),
     )
     yield _gauge(
         "xdp_lb_backend_share_ratio",
-        "How much of its weight a backend gets: less than 1 while it starts slowly.",
+        "Fraction of its weight that a backend gets: less than 1 during slow start.",
         ((text, b.condition.share / WHOLE) for text, b in named if b.condition),
     )
 
@@ -188,7 +194,7 @@ def _of_found_backends(named: Sequence[Named], *, loaded: bool) -> Iterator[Fami
 def _of_traffic(named: Sequence[Named], replying: Sequence[Named]) -> Iterator[Family]:
     yield _counter(
         "xdp_lb_backend_packets_total",
-        "Packets of clients to a backend, and (mode nat) of its replies.",
+        "Packets from clients to a backend and, in mode nat, its replies.",
         chain(
             ((f"{text},{TO_BACKEND}", b.counters.packets) for text, b in named),
             ((f"{text},{TO_CLIENT}", b.counters.reply_packets) for text, b in replying),
@@ -196,7 +202,7 @@ def _of_traffic(named: Sequence[Named], replying: Sequence[Named]) -> Iterator[F
     )
     yield _counter(
         "xdp_lb_backend_bytes_total",
-        "Bytes of clients to a backend, and (mode nat) of its replies.",
+        "Bytes from clients to a backend and, in mode nat, its replies.",
         chain(
             ((f"{text},{TO_BACKEND}", b.counters.bytes) for text, b in named),
             ((f"{text},{TO_CLIENT}", b.counters.reply_bytes) for text, b in replying),
@@ -207,21 +213,21 @@ def _of_traffic(named: Sequence[Named], replying: Sequence[Named]) -> Iterator[F
 def _of_openings(named: Iterable[Named], of_tcp: Iterable[Named]) -> Iterator[Family]:
     yield _counter(
         "xdp_lb_backend_connections_total",
-        "Connections opened: TCP SYNs, or in mode nat flows.",
+        "Connections opened: TCP SYNs or, in mode nat, flows.",
         ((text, b.counters.connections) for text, b in named),
     )
     yield _counter(
         "xdp_lb_backend_repeated_syns_total",
-        "SYNs that clients sent again, having heard nothing of the first.",
+        "TCP SYNs retransmitted by clients.",
         ((text, b.counters.repeated_syns) for text, b in of_tcp),
     )
 
 
 def _of_reasons(status: Status) -> Iterator[Family]:
-    yield _by_reason("xdp_lb_dropped_packets_total", "Packets dropped.", status.drops)
-    yield _by_reason("xdp_lb_passed_packets_total", "Packets left to the host.", status.passes)
-    yield _by_reason("xdp_lb_answered_packets_total", "Packets the balancer answered itself.", status.answered)
-    yield _by_reason("xdp_lb_noted_packets_total", "Packets forwarded, but worth knowing.", status.noted)
+    yield _by_reason("xdp_lb_dropped_packets_total", "Packets dropped, by reason.", status.drops)
+    yield _by_reason("xdp_lb_passed_packets_total", "Packets passed to the host, by reason.", status.passes)
+    yield _by_reason("xdp_lb_answered_packets_total", "Packets answered by the balancer, by reason.", status.answered)
+    yield _by_reason("xdp_lb_noted_packets_total", "Packets forwarded with a remark, by reason.", status.noted)
 
 
 def _by_reason(name: str, text: str, packets: Mapping[str, int]) -> Family:

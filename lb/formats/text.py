@@ -1,8 +1,8 @@
-"""Reports, services and status -> the sentences and tables that people read.
+"""Reports, services and status -> lines and tables for people.
 
-In come the frozen values of lb.model.report and lb.model.state; out go lines. Nothing here knows a terminal:
-colour is asked for by the caller, and tables are never cut to a width, since a shortened address
-names nothing. Large counters are shortened; the exact ones are in the JSON documents.
+Enters: frozen values of lb.model.report and lb.model.state. Leaves: lines. Nothing here depends on a terminal: the
+caller asks for colour, and tables are never truncated, since a shortened address is ambiguous. Large counters are
+shortened; the exact ones are in the JSON documents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STYLES = {
     "generic": "yellow",
     "total": "dim",
 }
-OUTDATED = "the program in force is of xdp-lb {}, not the installed one: xdp-lb attach IFACE exchanges it"
+OUTDATED = "the running program is of xdp-lb {}, not the installed version: run xdp-lb attach IFACE to upgrade it"
 WIDTH = 80  # of text that may be broken
 # Headings of the counters, by name. Bytes stand right of the packets they belong to.
 COUNTERS = {
@@ -45,7 +45,7 @@ COUNTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What became of one backend: `kind`, its name, and how it is (or has become)."""
+    """Change of one backend: `kind`, its name, and its settings or their change."""
 
     kind: ChangeKind
     backend: Backend
@@ -125,7 +125,7 @@ def _moves(plan: Plan | None) -> str:
         return ""
     if not plan.moved:
         return "no slot moves"
-    flows = "" if plan.flows is None else f", {plan.flows} open connections are on them"
+    flows = "" if plan.flows is None else f", {plan.flows} open connections on them"
     return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum}){flows}"
 
 
@@ -301,9 +301,9 @@ def status_lines(status: Status, *, colour: bool) -> list[str]:
 def _headline(status: Status) -> list[str]:
     where = "" if status.netns == "default" else f"network namespace {status.netns}: "
     if not status.services and not status.interfaces:
-        return [f"{where}nothing is served: start with xdp-lb attach IFACE --backends A,B"]
+        return [f"{where}no services: start with xdp-lb attach IFACE --backends A,B"]
     if not status.loaded:
-        return [f"{where}nothing is attached: xdp-lb attach IFACE starts what is stored"]
+        return [f"{where}not attached: run xdp-lb attach IFACE"]
     if status.outdated:
         return [f"{where}{OUTDATED.format(status.outdated)}"]
     return [where.removesuffix(": ")] if where else []
@@ -332,13 +332,15 @@ def _service_paragraphs(status: Status, *, colour: bool) -> Iterator[list[str]]:
 
 
 def _fault(status: BackendStatus) -> str:
-    """What health checks have to say of it, if it does not get its whole share."""
+    """The result of health checks, unless it gets its full share."""
     condition = status.condition
     if condition is None or not (condition.down or condition.share < WHOLE):
         return ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(condition.since))
     return (
-        f"down since {since}: {condition.why}" if condition.down else f"up since {since}: starts at {condition.share} %"
+        f"down since {since}: {condition.why}"
+        if condition.down
+        else f"up since {since}: slow start at {condition.share} %"
     )
 
 
@@ -376,7 +378,7 @@ def _counter_cells(counters: Counters, shown: Iterable[str]) -> tuple[str, ...]:
 
 
 def _reasons_table(status: Status, *, colour: bool) -> list[str]:
-    columns = [Column("NOT BALANCED"), Column("PACKETS", number=True)]
+    columns = [Column("REASON"), Column("PACKETS", number=True)]
     rows = [(reason, short(n)) for reason, n in _counted(status)]
     return table(columns, rows, colour=colour) if rows else []
 

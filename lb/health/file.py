@@ -1,4 +1,4 @@
-"""What health checks have found, in a file of the run directory, for the process that comes after this one.
+"""Results of health checks, in a file of the run directory, for the next process.
 
 Enters: what lb.health.checker remembers, after each change. Leaves: the same, for a daemon that starts again, and for a
 command that changes something while there is none. It is replaced as a whole, so that a process killed at any moment
@@ -58,7 +58,7 @@ class HealthFile:
             os.utime(self._path)
 
     def read(self) -> Found:
-        """Nothing where there is no file, or one of another boot, or one that is not as write() leaves it."""
+        """Empty if the file is missing, invalid, or of another boot."""
         try:
             text, age_s = self._path.read_text(), time.time() - self._path.stat().st_mtime
             document = json.loads(text)
@@ -69,7 +69,7 @@ class HealthFile:
             return {}
 
     def conditions(self, services: Sequence[Service]) -> Conditions:
-        """As they were in force last, of those that are to be checked still; `why` tells that nobody does."""
+        """The last applied conditions of backends that are still to be checked; `why` says that checks have stopped."""
         checked = {service.vip for service in services if service.options.health}
         conditions: dict[Vip, dict[str, Condition]] = {}
         for (vip, name), each in self.read().items():

@@ -1,10 +1,10 @@
-"""Ways for health checks of modes dr, ipip and gue: to the VIP, through the mode's tunnel, to one certain backend.
+"""Check paths for modes dr, ipip and gue: to the VIP, through the tunnel of the mode, to one given backend.
 
-Enters: services and the network. Leaves: for each backend an address that stands for it on this host alone, out of
-NETWORK4 or NETWORK6: what is sent there reaches the backend as a client's packet to the VIP does, and it answers to
-this host directly (xdp/bpf/check/check.bpf.c). For that there is a veth pair with a route, and a program at tc ingress
-of each interface towards backends; all of it goes with close(), and what a killed process has left, with the next
-start. A pair that somebody else takes away is made again.
+Enters: services and the network. Leaves: for each backend an address that stands for it on this host only, out of
+NETWORK4 or NETWORK6: packets to it reach the backend like a client's packets to the VIP, and the backend answers this
+host directly (xdp/bpf/check/check.bpf.c). This takes a veth pair with a route, and a program at tc ingress of each
+interface towards backends; close() removes all of it, and the next start removes what a killed process has left. A pair
+that was removed is created again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from xdp.object import CHECK_OBJECT, BpfObject, Program
 NEAR, FAR = "xlb-check0", "xlb-check1"  # this host sends to the near end
 NETWORK4 = IPv4Network("240.76.0.0/16")  # of 240.0.0.0/4, reserved since RFC 1112
 NETWORK6 = IPv6Network("100:0:0:1:4c::/112")  # of the dummy prefix, RFC 9780
-MTU = 1280  # so small that it fits through every tunnel
+MTU = 1280  # small enough for every tunnel
 IFF_NOARP = 0x80
 NOWHERE = 0  # no interface's index
 
 
 class Network(Protocol):
-    """What is asked of lb.host.neighbours.Network."""
+    """The part of lb.host.neighbours.Network used here."""
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]: ...
 
@@ -49,13 +49,13 @@ class Network(Protocol):
 
 
 class RealPath:
-    """Direct ways for mode nat, real ones for all others. find() raises DataplaneError."""
+    """Direct paths for mode nat, tunnel paths for all others. find() raises DataplaneError."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._numbers: dict[Key, int] = {}
-        self._taken: tuple[InstalledNextHop, ...] = ()  # also those that lead nowhere
-        self._bed: _Bed | None = None
+        self._taken: tuple[InstalledNextHop, ...] = ()  # also those without a route
+        self._links: _CheckLinks | None = None
 
     def find(self, services: Sequence[Service]) -> Mapping[Key, CheckPath]:
         translated = [s for s in services if s.mode is Mode.NAT]
@@ -63,43 +63,45 @@ class RealPath:
         return {**Direct().find(translated), **self._real(direct)}
 
     def concerned(self, changes: Changes) -> bool:
-        """MAC addresses do not matter: the kernel itself looks for the neighbours of these packets."""
+        """MAC addresses do not matter: the kernel resolves the neighbours of these packets."""
         return bool(replace(changes, neighbours={}).concerned(self._taken))
 
     def close(self) -> None:
         self._taken = ()
-        if self._bed:
-            self._bed.close()
-            self._bed = None
+        if self._links:
+            self._links.close()
+            self._links = None
 
     def _real(self, services: Sequence[Service]) -> dict[Key, CheckPath]:
         if not services:
             self.close()
             return {}
-        if self._bed and not self._bed.is_whole:
+        if self._links and not self._links.is_intact:
             self.close()
-        self._bed = self._bed or _Bed()
+        self._links = self._links or _CheckLinks()
         hops, faults = self._hops({b.address for s in services for b in s.backends})
         self._taken = (
             *(InstalledNextHop(address, hop.ifindex, None) for address, hop in hops.items()),
             *(InstalledNextHop(address, NOWHERE, None) for address in faults),
-            *(InstalledNextHop(network.network_address, self._bed.near, None) for network in (NETWORK4, NETWORK6)),
+            *(InstalledNextHop(network.network_address, self._links.near, None) for network in (NETWORK4, NETWORK6)),
         )
-        self._bed.listen_on({hop.ifindex for hop in hops.values()})
+        self._links.listen_on({hop.ifindex for hop in hops.values()})
         backends = {(s.vip, str(b)): (s, b) for s in services for b in s.backends}
         if len(backends) > len(MEMBERS):
-            raise DataplaneError(f"health checks: {len(backends)} backends outside of mode nat: at most {len(MEMBERS)}")
+            raise DataplaneError(
+                f"health checks: {len(backends)} backends in modes other than nat: at most {len(MEMBERS)}"
+            )
         self._numbers = numbered(self._numbers, list(backends))
         vips = {service.vip.address for service in services}
         return {
-            key: self._way(self._numbers[key], service, backend, hops[backend.address], vips)
+            key: self._path(self._numbers[key], service, backend, hops[backend.address], vips)
             if backend.address in hops
             else CheckPath(backend.address, fault=faults[backend.address])
             for key, (service, backend) in backends.items()
         }
 
     def _hops(self, addresses: Collection[Address]) -> tuple[dict[Address, NextHop], dict[Address, str]]:
-        """Of those with a route, and why the others have none."""
+        """Next hops of those with a route, and the errors of the others."""
         try:
             return self._network.next_hops(addresses), {}
         except NoRoute:
@@ -113,30 +115,30 @@ class RealPath:
                 faults[address] = str(error)
         return hops, faults
 
-    def _way(
+    def _path(
         self, number: int, service: Service, backend: Backend, hop: NextHop, vips: Collection[Address]
     ) -> CheckPath:
-        assert self._bed
+        assert self._links
         own = self._own_address(service.vip.address.version, hop, vips)
         if own is None:
             return CheckPath(
                 backend.address,
-                fault=f"{hop.interface}: has no IPv{service.vip.address.version} address for answers to come to",
+                fault=f"{hop.interface}: has no IPv{service.vip.address.version} address to send checks from",
             )
-        self._bed.lead(number, service, backend, hop)
+        self._links.set_target(number, service, backend, hop)
         network = NETWORK4 if service.vip.address.version == 4 else NETWORK6
         return CheckPath(network[number], own)
 
     def _own_address(self, version: int, hop: NextHop, vips: Collection[Address]) -> Address | None:
-        """Of the VIP's family: where the backend answers to."""
+        """Source address in the VIP's family, to which the backend replies."""
         if hop.source.version == version:
             return hop.source
         usable = (a for a in self._network.addresses(hop.interface) if a.version == version and not a.is_link_local)
         return next((address for address in usable if address not in vips), None)
 
 
-class _Bed:
-    """The programs, the veth pair, and the interfaces that answers come in on."""
+class _CheckLinks:
+    """The programs, the veth pair, and the interfaces that replies are received on."""
 
     def __init__(self) -> None:
         self._resources = ExitStack()
@@ -150,7 +152,7 @@ class _Bed:
             self._resources = undo.pop_all()
 
     def _make_pair(self) -> tuple[int, int]:
-        """Also in the place of one that was left behind."""
+        """Replaces a stale one."""
         with route_socket() as ipr:
             _remove_pair()
             ipr.link("add", ifname=NEAR, kind="veth", peer={"ifname": FAR})
@@ -165,14 +167,14 @@ class _Bed:
         return near, far
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the host still sends there what is for it."""
+    def is_intact(self) -> bool:
+        """Whether the routes still lead to the veth pair."""
         with route_socket() as ipr:
             try:
-                ways = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
+                paths = [ipr.route("get", dst=str(network[1]))[0] for network in (NETWORK4, NETWORK6)]
             except NetlinkError:  # no route
                 return False
-        return all(way.get_attr("RTA_OIF") == self.near for way in ways)
+        return all(path.get_attr("RTA_OIF") == self.near for path in paths)
 
     def _load(self) -> None:
         self._object = self._resources.enter_context(BpfObject.open(CHECK_OBJECT))
@@ -195,8 +197,8 @@ class _Bed:
             for index in set(interfaces) - self._listening.keys():
                 self._listening[index] = _hold(index, self._object.program("check_in"))
 
-    def lead(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
-        """From now on the target of this number stands for the backend."""
+    def set_target(self, number: int, service: Service, backend: Backend, hop: NextHop) -> None:
+        """Map this number to the backend."""
         target = self._targets.value_type()
         varied = service.options.tunnel_source(backend.address.version)
         target.vip[:] = address_words(service.vip.address)
@@ -228,7 +230,7 @@ def _translated() -> Iterator[None]:
 
 
 def _hold(index: int, program: Program) -> link.Link | tc.Held:
-    """As long as this process lives; before Linux 6.6, until it takes it off."""
+    """For the lifetime of this process; before Linux 6.6, until it detaches it."""
     try:
         return link.hold_at_tc(index, program.fd, egress=False)
     except NotSupported:
@@ -251,6 +253,6 @@ def _remove_pair() -> None:
 
 
 def _compute_checksums(name: str) -> None:
-    """A card would compute those of the tunnel's inside only if it knew of the tunnel."""
+    """A NIC only computes inner checksums if it knows the tunnel."""
     with closing(IoctlEthtool(name)) as ethtool:
         ethtool.set_offload_flag("tx-checksumming", False)

@@ -1,11 +1,10 @@
 """One check of one backend: a connection, an HTTP exchange, a datagram or a script, over asyncio.
 
-Enters: where to connect to and what is asked for (lb.model.health_check). Leaves: an Outcome, within the check's
-timeout. What goes wrong on this host (no descriptor or port left) says nothing about the backend and raises
-CannotCheck. Sockets end with a reset, as HAProxy's checks do: thousands of checks a second would leave every local
-port in TIME_WAIT.
+Enters: a Target with its check (lb.model.health_check). Leaves: an Outcome, within the timeout. Local failures (no
+descriptor or port left) say nothing about the backend and raise CannotCheck. Sockets are closed with a reset, like
+HAProxy's checks: thousands of checks per second would leave every local port in TIME_WAIT.
 
-An exchange without TLS waits for its bare socket in an epoll of its own, at half the cost of asyncio's streams.
+An exchange without TLS waits for its socket in an epoll of its own, at half the cost of asyncio's streams.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ OURS = {EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL, EAGAIN}
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 LATE_S = 0.02
 MORE_TIMES = 5
-MOST_HEAD = 16 << 10
-MOST_BODY = 256 << 10
+MAX_HEAD = 16 << 10
+MAX_BODY = 256 << 10
 PIECE = 64 << 10
-MOST_SCRIPTS = 32  # at a time
+MAX_SCRIPTS = 32  # at a time
 
 Read = Callable[[], Awaitable[bytes]]  # the next piece, empty at the end
 
@@ -73,7 +72,7 @@ async def probe(target: Target) -> Outcome:
     try:
         return await _PROBES[target.check.kind](target)
     except TimeoutError:
-        return Outcome(f"no answer within {seconds_text(target.check.timeout_s)}")
+        return Outcome(f"no response within {seconds_text(target.check.timeout_s)}")
     except ssl.SSLCertVerificationError as error:
         return Outcome(f"TLS: {error.verify_message}")
     except ssl.SSLError as error:
@@ -178,7 +177,7 @@ class _Exchange:
             raise OSError(error, os.strerror(error))
 
     def release(self) -> socket.socket:
-        """For somebody else to wait for; it is closed here all the same."""
+        """Waited for elsewhere; always closed here."""
         self._poller.release(self.number)
         return self.sock
 
@@ -224,7 +223,7 @@ async def _udp(target: Target) -> Outcome:
 
 
 def _report_icmp_errors(sock: socket.socket) -> None:
-    """Those that are not of the port, too, such as that there is no such host."""
+    """Also ICMP errors other than port unreachable, such as host unreachable."""
     if sock.family == socket.AF_INET:
         sock.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR, <linux/in.h>
     else:
@@ -242,7 +241,7 @@ async def _http(target: Target) -> Outcome:
 
 
 async def _https(target: Target) -> Outcome:
-    """By asyncio's streams, which cost little beside the handshake."""
+    """With asyncio's streams, whose cost is small next to the handshake."""
     check = target.check
     async with asyncio.timeout(check.timeout_s):
         with _Exchange(target) as exchange:
@@ -273,7 +272,7 @@ async def _answer(check: HealthCheck, read: Read) -> Outcome:
     head, rest = await _head(read)
     status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", head)
     if status is None:
-        return Outcome("the answer is not HTTP")
+        return Outcome("response is not HTTP")
     code = int(status[1])
     if not any(first <= code <= last for first, last in check.status):
         return Outcome(f"status {code}")
@@ -288,7 +287,7 @@ async def _head(read: Read) -> tuple[bytes, bytes]:
     while b"\r\n\r\n" not in received:
         piece = await read()
         received += piece
-        if not piece or len(received) > MOST_HEAD:
+        if not piece or len(received) > MAX_HEAD:
             break
     head, _, rest = received.partition(b"\r\n\r\n")
     return head + b"\r\n", rest
@@ -298,7 +297,7 @@ async def _body(head: bytes, received: bytes, read: Read) -> bytes:
     """Up to MOST_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
     is_chunked = re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r$", head)
     length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r$", head)
-    most = min(int(length[1]), MOST_BODY) if length and not is_chunked else MOST_BODY
+    most = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY
     while len(received) < most and not (is_chunked and received.endswith(b"0\r\n\r\n")):
         piece = await read()
         if not piece:
@@ -320,9 +319,9 @@ def _unchunked(data: bytes) -> bytes:
 def _judged(check: HealthCheck, body: bytes) -> Outcome:
     text = body.decode(errors="replace")
     if check.body not in text:
-        return Outcome(f"the body does not contain {check.body}")
+        return Outcome(f"response body does not contain {check.body}")
     if not re.search(check.match, text):
-        return Outcome(f"the body does not match {check.match}")
+        return Outcome(f"response body does not match {check.match}")
     return SUCCESS
 
 
@@ -331,7 +330,7 @@ def _judged(check: HealthCheck, body: bytes) -> Outcome:
 
 @cache
 def _turns(_: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
-    return asyncio.Semaphore(MOST_SCRIPTS)
+    return asyncio.Semaphore(MAX_SCRIPTS)
 
 
 async def _script(target: Target) -> Outcome:
@@ -340,7 +339,7 @@ async def _script(target: Target) -> Outcome:
 
 
 async def _run(target: Target) -> Outcome:
-    """In a session of its own, and with nothing of this process's environment but PATH."""
+    """In its own session; of this process's environment it only gets PATH."""
     try:
         process = await asyncio.create_subprocess_exec(
             *target.check.command,
@@ -351,13 +350,13 @@ async def _run(target: Target) -> Outcome:
             start_new_session=True,
         )
     except FileNotFoundError:
-        return Outcome(f"{target.check.command[0]}: not there")
+        return Outcome(f"{target.check.command[0]}: not found")
     try:
         async with asyncio.timeout(target.check.timeout_s):
             code = await process.wait()
     finally:
         await _end(process)
-    return SUCCESS if code == 0 else Outcome(f"exit code {code}" if code > 0 else f"ended by signal {-code}")
+    return SUCCESS if code == 0 else Outcome(f"exit code {code}" if code > 0 else f"killed by signal {-code}")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -1,8 +1,8 @@
-"""From the outcomes of checks to the condition of a backend (pure: no clock, no network).
+"""Outcomes of checks -> the condition of a backend (pure: no clock, no network).
 
-Enters: outcomes, one after the other, and the time. Leaves: conditions. A backend that nobody knows yet is up, and its
-first outcome decides; from then on `rise` and `fall` do. One that comes back starts slowly, in steps. A process that
-takes over from another goes on where that has stopped, as far as it remembers.
+Enters: outcomes in order, and the time. Leaves: conditions. A backend without history is up, and its first outcome
+decides; from then on `rise` and `fall` do. A recovered backend starts slowly, in steps. A new process resumes from the
+saved state of the previous one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from lb.model.conditions import UP, WHOLE, Condition
 from lb.model.health_check import HealthCheck
 from lb.model.state import Service
 
-LEAST_STEP_S = 1.0
-LEAST_STEPS = 10
+MIN_STEP_S = 1.0
+MIN_STEPS = 10
 SLOTS_PER_STEP = 0.01  # of the ring
 FRESH_S, FRESH_INTERVALS = 60.0, 10  # what is remembered, the larger of both
 
@@ -56,8 +56,8 @@ def steps_of(service: Service, weight: int) -> int:
     """In how many steps a backend of that weight starts: so many that none moves more than a hundredth of the ring, but
     at least LEAST_STEPS and not so many that two are closer than LEAST_STEP_S."""
     total = sum(b.weight for b in service.backends if not b.draining)
-    wanted = max(LEAST_STEPS, round(weight / max(total, 1) / SLOTS_PER_STEP))
-    return max(1, min(wanted, int(service.options.slow_start_s / LEAST_STEP_S)))
+    wanted = max(MIN_STEPS, round(weight / max(total, 1) / SLOTS_PER_STEP))
+    return max(1, min(wanted, int(service.options.slow_start_s / MIN_STEP_S)))
 
 
 def words_of(service: Service) -> str:
@@ -104,7 +104,7 @@ class BackendHealth:
         return cls(check, condition.down, known, 0, condition.why, condition.since, left.ramp)
 
     @property
-    def is_told(self) -> bool:
+    def is_reported(self) -> bool:
         """There is a condition to tell."""
         return self.known or self.down or self.ramp is not None
 

@@ -1,1 +1,1 @@
-"""What Linux says of routes, neighbours, interfaces, capabilities and the SSH session."""
+"""The Linux host: routes, neighbours, interfaces, capabilities and the SSH session."""

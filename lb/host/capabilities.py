@@ -1,4 +1,4 @@
-"""What this process may do, asked before the first write: a change that is refused halfway has to be taken back."""
+"""Capabilities of this process, checked before the first write: a change refused halfway would need a rollback."""
 
 from __future__ import annotations
 

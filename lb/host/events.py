@@ -1,12 +1,12 @@
-"""What changes in the host's network, as the kernel tells it over rtnetlink.
+"""Changes of the host's network, from rtnetlink.
 
 Enters: notifications of links, addresses, neighbours, routes, rules and nexthop objects in the current network
-namespace. Leaves: Changes, a while after the first of them and all of that while together, of which `concerns` says for
-each way to a backend whether it may lead elsewhere now. Where they do lead, lb.host.neighbours asks the kernel.
+namespace. Leaves: Changes, collected for a short time after the first notification; `concerned` gives the backends
+whose next hop may have changed. lb.host.neighbours asks the kernel for the new one.
 
-A table of neighbours that is being filled or flushed sends thousands of notifications in a moment, so they are read
-here field by field: pyroute2 would take a hundred times as long. Most are no news: an entry goes through its states
-with the same MAC address, and a link tells its whole state again for any detail of it.
+A neighbour table that is being filled or flushed sends thousands of notifications at once, so they are parsed here
+field by field: pyroute2 would take a hundred times as long. Most carry no change: an entry goes through its states with
+the same MAC address, and a link repeats its whole state for any detail.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _BITS = {socket.AF_INET: 32, socket.AF_INET6: 128}
 
 @dataclass
 class Changes:
-    """links: the indices of those that came, went or changed, or whose addresses did. neighbours: (ifindex, address in
-    network byte order) -> the MAC address that it had, None if none was known. prefixes: (bits of the family, length)
-    -> networks, shifted right by the bits that are the hosts'. everything: what has changed, nobody knows."""
+    """links: indices of those added, removed or changed, or whose addresses were. neighbours: (ifindex, packed
+    address) -> previous MAC address or None. prefixes: (bits of the family, length) -> networks, shifted right by
+    the host bits. everything: the changes are unknown."""
 
     everything: bool = False
     links: set[int] = field(default_factory=set)
@@ -71,8 +71,8 @@ class Changes:
         return bool(self.everything or self.links or self.neighbours or self.prefixes)
 
     def concerned(self, hops: Iterable[InstalledNextHop]) -> set[Address]:
-        """The backends whose next hop may be another now. One behind a gateway is known by the gateway's MAC address,
-        or by none being known on that link."""
+        """Backends whose next hop may have changed. One behind a gateway is matched by the gateway's MAC address, or by
+        an unresolved neighbour on that link."""
         if self.everything:
             return {hop.address for hop in hops}
         addresses = {address for _, address in self.neighbours}
@@ -84,10 +84,10 @@ class Changes:
             if hop.ifindex in self.links
             or (hop.ifindex, hop.mac) in macs
             or hop.address.packed in addresses
-            or self._is_routed_anew(hop.address)
+            or self._is_rerouted(hop.address)
         }
 
-    def _is_routed_anew(self, address: Address) -> bool:
+    def _is_rerouted(self, address: Address) -> bool:
         bits, number = address.max_prefixlen, int(address)
         return any(
             number >> (bits - length) in networks
@@ -97,7 +97,7 @@ class Changes:
 
 
 class HostEvents:
-    """Of the network namespace in which it was opened. `neighbours`: theirs too, which are by far the most."""
+    """Of the current network namespace at creation. `neighbours`: also their notifications, by far the most."""
 
     def __init__(self, settle_s: float = SETTLE_S, *, neighbours: bool = True) -> None:
         self._settle_s, self._neighbours = settle_s, neighbours
@@ -107,7 +107,7 @@ class HostEvents:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
             self._subscribe()
-            self._learn()
+            self._dump()
         except BaseException:
             self.close()
             raise
@@ -122,7 +122,7 @@ class HostEvents:
         self._socket.close()
 
     async def next(self, timeout_s: float) -> Changes:
-        """What has changed since the last call, as soon as there is something; nothing after the timeout."""
+        """Changes since the last call, as soon as there are any; empty after the timeout."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not self._changes:
@@ -143,7 +143,7 @@ class HostEvents:
     # The socket
 
     def _subscribe(self) -> None:
-        with suppress(OSError):  # not permitted: more bursts overrun it, and everything is looked at
+        with suppress(OSError):  # not permitted: bursts overrun it more often, and everything is checked
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_SIZE)
         self._socket.bind((0, 0))
         of_neighbours = (RTNLGRP_NEIGH,) if self._neighbours else ()
@@ -151,8 +151,8 @@ class HostEvents:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         self._socket.setblocking(False)
 
-    def _learn(self) -> None:
-        """What is there already, so that changes can be told from it."""
+    def _dump(self) -> None:
+        """Read the current state, to detect changes against it."""
         self._links.clear()
         self._macs.clear()
         of_neighbours = ((RTM_GETNEIGH, _NEIGHBOUR.pack(0, 0, 0, 0, 0)),) if self._neighbours else ()
@@ -166,7 +166,7 @@ class HostEvents:
         readable = select.poll()
         readable.register(self._socket, select.POLLIN)
         while readable.poll(DUMP_TIMEOUT_MS):
-            with suppress(OSError):  # more than the buffer holds: the next notification of the same is news
+            with suppress(OSError):  # buffer overrun: the next notification of an entry counts as a change
                 if not self._take(self._socket.recv(AT_ONCE)):
                     return
 
@@ -177,7 +177,7 @@ class HostEvents:
         except BlockingIOError:
             return
         except OSError:  # ENOBUFS: notifications are lost
-            self._learn()
+            self._dump()
             self._changes.everything = True
 
     def _take(self, data: bytes) -> bool:
@@ -202,11 +202,11 @@ class HostEvents:
             self._changes.links.add(_ADDRESS.unpack_from(body)[-1])
         elif kind in (RTM_NEWROUTE, RTM_DELROUTE):
             self._route(body)
-        else:  # rules and nexthop objects: any way may go by them
+        else:  # rules and nexthop objects may affect any route
             self._changes.everything = True
 
     def _neighbour(self, body: bytes, *, gone: bool) -> None:
-        """One that is silent now is no news: there is no other MAC address to send to."""
+        """An entry that stops answering is no change: there is no other MAC address."""
         family, ifindex, state, _, _ = _NEIGHBOUR.unpack_from(body)
         found = dict(_attributes(body, _NEIGHBOUR.size))
         if family not in _BITS or NDA_DST not in found:
@@ -223,17 +223,17 @@ class HostEvents:
 
     def _link(self, body: bytes, *, gone: bool) -> None:
         family, _, ifindex, flags, _ = _LINK.unpack_from(body)
-        if family != socket.AF_UNSPEC:  # a bridge tells of its ports
+        if family != socket.AF_UNSPEC:  # from a bridge, about its ports
             return
         found = dict(_attributes(body, _LINK.size))
         state, names = flags & (IFF_UP | IFF_LOWER_UP), (IFLA_IFNAME, IFLA_ADDRESS, IFLA_MTU, IFLA_XDP)
-        told = (state, *map(found.get, names))
+        state = (state, *map(found.get, names))
         if gone:
             self._links.pop(ifindex, None)
-        elif self._links.get(ifindex) == told:
+        elif self._links.get(ifindex) == state:
             return
         else:
-            self._links[ifindex] = told
+            self._links[ifindex] = state
         self._changes.links.add(ifindex)
 
     def _route(self, body: bytes) -> None:

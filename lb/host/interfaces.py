@@ -26,7 +26,7 @@ def check_interface(name: str) -> None:
         raise InvalidInput(f"interface {name}: does not exist")
     with suppress(OSError):
         if int(_about(name, "type").read_text()) not in _WITH_ETHERNET_HEADER:
-            raise InvalidInput(f"interface {name}: its packets have no Ethernet header, which rules begin with")
+            raise InvalidInput(f"interface {name}: not an Ethernet interface: filter rules require one")
 
 
 def own_mac(name: str) -> bytes:

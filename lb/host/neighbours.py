@@ -52,7 +52,7 @@ ARPHRD_ETHER = 1
 _ANSWERED = NUD_REACHABLE | NUD_STALE | NUD_DELAY | NUD_PROBE | NUD_NOARP | NUD_PERMANENT
 _FIXED = NUD_NOARP | NUD_PERMANENT
 
-_NO_ROUTE_WORDS = {EINVAL: "a blackhole route leads there", EACCES: "a prohibit route leads there"}
+_NO_ROUTE_WORDS = {EINVAL: "blackhole route", EACCES: "prohibit route"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Network:
             raise _no_interface(name)
         with (
             self._open_socket() as ipr,
-            _refusals(f"vip address {address}: cannot be put on {name}", but=EEXIST),
+            _refusals(f"vip address {address}: cannot be added to {name}", but=EEXIST),
         ):
             ipr.addr("add", index=index, **_host_address(address), **_address_options(address))
 
@@ -176,7 +176,7 @@ class Network:
             return
         with (
             self._open_socket() as ipr,
-            _refusals(f"vip address {address}: cannot be taken off {name}", but=EADDRNOTAVAIL),
+            _refusals(f"vip address {address}: cannot be removed from {name}", but=EADDRNOTAVAIL),
         ):
             ipr.addr("del", index=index, **_host_address(address))
 
@@ -193,7 +193,7 @@ def _index(name: str) -> int | None:
 
 
 def _no_interface(name: str) -> NotFound:
-    return NotFound(f"interface {name}: not there: see ip link")
+    return NotFound(f"interface {name}: does not exist: see ip link")
 
 
 @contextmanager
@@ -249,16 +249,16 @@ def _route(ipr: IPRoute, address: Address) -> _Route:
 
 def _check_type(address: Address, kind: int) -> None:
     if kind == RTN_LOCAL:
-        raise NoRoute(f"backend {address}: is an address of this host: take another host's")
+        raise NoRoute(f"backend {address}: is an address of this host: use another host's address")
     if kind != RTN_UNICAST:
-        raise NoRoute(f"backend {address}: no route to one host: see ip route get {address}")
+        raise NoRoute(f"backend {address}: not a unicast route: see ip route get {address}")
 
 
 def _route_of(address: Address, message: Any) -> _Route:
     source = message.get_attr("RTA_PREFSRC")
     if source is None or ip_address(source).is_unspecified:
         raise NoRoute(
-            f"backend {address}: no source address: give this host an IPv{address.version} address on the way there"
+            f"backend {address}: no source address: add an IPv{address.version} address to the interface towards it"
         )
     gateway = _gateway(message)
     return _Route(
@@ -296,8 +296,8 @@ def _ethernet_link(ipr: IPRoute, ifindex: int, address: Address) -> _Link:
     name = message.get_attr("IFLA_IFNAME")
     if message["ifi_type"] != ARPHRD_ETHER:
         raise NoRoute(
-            f"backend {address}: is behind {name}, which is not an Ethernet interface:"
-            " choose a backend that one leads to"
+            f"backend {address}: reached through {name}, which is not an Ethernet interface:"
+            " use a backend behind an Ethernet interface"
         )
     return _Link(name, _mac(message.get_attr("IFLA_ADDRESS")), message.get_attr("IFLA_MTU"))
 
@@ -398,7 +398,7 @@ def _entry(message: Any) -> _Entry:
 
 def _keep(ipr: IPRoute, neighbour: _Neighbour) -> None:
     """Have the kernel resolve and keep it; before 5.16 it heeds NTF_USE only: resolve once."""
-    with _refusals(f"neighbour {neighbour.address}: cannot be looked for"):
+    with _refusals(f"neighbour {neighbour.address}: cannot be resolved"):
         ipr.neigh(
             "replace",
             dst=str(neighbour.address),

@@ -1,8 +1,8 @@
-"""The connection that a change is asked for on, and frames as they travel on it.
+"""The SSH or API connection that a change was requested on, and its frames.
 
-Enters: for a command that is typed over SSH the environment, or that of an ancestor process (sudo takes SSH_CONNECTION
-away); for a request that comes over TCP the ends of its connection. Leaves: Ethernet frames of the connection, in both
-directions, to ask filter rules about.
+Enters: for a command over SSH the environment, its own or that of an ancestor process (sudo removes SSH_CONNECTION);
+for a request over TCP the ends of its connection. Leaves: Ethernet frames of the connection in both directions, to test
+filter rules with.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Connection:
 
     @property
     def refusal(self) -> str:
-        return f"would drop the connection from {self} that this was asked for on: force=true does it all the same"
+        return f"would drop the connection from {self} of this request: use force=true to override"
 
     def __str__(self) -> str:
         return f"{self.client} port {self.client_port}"
@@ -80,7 +80,7 @@ class SshConnection(Connection):
 
     @property
     def refusal(self) -> str:
-        return f"would drop the SSH connection from {self} that this was typed in: --force does it all the same"
+        return f"would drop the SSH connection from {self} that runs this command: use --force to override"
 
 
 def _address(text: str) -> Address:
@@ -91,7 +91,7 @@ def _address(text: str) -> Address:
 
 
 def _packet(source: Address, destination: Address, tcp: bytes) -> bytes:
-    """EtherType, IP header and the segment, whose checksum nobody looks at."""
+    """EtherType, IP header and the segment; its checksum is not checked."""
     ends = source.packed + destination.packed
     if source.version == 6:
         return struct.pack(">HIHBB", 0x86DD, 6 << 28, len(tcp), 6, 64) + ends + tcp

@@ -1,1 +1,1 @@
-"""What the operator asked for and what is reported, as values."""
+"""The desired state and reports, as values."""

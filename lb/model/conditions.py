@@ -1,7 +1,7 @@
-"""What health checks have found, laid over what is desired: the services as they are in force (pure).
+"""Results of health checks applied to the desired state: the effective services (pure).
 
-Enters: a desired service, and the conditions of its backends. Leaves: the service that packets should meet. The desired
-state knows nothing of conditions, so that whatever changes it finds them applied, and what is stored never has them.
+Enters: a desired service, and the conditions of its backends. Leaves: the service to load. The desired state holds no
+conditions, so every change of it applies them anew, and they are never stored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Condition:
 
 UP = Condition()
 
-# Backends by ADDR:PORT. What is not named is up: nobody checks it, or not yet.
+# Backends by ADDR:PORT. Others are up: unchecked, or not checked yet.
 Conditions = Mapping[Vip, Mapping[str, Condition]]
 
 
 def in_force(service: Service, conditions: Mapping[str, Condition] | None) -> Service:
     """`service` itself, as long as no condition makes a difference, and where it is not to be checked at all.
 
-    With nobody left who would get new connections, `fail_closed` decides: nobody does, or all as if they were up.
+    If no backend is left for new connections, `fail_closed` decides: none gets them, or all, as if they were up.
     """
     if not (conditions and service.options.health):
         return service
@@ -64,14 +64,14 @@ def _effective(backend: Backend, condition: Condition, scale: int) -> Backend:
 
 
 def left_behind(service: Service, conditions: Mapping[str, Condition] | None) -> str:
-    """A sentence of the backends that conditions keep from their whole share, while nobody checks; empty if none."""
+    """A warning about backends without their full share while checks are not running; empty if none."""
     if in_force(service, conditions) is service:
         return ""
     found = ((b, (conditions or {}).get(str(b), UP)) for b in service.backends)
     kept = [f"{b} ({'down' if c.down else f'at {c.share} %'})" for b, c in found if c.down or c.share < WHOLE]
     names = ", ".join(kept[:SHOWN]) + (f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else "")
-    stay, them = ("stays", "it") if len(kept) == 1 else ("stay", "them")
-    return f"{service.vip}: {names} {stay} as health checks left {them}, until xdp-lb serve runs or --health off"
+    keep = "keeps its" if len(kept) == 1 else "keep their"
+    return f"{service.vip}: {names} {keep} last health state until xdp-lb serve runs or --health off"
 
 
 def with_other_conditions(before: Conditions, after: Conditions) -> set[Vip]:

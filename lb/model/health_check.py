@@ -88,7 +88,7 @@ class HealthCheck:
             (
                 "host",
                 self.kind is Kind.HTTPS and self.verify and not self.host,
-                "missing: say which name the certificate has to be for, or verify=off",
+                "missing: give the host name of the certificate, or verify=off",
             ),
             (
                 "command",
@@ -106,7 +106,7 @@ class HealthCheck:
         if not words or words[0] not in list(Kind):
             *others, last = Kind
             raise InvalidInput(
-                f"health check {words[0] if words else '(empty)'}: not known: use {', '.join(others)} or {last}"
+                f"health check {words[0] if words else '(empty)'}: unknown: use {', '.join(others)} or {last}"
             )
         kind = Kind(words[0])
         return cls(kind, **_parsed(kind, words[1:]))
@@ -142,7 +142,7 @@ def parse_seconds(text: str) -> float:
     """`500ms`, `2s`, `1m`, or a number of seconds. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", text, re.ASCII)
     if match is None:
-        raise ValueError("not a time such as 500ms or 2s")
+        raise ValueError("not a duration such as 500ms or 2s")
     return round(float(match[1]) * UNITS[match[2]], 3)
 
 
@@ -234,7 +234,7 @@ def _parameter(kind: Kind, word: str, found: Mapping[str, Any]) -> dict[str, Any
     parameter = PARAMETERS.get(name)
     if parameter is None or not equals or kind not in parameter.kinds:
         allowed = ", ".join(f"{key}=" for key, each in PARAMETERS.items() if kind in each.kinds)
-        raise InvalidInput(f"health check {kind}: {word}: not known: there are {allowed}")
+        raise InvalidInput(f"health check {kind}: {word}: unknown option: known options are {allowed}")
     if parameter.field in found:
         raise InvalidInput(f"health check {kind}: {name}: given twice")
     try:

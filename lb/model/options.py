@@ -1,7 +1,7 @@
-"""What a service may ask for beyond a VIP, a mode and backends (pure).
+"""Options of a service beyond VIP, mode and backends (pure).
 
-Enters: numbers and prefixes of the operator. Leaves: Options that are valid by construction, and their values as JSON
-has them; whether they suit the service that has them, lb.model.state finds out.
+Enters: numbers and prefixes. Leaves: Options that are valid by construction, and their values as in JSON;
+lb.model.state checks that they suit the service.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GUE_PORT = 6080  # IANA
 MSS_RANGE = range(88, 65496)  # RFC 9293's least IPv4 packet, less its headers, to what the field can sensibly say
 LONGEST_AFFINITY_S = 7 * 86400
 LONGEST_SLOW_START_S = 3600
-MOST_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
+MAX_SYNS_PER_S = 1_000_000_000  # the limiter counts in nanoseconds
 # "This network", loopback, multicast, and what is reserved above it, in IPv4 and in IPv6.
 NOT_UNICAST = tuple(map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/127", "ff00::/8")))
 
@@ -86,13 +86,13 @@ class Options:
         object.__setattr__(self, "sources", _ordered(self.sources))
         object.__setattr__(self, "tunnel_sources", _ordered(self.tunnel_sources))
         _check("affinity", self.affinity_s, range(1, LONGEST_AFFINITY_S + 1))
-        _check("syn limit", self.syn_limit, range(1, MOST_SYNS_PER_S + 1))
-        _check("syn limit of a source", self.syn_limit_of_source, range(1, MOST_SYNS_PER_S + 1))
+        _check("syn limit", self.syn_limit, range(1, MAX_SYNS_PER_S + 1))
+        _check("syn limit per source", self.syn_limit_of_source, range(1, MAX_SYNS_PER_S + 1))
         _check("mss", self.mss, MSS_RANGE)
         _check("slow start", self.slow_start_s, range(1, LONGEST_SLOW_START_S + 1))
         _check("gue port", self.gue_port, range(1, 65536), off=None)
         if len({prefix.version for prefix in self.tunnel_sources}) < len(self.tunnel_sources):
-            raise InvalidInput("tunnel source: two prefixes of one family: give one each")
+            raise InvalidInput("tunnel source: two prefixes of one address family: give one per family")
         for prefix in self.tunnel_sources:
             _check_varies(prefix)
 
@@ -126,7 +126,7 @@ def changed_values(options: Options) -> dict[str, Any]:
 def from_values(found: Mapping[str, Any]) -> Options:
     """The way back; what is left out has its default. Raises InvalidInput, also for a name that is no field."""
     for name in found.keys() - set(FIELDS):
-        raise InvalidInput(f"option {name}: not known")
+        raise InvalidInput(f"option {name}: unknown")
     prefixes = {name: tuple(map(parse_network, found[name])) for name in PREFIX_FIELDS if name in found}
     health = {"health": HealthCheck.parse(found["health"])} if found.get("health") else {"health": None}
     return Options(**{**found, **prefixes, **health})

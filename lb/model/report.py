@@ -1,6 +1,6 @@
-"""What the balancer answers: the outcome of a change, and the state of things as the kernel holds it.
+"""The balancer's results: the report of a change, and the status from the kernel.
 
-All values are frozen and plain, so that the command line, the JSON output and (later) the API print the same facts.
+All values are frozen and plain, so that the command line, the JSON output and the API print the same facts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BackendStatus:
     backend: Backend
     resolved: bool
     counters: Counters
-    condition: Condition | None = None  # None: nobody checks it, or not yet
+    condition: Condition | None = None  # None: unchecked, or not checked yet
 
     @property
     def state(self) -> str:
@@ -99,6 +99,6 @@ class Status:
     drops: Mapping[str, int]
     passes: Mapping[str, int]
     answered: Mapping[str, int] = field(default_factory=dict)  # by the balancer itself
-    noted: Mapping[str, int] = field(default_factory=dict)  # counted beside what became of the packet
+    noted: Mapping[str, int] = field(default_factory=dict)  # counted in addition to the verdict
     maps: Mapping[str, int] = field(default_factory=dict)  # bytes of kernel memory
     outdated: str = ""  # the version of xdp-lb that the program in force is of, where it is not the installed one

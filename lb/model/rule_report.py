@@ -1,6 +1,6 @@
-"""What is asked of the filter and what it answers, as plain values: nothing here knows the kernel.
+"""Requests and reports of filter rules, as plain values without kernel state.
 
-Enters and leaves: frozen values, for lb.firewall.firewall, for the daemon's client, and for those who print them.
+Enters and leaves: frozen values, for lb.firewall.firewall, the client of the daemon, and the formats.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from lb.model.rules import Action, At, Rate, Rule
 
 @dataclass(frozen=True, slots=True)
 class RuleSpec:
-    """A rule as it is asked for. `seconds`: for how long, or `until_s`, Unix time: until when.
+    """A requested rule. `seconds`: its lifetime, or `until_s`: its end as Unix time.
 
-    `set_path` is the file of its set, or what its set is called; `set_list` the text of that file, where it has been
-    read already.
+    `set_path`: file or name of its set; `set_list`: the text of that file, if it has been read already.
     """
 
     interface: str
@@ -33,8 +32,7 @@ class RuleSpec:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """How a change is to be made. `force`: also if it ends the connection that it is asked for on; `selftest`: of new
-    expressions."""
+    """`force`: apply even if it drops the connection of the request; `selftest`: of new filters."""
 
     force: bool = False
     selftest: bool = True
@@ -43,7 +41,7 @@ class ApplyOptions:
 
 @dataclass(frozen=True, slots=True)
 class RuleChange:
-    """What became of a rule: added, deleted, moved, reloaded, restored or expired. `number`: the one it has, or had."""
+    """`what`: added, deleted, moved, reloaded, restored or expired. `number`: its current or last number."""
 
     what: str
     rule: Rule
@@ -60,7 +58,7 @@ class FilterReport:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a rule has matched, and of that what it has dropped."""
+    """Packets that a rule has matched, and those of them that it has dropped."""
 
     packets: int = 0
     bytes: int = 0
@@ -70,7 +68,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class RuleStatus:
-    """`left_ns`: of its time, None for a rule without end; `in_force`: a program of ours is where the rule belongs."""
+    """`left_ns`: remaining lifetime, None for no limit; `in_force`: our program is attached at the rule's hook."""
 
     rule: Rule
     number: int
@@ -85,7 +83,7 @@ class RuleStatus:
 
 @dataclass(frozen=True, slots=True)
 class FilterTestResult:
-    """What rules would do to the packets of a file. `matched`: slot -> packets; `untested`: too short, or too long."""
+    """Result of rules on the packets of a file. `matched`: slot -> packets; `untested`: too short or too long."""
 
     rules: tuple[Rule, ...]
     matched: Mapping[int, int]

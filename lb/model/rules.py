@@ -1,7 +1,7 @@
-"""Filter rules: what the operator asked for, in order, and nothing about how the kernel holds it.
+"""Filter rules: the desired list, without kernel state.
 
-Enters: the words of the command line (`drop`, `10k/s`, `10m`). Leaves: frozen values that are valid by construction,
-and new lists of rules made from old ones. Nothing here touches a file, the network or the kernel.
+Enters: text of the command line (`drop`, `10k/s`, `10m`). Leaves: frozen values that are valid by construction, and new
+lists made from old ones. No access to files, network or kernel.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from enum import StrEnum
 
 from lb.errors import InvalidInput, NotFound
 
-MOST_RULES = 4096  # of a network namespace: places for counters
-MOST_PACKETS_PER_S = 10_000_000  # more cannot be told apart in nanoseconds
+MAX_RULES = 4096  # of a network namespace: places for counters
+MAX_PACKETS_PER_S = 10_000_000  # the limit of the resolution of nanoseconds
 LONGEST_S = 10 * 365 * 86400
-LEAST_BURST = 5  # packets, as of iptables and nft
+MIN_BURST = 5  # packets, as of iptables and nft
 
 _NS = 1_000_000_000
 _PERIODS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -52,14 +52,14 @@ class Rate:
         found = re.fullmatch(r"([0-9]{1,12})([kM]?)/([a-z]+)", text)
         period = _PERIOD_WORDS.get(found[3], found[3]) if found else ""
         if found is None or period not in _PERIODS:
-            raise InvalidInput(f"rate {text or '(empty)'}: not packets in a time, such as 1000/s, 10k/s or 60/min")
+            raise InvalidInput(f"rate {text or '(empty)'}: not a packet rate such as 1000/s, 10k/s or 60/min")
         return cls(int(found[1]) * _THOUSANDS[found[2]], period)
 
     def __post_init__(self) -> None:
         if not self.packets:
-            raise InvalidInput(f"rate {self}: lets nothing through: use drop")
-        if self.packets > MOST_PACKETS_PER_S * _PERIODS[self.period]:
-            raise InvalidInput(f"rate {self}: more than {MOST_PACKETS_PER_S // 1_000_000}M/s")
+            raise InvalidInput(f"rate {self}: passes no packets: use drop")
+        if self.packets > MAX_PACKETS_PER_S * _PERIODS[self.period]:
+            raise InvalidInput(f"rate {self}: more than {MAX_PACKETS_PER_S // 1_000_000}M/s")
 
     def __str__(self) -> str:
         for letter in "Mk":
@@ -75,14 +75,14 @@ class Rate:
     @property
     def burst_ns(self) -> int:
         """How much may come at once: what comes in a second, but five packets at least."""
-        return max(_NS, LEAST_BURST * self.interval_ns)
+        return max(_NS, MIN_BURST * self.interval_ns)
 
 
 def parse_duration(text: str) -> int:
     """Seconds, of `90`, `90s`, `10m`, `1h30m`, `2d`."""
     parts = re.findall(r"([0-9]{1,10})([smhdw]?)", text)
     if not parts or "".join(map("".join, parts)) != text or any(not unit for _, unit in parts[:-1]):
-        raise InvalidInput(f"time {text or '(empty)'}: not a time, such as 90s, 10m or 1h30m")
+        raise InvalidInput(f"time {text or '(empty)'}: not a duration such as 90s, 10m or 1h30m")
     seconds = sum(int(number) * _SECONDS[unit] for number, unit in parts)
     if not 0 < seconds <= LONGEST_S:
         raise InvalidInput(f"time {text}: out of range 1s to {LONGEST_S // 86400}d")
@@ -100,7 +100,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """By the clock of the boot that it was set in, which nobody turns back; in another boot by the time of day."""
+    """By the monotonic clock of the boot that it was set in; after another boot by the time of day."""
 
     boot_id: str
     boot_ns: int
@@ -184,7 +184,9 @@ class Rules:
         if not rules:
             raise NotFound(f"{interface}: has no rules: see xdp-lb filter list")
         if not 1 <= number <= len(rules):
-            raise NotFound(f"{interface}: no rule {number}: there are {len(rules)}: see xdp-lb filter list {interface}")
+            raise NotFound(
+                f"{interface}: no rule {number}: the last is {len(rules)}: see xdp-lb filter list {interface}"
+            )
         return rules[number - 1]
 
     def number(self, rule: Rule) -> int:
@@ -193,9 +195,9 @@ class Rules:
     def free_slot(self) -> int:
         """Raises InvalidInput when there are as many rules as can be counted."""
         taken = {rule.slot for rule in self.all}
-        if len(taken) >= MOST_RULES:
-            raise InvalidInput(f"there are {MOST_RULES} rules already, which is the most: delete some, or use a set")
-        return next(slot for slot in range(MOST_RULES) if slot not in taken)
+        if len(taken) >= MAX_RULES:
+            raise InvalidInput(f"limit of {MAX_RULES} rules reached: delete some, or use a set")
+        return next(slot for slot in range(MAX_RULES) if slot not in taken)
 
     def with_rule(self, rule: Rule, position: int | None = None) -> Rules:
         """At that number, or behind the last one of its interface."""

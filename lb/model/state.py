@@ -1,8 +1,7 @@
-"""The desired state: what the operator asked for, and nothing about how the kernel holds it.
+"""The desired state, without kernel state.
 
-Enters: the text forms of the command line and of lb.toml (`10.0.0.1:80/tcp`, `10.0.0.11:8080@3`).
-Leaves: frozen values that are valid by construction, and new states made from old ones. Nothing
-here touches a file, the network or the kernel.
+Enters: text of the command line and of lb.toml (`10.0.0.1:80/tcp`, `10.0.0.11:8080@3`). Leaves: frozen values that are
+valid by construction, and new states made from old ones. No access to files, network or kernel.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class Service:
         if self.options.affinity_s > self.flow_timeout_s:
             raise InvalidInput(
                 f"{self.vip}: affinity {self.options.affinity_s} s: longer than the flow timeout,"
-                f" {self.flow_timeout_s} s, after which no client is remembered"
+                f" {self.flow_timeout_s} s"
             )
         in_full = map(self._in_full, self.backends)
         object.__setattr__(self, "backends", tuple(sorted(in_full, key=lambda b: b.sort_key)))
@@ -156,15 +155,15 @@ class Service:
             ("mss", options.mss and self.vip.protocol is not Protocol.TCP, "needs a TCP service"),
             ("syn limit", options.syn_limit and self.vip.protocol is not Protocol.TCP, "needs a TCP service"),
             (
-                "syn limit of a source",
+                "syn limit per source",
                 options.syn_limit_of_source and self.vip.protocol is not Protocol.TCP,
                 "needs a TCP service",
             ),
-            ("sources", self.vip.set and not options.sources, "missing: a set is for clients from certain prefixes"),
+            ("sources", self.vip.set and not options.sources, "missing: a member set requires source prefixes"),
             (
                 "sources",
                 any(prefix.version != self.vip.address.version for prefix in options.sources),
-                f"not all of them IPv{self.vip.address.version}",
+                f"not all IPv{self.vip.address.version}",
             ),
             ("echo", options.echo and not self.vip.is_one_address, "needs a VIP of one address"),
             ("slow start", options.slow_start_s and not options.health, "needs a health check"),
@@ -179,12 +178,12 @@ class Service:
         if check is None or check.kind is Kind.SCRIPT:
             return
         in_full = all(self._in_full(backend).port for backend in self.backends)
-        yield "health", not (check.port or in_full), "which port is to be checked: say port=N"
+        yield "health", not (check.port or in_full), "port missing: give port=N"
         through_vip = self.mode is not Mode.NAT
         yield (
             "health",
             through_vip and not self.vip.is_one_address,
-            "needs a VIP of one address, or mode nat: say script",
+            "needs a VIP of one address or mode nat, or kind script",
         )
 
     def _check_backends(self) -> None:
@@ -207,11 +206,11 @@ class Service:
             if self.vip.protocol is not Protocol.UDP:
                 raise InvalidInput(f"backend {backend}: server id {server_id}: needs a UDP service")
             if owners.setdefault(server_id, backend) is not backend:
-                raise InvalidInput(f"backend {backend}: server id {server_id}: is that of {owners[server_id]} too")
+                raise InvalidInput(f"backend {backend}: server id {server_id}: already used by {owners[server_id]}")
             config, text = server_id.split(":")
             if len(text) // 2 != lengths[int(config)]:
                 raise InvalidInput(
-                    f"backend {backend}: server id {server_id}: not as long as others of config {config}"
+                    f"backend {backend}: server id {server_id}: length differs from other IDs of config {config}"
                 )
 
     def _check_backend(self, backend: Backend) -> None:
@@ -223,8 +222,8 @@ class Service:
             raise InvalidInput(f"backend {backend}: is the VIP's own address")
         if self.mode is not Mode.NAT and backend.port != self.vip.fixed_port:
             raise InvalidInput(
-                f"backend {backend}: mode {self.mode} keeps the port: leave it out"
-                + (f" or say {self.vip.port}" if self.vip.fixed_port else "")
+                f"backend {backend}: mode {self.mode} does not translate ports: leave the port out"
+                + (f" or use {self.vip.port}" if self.vip.fixed_port else "")
             )
 
     def __str__(self) -> str:
@@ -258,7 +257,7 @@ def _check_together(services: tuple[Service, ...]) -> None:
     vips = {service.vip for service in services}
     for service in unusual:
         if service.vip.set and service.vip.own not in vips:
-            raise InvalidInput(f"vip {service.vip}: there is no {service.vip.own} that it could be a set of")
+            raise InvalidInput(f"vip {service.vip}: member set of {service.vip.own}, which does not exist")
     _check_sources([s for s in unusual if s.vip.set])
     _check_ranges([s.vip for s in unusual if not s.vip.set])
 
@@ -267,7 +266,7 @@ def _check_sources(sets: list[Service]) -> None:
     owners: dict[tuple[Vip, Network], Service] = {}
     for service, prefix in ((s, p) for s in sets for p in s.options.sources):
         if (owner := owners.setdefault((service.vip.own, prefix), service)) is not service:
-            raise InvalidInput(f"vip {service.vip}: source {prefix}: is for {owner.vip} already")
+            raise InvalidInput(f"vip {service.vip}: source {prefix}: already used by {owner.vip}")
 
 
 def _check_ranges(vips: list[Vip]) -> None:
@@ -278,7 +277,7 @@ def _check_ranges(vips: list[Vip]) -> None:
     for group in alike.values():
         for one, other in combinations(group, 2):
             if _cross(one.ports, other.ports):
-                raise InvalidInput(f"vip {other}: its ports cross those of {one}")
+                raise InvalidInput(f"vip {other}: port range overlaps {one}")
 
 
 def _cross(one: range, other: range) -> bool:
@@ -288,7 +287,7 @@ def _cross(one: range, other: range) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface that the balancer is attached to, and the mode the operator asked for."""
+    """An interface that the balancer is attached to, and its configured mode."""
 
     name: str
     xdp_mode: XdpMode = XdpMode.AUTO
@@ -316,7 +315,7 @@ class State:
         ordered = tuple(sorted(self.services, key=lambda s: s.vip.sort_key))
         for one, other in pairwise(ordered):
             if one.vip == other.vip:
-                raise AlreadyExists(f"vip {one.vip}: already served")
+                raise AlreadyExists(f"vip {one.vip}: already exists")
         object.__setattr__(self, "services", ordered)
         _check_together(ordered)
         own = tuple(sorted(self.own_addresses, key=lambda o: (o.address.version, int(o.address))))
@@ -326,7 +325,7 @@ class State:
         for service in self.services:
             if service.vip == vip:
                 return service
-        raise NotFound(f"vip {vip}: not served: see xdp-lb vip list")
+        raise NotFound(f"vip {vip}: no such service: see xdp-lb vip list")
 
     def interface(self, name: str) -> Interface | None:
         return next((i for i in self.interfaces if i.name == name), None)
@@ -346,7 +345,7 @@ class State:
         gone = self.service(vip)
         for service in self.services:
             if service.vip.set and service.vip.own == vip:
-                raise InvalidInput(f"vip {vip}: has the set {service.vip}: remove that first")
+                raise InvalidInput(f"vip {vip}: has the member set {service.vip}: remove it first")
         return replace(self, services=tuple(s for s in self.services if s is not gone))
 
     def replacing_service(self, service: Service) -> State:

@@ -41,7 +41,7 @@ class Protocol(IntEnum):
         try:
             return cls[text.upper()]
         except KeyError:
-            raise InvalidInput(f"protocol {text}: not known: use tcp or udp") from None
+            raise InvalidInput(f"protocol {text}: unknown: use tcp or udp") from None
 
 
 @lru_cache(1 << 16)  # the same machines stand behind many services
@@ -116,13 +116,15 @@ class Vip:
         object.__setattr__(self, "sort_key", key)
         object.__setattr__(self, "_hash", hash(key))
         if self.address.is_unspecified or self.address.is_multicast or self.address.is_loopback:
-            raise InvalidInput(f"vip {self}: not a unicast address that can be served")
+            raise InvalidInput(f"vip {self}: not a unicast address")
         if not self.is_one_address and not is_unicast(self.network):
-            raise InvalidInput(f"vip {self}: holds addresses that are not unicast")
+            raise InvalidInput(f"vip {self}: contains non-unicast addresses")
         if self.last_port != self.port and not 0 < self.port < self.last_port:
-            raise InvalidInput(f"vip {self}: ports {self.port}-{self.last_port}: not a range of ports from 1 to 65535")
+            raise InvalidInput(f"vip {self}: ports {self.port}-{self.last_port}: not a port range within 1 to 65535")
         if self.set and not re.fullmatch(SET_NAME, self.set):
-            raise InvalidInput(f"vip {self}: set {self.set}: not a name: up to 39 of a-z, 0-9, _ . -, a letter first")
+            raise InvalidInput(
+                f"vip {self}: set {self.set}: invalid name: use up to 39 of a-z, 0-9, _ . -, a letter first"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Vip:

@@ -81,7 +81,7 @@ class Events:
 
     def _missed(self) -> bytes:
         """Without an id, so that what the listener has seen stays what it was."""
-        return b'event: missed\ndata: {"detail": "older events are gone: read the state anew"}\n\n'
+        return b'event: missed\ndata: {"detail": "older events were dropped: reload the state"}\n\n'
 
     async def _something_new(self) -> bool:
         try:

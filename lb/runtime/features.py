@@ -37,11 +37,11 @@ class FeatureThreads:
 
         return await _run(self._filters, do)
 
-    async def change_filters(self, work: Callable[[Firewall], T], asked_on: Connection | None) -> T:
-        """`asked_on`: the connection that the change may not end."""
+    async def change_filters(self, work: Callable[[Firewall], T], own_connection: Connection | None) -> T:
+        """`own_connection`: the connection that the change may not end."""
 
         def do() -> T:
-            with open_firewall(self._paths, write=True, asked_on=lambda: asked_on) as firewall:
+            with open_firewall(self._paths, write=True, own_connection=lambda: own_connection) as firewall:
                 return work(firewall)
 
         return await _run(self._filters, do)

@@ -19,7 +19,7 @@ class DaemonMetrics:
         self._registry = CollectorRegistry()
         self._answers = Histogram(
             "xdp_lb_api_request_duration_seconds",
-            "From a request to the start of its answer.",
+            "Seconds from a request to the start of its response.",
             ["method", "route", "status"],
             buckets=BUCKETS_S,
             registry=self._registry,
@@ -28,12 +28,12 @@ class DaemonMetrics:
             "xdp_lb_changes", "Services added, changed and removed by the daemon.", ["change"], registry=self._registry
         )
         self._moved = Counter(
-            "xdp_lb_ring_slots_moved", "Ring slots that a change gave another backend.", registry=self._registry
+            "xdp_lb_ring_slots_moved", "Ring slots that changes assigned to another backend.", registry=self._registry
         )
 
         self._refused = Gauge(
             "xdp_lb_upgrade_refused",
-            "Whether the installed program could not take over from an older one, which goes on.",
+            "Whether the last upgrade of the program failed and the older one is still running.",
             registry=self._registry,
         )
 

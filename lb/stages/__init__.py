@@ -1,1 +1,1 @@
-"""Users' C, compiled by BCC, in front of and behind the balancer."""
+"""Users' C programs, compiled by BCC, before and after the balancer."""

@@ -82,7 +82,7 @@ class Stage:
 
     @property
     def stages_fd(self) -> int:
-        """The map of places that the program goes on through."""
+        """The stage map that the program tail-calls through."""
         return int(self._bpf[STAGES.encode()].map_fd)
 
     def events(self) -> list[Event]:
@@ -110,7 +110,7 @@ class Stage:
         try:
             table = self._bpf[name.encode()]
         except IndexError:
-            raise InvalidInput(f"{name}: values of per-CPU tables have to be of a multiple of 8 bytes") from None
+            raise InvalidInput(f"{name}: value size of per-CPU tables must be a multiple of 8 bytes") from None
 
         def read() -> list[tuple[Any, Any]]:
             """(key, value) as plain values."""
@@ -161,11 +161,11 @@ def compile_stage(bcc: Any, source: Source, ifindex: int, chain: Chain | None, m
         try:
             bpf = bcc.BPF(text=text.encode(), cflags=flags)
         except Exception as error:  # BCC knows no other
-            raise InvalidInput(f"{source.path}: does not compile:\n{said() or error}") from error
+            raise InvalidInput(f"{source.path}: compilation failed:\n{said() or error}") from error
         try:
             function = bpf.load_func(PROGRAM.encode(), bcc.BPF.XDP, attach_type=_ATTACH_TYPE_XDP)
         except Exception as error:
-            raise DataplaneError(f"{source.path}: the kernel refuses it: {_tail(said()) or error}") from error
+            raise DataplaneError(f"{source.path}: rejected by the kernel: {_tail(said()) or error}") from error
         warnings = said()
     for line in (*notes, *warnings.splitlines()):
         print(line, file=sys.stderr)
@@ -196,7 +196,7 @@ def _whole(fd: int) -> str:
 def _tail(log: str) -> str:
     """The last lines of a verifier's log that say something."""
     lines = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
-    left_out = [f"({len(lines) - _LOG_LINES_SHOWN} lines of the log left out)"] if len(lines) > _LOG_LINES_SHOWN else []
+    left_out = [f"({len(lines) - _LOG_LINES_SHOWN} log lines omitted)"] if len(lines) > _LOG_LINES_SHOWN else []
     return "".join(f"\n  {line}" for line in (*left_out, *lines[-_LOG_LINES_SHOWN:]))
 
 
@@ -211,9 +211,7 @@ def check_installed() -> None:
     }
     packages = " ".join(name for name, is_there in missing.items() if not is_there)
     if packages:
-        raise NotInstalled(
-            f"a stage is compiled by BCC with kernel headers, and not all of it is here: apt install {packages}"
-        )
+        raise NotInstalled(f"stages require BCC and kernel headers: apt install {packages}")
 
 
 def _headers_package() -> str:
@@ -255,8 +253,8 @@ def headers() -> Iterator[list[str]]:
         os.environ["BCC_KERNEL_SOURCE"] = merged
         try:
             yield [
-                f"xdp-lb: note: kernel headers are of {version}, the kernel is {platform.release()}:"
-                " use no structs of the kernel's own, only those of packets"
+                f"xdp-lb: note: kernel headers are for {version}, the running kernel is {platform.release()}:"
+                " do not use kernel-internal structs"
             ]
         finally:
             del os.environ["BCC_KERNEL_SOURCE"]

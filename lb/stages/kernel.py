@@ -1,4 +1,4 @@
-"""Where a compiled stage goes: into a place of the balancer's, or alone on an interface.
+"""Attaching a compiled stage: in a place of the balancer's stage map, or standalone on an interface.
 
 Enters: the program of a stage. Leaves: an entry in the balancer's map of stages, which outlives this process, or a link
 to the interface, which does not. Changes of places are to be made with the lock of the balancer's changes held.
@@ -58,7 +58,7 @@ class Places:
             return self._stages.occupied()
 
     def chain(self, place: int) -> Chain:
-        """What the stage in a place goes on through."""
+        """The places after this one, for the tail calls of its stage."""
         stages, verdicts = self._generation / "map_stages", self._generation / "map_verdicts"
         behind = place in self._stages.exits
         last = self._stages.exits[-1] if behind else self._stages.balance
@@ -71,10 +71,10 @@ class Places:
     def put(self, place: int, program_fd: int, stages_fd: int) -> None:
         """`stages_fd`: the map that the program was compiled to go on through."""
         if map_info(stages_fd).id != self._stages.map.info.id:
-            raise DataplaneError("the balancer was attached anew meanwhile: repeat the command")
+            raise DataplaneError("the balancer was reattached at the same time: repeat the command")
         with _explained(), self._stages.alone():
             if place in self._stages.occupied():
-                raise DataplaneError("another program took the place meanwhile: repeat the command")
+                raise DataplaneError("another program was put in this place at the same time: repeat the command")
             self._stages.set(place, program_fd)
 
     def clear(self, place: int, program_id: int) -> None:
@@ -121,10 +121,10 @@ def hold(interface: str, program_fd: int) -> tuple[Link, str | None]:
         try:
             return hold_at_xdp(ifindex, program_fd), None
         except NotSupported:
-            warning = f"{interface}: generic XDP, which is slow: its driver has no native XDP"
+            warning = f"{interface}: using generic XDP, which is slow: the driver does not support native XDP"
             return hold_at_xdp(ifindex, program_fd, generic=True), warning
         except Occupied as error:
-            raise DataplaneError(f"{interface}: {_occupant(ifindex)} is attached: it would have to go first") from error
+            raise DataplaneError(f"{interface}: {_occupant(ifindex)} is attached: detach it first") from error
 
 
 def _occupant(ifindex: int) -> str:

@@ -164,23 +164,23 @@ def _reserve(paths: Paths, request: Request) -> tuple[Record, Chain | None]:
 
 
 def _free_place(request: Request, places: Places | None, others: Sequence[Record]) -> int | None:
-    """None: alone on the interface."""
+    """None: standalone on the interface."""
     if places is None or not places.serves(request.interface):
         if request.at == AT_XDP_EXIT:
-            raise InvalidInput(f"{request.interface}: not balanced, so there is no verdict to be behind: --at xdp")
+            raise InvalidInput(f"{request.interface}: the balancer is not attached: use --at xdp")
         return None
     taken = places.occupied().keys() | {other.place for other in others}
     free = [place for place in places.of(request.at) if place not in taken]
     if not free:
         raise DataplaneError(
-            f"all {len(places.of(request.at))} places at {request.at} are taken: see xdp-lb stage list"
+            f"all {len(places.of(request.at))} places at {request.at} are in use: see xdp-lb stage list"
         )
     return free[0]
 
 
 @contextmanager
 def in_place(paths: Paths, record: Record, stage: Stage) -> Iterator[str | None]:
-    """The stage sees packets; gives a warning, if there is one. Raises DataplaneError, Busy."""
+    """Attaches the stage for the block; yields a warning or None. Raises DataplaneError, Busy."""
     record = replace(record, program_id=kernel.program_id(stage.program_fd))
     if record.place is None:
         link, warning = kernel.hold(record.interface, stage.program_fd)
@@ -189,7 +189,7 @@ def in_place(paths: Paths, record: Record, stage: Stage) -> Iterator[str | None]
         return
     with _changing(paths) as (records, places):
         if places is None:
-            raise DataplaneError("the balancer was detached meanwhile: repeat the command")
+            raise DataplaneError("the balancer was detached at the same time: repeat the command")
         records.write(record)
         places.put(record.place, stage.program_fd, stage.stages_fd)
     try:
@@ -255,7 +255,7 @@ def tables(paths: Paths, number: int) -> list[Document]:
     """What a running stage has found up to now. Raises NotFound, DataplaneError."""
     record, condition = _running_one(paths, number)
     if condition is Condition.ORPHANED:
-        raise InvalidInput(f"stage {number}: orphaned: nobody knows its tables any more: xdp-lb stage stop ends it")
+        raise InvalidInput(f"stage {number}: orphaned: its tables cannot be read: run xdp-lb stage stop")
     return ask_tables(Records(paths).socket(record), number)
 
 
@@ -285,13 +285,13 @@ def stop(paths: Paths, numbers: Sequence[int]) -> list[tuple[Record, Condition]]
 
 
 def _end_process(records: Records, record: Record) -> None:
-    """It cleans up by itself."""
+    """The process cleans up."""
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + END_WAIT_S
     while _born(record.pid) == record.born and any(other.number == record.number for other in records.all()):
         if time.monotonic() > deadline:
-            raise Busy(f"stage {record.number}: process {record.pid} does not end: kill it, and repeat the command")
+            raise Busy(f"stage {record.number}: process {record.pid} does not exit: kill it and repeat the command")
         time.sleep(END_POLL_S)
 
 

@@ -1,7 +1,7 @@
-"""The tables of a running stage, for whoever asks its process: a Unix socket beside its record.
+"""The tables of a running stage, served by its process: a Unix socket next to its record.
 
 Enters: a connection. Leaves: the documents of lb.stages.tables as they are at that moment, and the end of the
-connection. Only root may connect. Nothing is done for tables that nobody asks for.
+connection. Only root may connect. Tables are only read on request.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TableSocket:
 
 
 def ask_tables(path: Path, number: int) -> list[Document]:
-    """Raises DataplaneError where nobody answers."""
+    """Raises DataplaneError without an answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(ANSWER_S)
         try:
@@ -62,7 +62,7 @@ def ask_tables(path: Path, number: int) -> list[Document]:
             content = b"".join(iter(lambda: connection.recv(1 << 16), b""))
             found: list[Document] = json.loads(content)
         except (OSError, ValueError) as error:
-            raise DataplaneError(f"stage {number}: its process does not tell its tables ({error}): try again") from None
+            raise DataplaneError(f"stage {number}: cannot read tables from its process ({error}): try again") from None
     return found
 
 

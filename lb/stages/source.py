@@ -60,7 +60,7 @@ class Source:
             if not _IDENTIFIER.fullmatch(define.partition("=")[0]):
                 raise InvalidInput(f"-D {define}: not NAME or NAME=VALUE")
         if not _IDENTIFIER.fullmatch(function) or not re.search(rf"\b{function}\s*\(", text):
-            raise InvalidInput(f"{path}: no function {function}(struct xdp_md *ctx) in it: --function names another")
+            raise InvalidInput(f"{path}: no function {function}(struct xdp_md *ctx): use --function to name another")
         return cls(path, text, function, tuple(defines))
 
     @property

@@ -1,7 +1,7 @@
-"""Tables of a user's program -> the lines that people read, and documents for programs.
+"""Tables of a user's program -> lines for people, and documents.
 
-Enters: entries as plain values, now and an interval ago. Leaves: tables with what was added each second, or histograms
-as bars. The largest entries come first, and lines show no more than ROWS of them; documents have all.
+Enters: entries as plain values, current and from one interval ago. Leaves: tables with rates, or histograms as bars.
+The largest entries come first; lines show at most ROWS of them, documents all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Snapshot:
         return sorted(self.entries, key=lambda entry: (-_weight(entry[1]), str(entry[0])))
 
     def per_second(self, key: Any, value: Any) -> Any:
-        """What was added to a number, or to each number of a struct; None while there is nothing to compare with."""
+        """Rate of a number, or of each number of a struct; None without an earlier snapshot."""
         if not self.seconds:
             return None
         return _rates(value, self._values_before.get(str(key)), self.seconds)

@@ -1,8 +1,8 @@
 """The lines of bpf_trace_printk(), as they come.
 
-Enters: how our lines begin. Leaves: lines. The kernel has one trace for all programs, and whoever reads it takes the
-lines away from everybody else, so a reader gets an instance of its own (Documentation/trace/ftrace.rst). tracefs need
-not be mounted, and `ip netns exec` would hide it: fsopen(2) and fsmount(2) give a mount that nobody else sees.
+Enters: how our lines begin. Leaves: lines. The kernel has one trace for all programs, and reading it consumes
+the lines, so a reader gets an instance of its own (Documentation/trace/ftrace.rst). tracefs need
+not be mounted, and `ip netns exec` would hide it: fsopen(2) and fsmount(2) give a private mount.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _ARRAY = re.compile(r"(.+?) ?\[(\d+)\]")
 
 
 def plain(value: Any) -> Any:
-    """A ctypes object (or what ctypes makes of one by itself) as JSON can say it."""
+    """A ctypes object (or the Python value that ctypes returns for it) as a JSON value."""
     if isinstance(value, ctypes.Structure):
         return _struct(value)
     if isinstance(value, ctypes.Union):

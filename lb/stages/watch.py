@@ -1,4 +1,4 @@
-"""What a running stage finds, shown until somebody ends it.
+"""Output of a running stage, until it is stopped.
 
 Enters: a Stage and its Trace. Leaves: on a terminal tables that are redrawn in place, below the events and lines that
 have come; elsewhere one block of lines after the other; or a JSON document a line, with `time` (ISO 8601) and one of
@@ -234,4 +234,4 @@ def _fields(data: Any) -> str:
 
 
 def _lost_line(events: int) -> str:
-    return f"{_clock()} {events} event{'' if events == 1 else 's'} lost: they come faster than they are shown"
+    return f"{_clock()} {events} event{'' if events == 1 else 's'} lost: they arrive faster than they are shown"

@@ -1,4 +1,4 @@
-"""The store's file: made, opened, and what is wrong where it cannot be."""
+"""The file of the store: creation, opening, and its errors."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from pathlib import Path
 from lb.errors import StoreError
 
 LOCK_WAIT_S = 5.0
-UNWRITABLE = "cannot be written: run as root, on a file system that is not read-only"
-WAYS_OUT = {
-    sqlite3.SQLITE_NOTADB: "not a store of xdp-lb: move the file away",
+UNWRITABLE = "not writable: run as root on a writable file system"
+FIXES = {
+    sqlite3.SQLITE_NOTADB: "not an xdp-lb store: move the file away",
     sqlite3.SQLITE_CORRUPT: "damaged: move the file away and run xdp-lb apply -f lb.toml",
     sqlite3.SQLITE_FULL: "the disk is full: free some space and repeat the command",
     sqlite3.SQLITE_READONLY: UNWRITABLE,
     sqlite3.SQLITE_CANTOPEN: UNWRITABLE,
     sqlite3.SQLITE_PERM: "not permitted: run as root",
-    sqlite3.SQLITE_IOERR: "the disk reports an error: see the kernel's log",
-    sqlite3.SQLITE_BUSY: "another program holds it open: end that program and repeat the command",
+    sqlite3.SQLITE_IOERR: "I/O error: see the kernel log",
+    sqlite3.SQLITE_BUSY: "locked by another process: stop it and repeat the command",
 }
-_IN_THE_WAY = {EEXIST, EISDIR, ENOTDIR}
+_BLOCKING = {EEXIST, EISDIR, ENOTDIR}
 
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Foreign errors become StoreError here, and nowhere else."""
+    """The only place where SQLite's and OS errors become StoreError."""
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreError(f"store {path}: {_way_out(error)}") from error
+        raise StoreError(f"store {path}: {_fix(error)}") from error
     except OSError as error:
         name, reason = error.filename or path, error.strerror
-        way_out = "move it away" if error.errno in _IN_THE_WAY else "run as root"
-        raise StoreError(f"store {name}: {reason}: {way_out}, or set XDP_LB_STATE_DIR") from error
+        fix = "move it away" if error.errno in _BLOCKING else "run as root"
+        raise StoreError(f"store {name}: {reason}: {fix}, or set XDP_LB_STATE_DIR") from error
 
 
-def _way_out(error: sqlite3.Error) -> str:
+def _fix(error: sqlite3.Error) -> str:
     # The low byte of an extended code is the plain one. What `_read_state` raises has none.
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return WAYS_OUT.get(code) or f"{error}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}"
+    return FIXES.get(code) or f"{error}: {FIXES[sqlite3.SQLITE_CORRUPT]}"
 
 
 def make_folder(path: Path) -> None:

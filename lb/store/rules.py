@@ -1,7 +1,7 @@
 """Filter rules in the store's tables.
 
-Enters: an open connection, in a transaction. Leaves: rows. A set's prefixes are kept beside its rule, packed, so that
-after a boot a rule does what it did, whatever has become of the file.
+Enters: an open connection, in a transaction. Leaves: rows. A set's prefixes are stored packed with its rule, so that a
+rule works after a boot even if the file has changed.
 """
 
 from __future__ import annotations
@@ -95,5 +95,5 @@ def _row(rule: Rule) -> Iterator[object]:
 def read_set(connection: sqlite3.Connection, slot: int) -> PackedSet:
     row = connection.execute("SELECT ipv4, ipv6 FROM rule_set WHERE slot = ?", (slot,)).fetchone()
     if row is None:
-        raise sqlite3.DatabaseError(f"lacks the prefixes of rule {slot}")
+        raise sqlite3.DatabaseError(f"prefixes of rule {slot} missing")
     return row[0], row[1]

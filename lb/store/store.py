@@ -20,7 +20,7 @@ from lb.model.options import changed_values, from_values
 from lb.model.rules import Rules
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip, parse_address
-from lb.store.files import LOCK_WAIT_S, WAYS_OUT, create_file, exists, translated
+from lb.store.files import FIXES, LOCK_WAIT_S, create_file, exists, translated
 from lb.store.rules import PackedSet, read_rules, read_set, write_rules
 from lb.store.schema import FIRST_WITH_RULES, MIGRATIONS, SCHEMA_VERSION, create_script
 
@@ -36,7 +36,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, write: bool) -> Store:
-        """For reading alone, a store that is not there is an empty one, and nothing is created."""
+        """Read-only, a missing store is an empty one, and nothing is created."""
         if write:
             create_file(path)
         with translated(path):
@@ -148,8 +148,8 @@ class Store:
         version = self._version()
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"store {self._path}: written by a newer xdp-lb (schema {version},"
-                f" this one knows {SCHEMA_VERSION}): upgrade xdp-lb"
+                f"store {self._path}: created by a newer xdp-lb (schema {version},"
+                f" supported: {SCHEMA_VERSION}): upgrade xdp-lb"
             )
         if write and version < SCHEMA_VERSION:
             steps = [create_script()] if version == 0 else [MIGRATIONS[v] for v in range(version, SCHEMA_VERSION)]
@@ -163,7 +163,7 @@ class Store:
     def _stored_generation(self) -> int:
         row = self._connection.execute("SELECT value FROM generation").fetchone()
         if row is None:
-            raise StoreError(f"store {self._path}: {WAYS_OUT[sqlite3.SQLITE_CORRUPT]}")
+            raise StoreError(f"store {self._path}: {FIXES[sqlite3.SQLITE_CORRUPT]}")
         return int(row[0])
 
     def _write(self, state: State) -> None:

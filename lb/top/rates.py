@@ -1,7 +1,7 @@
 """Status after status -> what happens a second: the figures of `xdp-lb top` (pure).
 
 Enters: a Status and the time it was taken. Leaves: a View, services and backends with the rates since the Status
-before. A counter that has fallen was begun anew, from zero, so a rate is never negative.
+before. A counter that has decreased was reset, so a rate is never negative.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _rates(before: Counters, after: Counters, seconds: float) -> Rates:
 
 
 def _is_new(before: Counters, after: Counters) -> bool:
-    """All counters of a backend begin together: one that has fallen tells of the others too."""
+    """All counters of a backend are reset together: one that has decreased implies the others."""
     return (
         after.packets < before.packets
         or after.bytes < before.bytes

@@ -74,7 +74,7 @@ class Session:
         live.update(Group(*screen(self._view, self._display)), refresh=True)
 
     def _wait(self, keyboard: int, wake: int) -> _End | None:
-        """Until there is something to be drawn, or the end has come."""
+        """Wait for something to draw, or for the end."""
         timeout = None if self._display.paused else max(0.0, self._due_s - time.monotonic())
         ready, _, _ = select.select([keyboard, wake], [], [], timeout)
         if wake in ready and signal.SIGTSTP in os.read(wake, 64):

@@ -22,7 +22,7 @@ ELLIPSIS = ".."
 NAME = "VIP, BACKEND"
 SPARKLINE_WIDTHS = range(8, 61)
 TALL_ENOUGH_FOR_REASONS = 16  # lines; below, the totals at the top have to do
-MOST_REASONS = 6
+MAX_REASONS = 6
 KEYS = "q quit  s sort  space pause  arrows, PgUp, PgDn scroll"
 
 SERVICE, FAULT, DIM, HEADING, PAUSED = "bold", "red", "dim", "reverse", "bold yellow"
@@ -70,7 +70,7 @@ Row = tuple[ServiceRow, BackendRow | None]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns that there is room for behind the name, and the width of the sparkline (0: none)."""
+    """The columns that fit after the name, and the width of the sparkline (0: none)."""
 
     name_width: int
     columns: tuple[Column, ...]
@@ -198,13 +198,13 @@ def last_offset(view: View, height: int) -> int:
 
 
 def body_height(view: View, height: int) -> int:
-    """How many rows a screen of that height holds, beside the five lines that are always there."""
+    """Rows on a screen of that height, less the five fixed lines."""
     return max(1, height - 5 - len(_reasons_block(view, height)))
 
 
 def _reasons_block(view: View, height: int) -> list[Text]:
     counted = _counted(view)
-    room = min(MOST_REASONS, (height - 10) // 3) if height >= TALL_ENOUGH_FOR_REASONS else 0
+    room = min(MAX_REASONS, (height - 10) // 3) if height >= TALL_ENOUGH_FOR_REASONS else 0
     if not (counted and room):
         return []
     lines = _reason_lines(counted[:room], view.measured)
@@ -218,8 +218,8 @@ def _counted(view: View) -> list[ReasonRow]:
 
 
 def _reason_lines(reasons: Sequence[ReasonRow], measured: bool) -> list[Text]:
-    width = max(map(len, ("NOT BALANCED", *(reason.name for reason in reasons))))
-    lines = [Text(f"{'NOT BALANCED'.ljust(width)} PKT/S PACKETS", style=HEADING)]
+    width = max(map(len, ("REASON", *(reason.name for reason in reasons))))
+    lines = [Text(f"{'REASON'.ljust(width)} PKT/S PACKETS", style=HEADING)]
     for reason in reasons:
         rate = figure(reason.rate) if measured else "-"
         fault = FAULT if reason.rate and reason.name.startswith("drop_") else ""
@@ -234,7 +234,7 @@ def _title(view: View, display: Display) -> Text:
         *([Text("paused", PAUSED)] if display.paused else []),
         Text(f"by {display.order}", DIM),
         *([] if view.netns == DEFAULT_NETNS else [Text(view.netns)]),
-        *(_interfaces(view) or [Text("nothing is attached", FAULT)]),
+        *(_interfaces(view) or [Text("not attached", FAULT)]),
         Text(f"every {display.interval_s:g} s", DIM),
     ]
     return _fitting(parts, display.width)
@@ -280,7 +280,7 @@ def _footer(display: Display, shown: int, rows: int) -> Text:
 
 
 def plain(view: View, display: Display) -> list[str]:
-    """A block of all there is, for a file or a pipe."""
+    """All rows in one block, for a file or a pipe."""
     layout = lay_out(view)
     counted = _counted(view)
     lines = [

@@ -195,7 +195,7 @@ class QuicClient:
         deadline = time.monotonic() + timeout_s
         while not done():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"QUIC: no answer within {timeout_s:g} s")
+                raise TimeoutError(f"QUIC: no response within {timeout_s:g} s")
             self._send()
             self._wait(deadline)
             self._take_events()

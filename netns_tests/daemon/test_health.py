@@ -82,9 +82,9 @@ def answer(check: HealthCheck, way: CheckPath, port: int) -> str:
 def test_a_check_reaches_the_very_backend(lane: Lane) -> None:
     with paths_to(lane) as why:
         assert [why("http body=b2", label) for label in ("b1", "b2", "b3")] == [
-            "the body does not contain b2",
+            "response body does not contain b2",
             "",
-            "the body does not contain b2",
+            "response body does not contain b2",
         ]
 
 
@@ -342,7 +342,7 @@ def test_a_broken_tunnel_is_noticed_although_the_server_is_well(bed: Callable[..
         run_on(b, b.backends[1], "detach", "eth0")
         assert curl(b.lb, f"http://{b.backends[1].ipv4}/") == "b2"
         wait_until(lambda: found(vip)[second].down, "b2 found down")
-        assert found(vip)[second].why.startswith("no answer")
+        assert found(vip)[second].why.startswith("no response")
         assert answering(b) == {"b1"}
 
 
@@ -427,7 +427,7 @@ def test_a_backend_that_is_down_stays_so_without_the_daemon_until_somebody_says_
     vip, silent = served_with_a_silent_one(web)
     end(process, signal.SIGKILL)
     before = packets_for(web, silent)
-    stays = f"{vip}/tcp: {silent} (down) stays as health checks left it, until xdp-lb serve runs or --health off"
+    stays = f"{vip}/tcp: {silent} (down) keeps its last health state until xdp-lb serve runs or --health off"
     for words in (("backend", "weight", vip, web.backends[0].ipv4, "3"), ("attach", "eth0")):
         assert stays in web.xdp_lb(*words).stdout
         assert answering(web) == {"b1", "b2"}

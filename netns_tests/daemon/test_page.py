@@ -146,7 +146,7 @@ def test_a_visitor_without_a_token_sees_a_prompt_and_nothing_else(site: Site, vi
 
 def test_a_wrong_token_is_said_to_be_wrong_and_is_kept_nowhere(site: Site, visitor: Visit) -> None:
     visitor.log_in("xlb_guessed")
-    expect(visitor.page.get_by_role("alert")).to_have_text("the token is not known: see xdp-lb token list")
+    expect(visitor.page.get_by_role("alert")).to_have_text("invalid token: see xdp-lb token list")
     assert "10.99." not in visitor.page.content()
     assert visitor.page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [0, 0, ""]
     assert "guessed" not in visitor.page.url
@@ -172,7 +172,7 @@ def test_a_token_that_is_revoked_ends_the_session(site: Site, visitor: Visit) ->
     visitor.log_in(token)
     expect(visitor.row(FIRST)).to_be_visible()
     site.bed.xdp_lb("token", "revoke", "leaver")
-    expect(visitor.page.get_by_role("alert")).to_have_text("The token is not known any more.")
+    expect(visitor.page.get_by_role("alert")).to_have_text("The token is no longer valid.")
     assert "10.99." not in visitor.page.content()
     assert all("status of 401" in fault for fault in visitor.faults)
     visitor.faults.clear()
@@ -180,7 +180,7 @@ def test_a_token_that_is_revoked_ends_the_session(site: Site, visitor: Visit) ->
 
 def test_who_may_only_read_is_offered_no_change(site: Site, visitor: Visit) -> None:
     visitor.log_in(site.tokens["read"])
-    expect(visitor.page.get_by_text("may only read")).to_be_visible()
+    expect(visitor.page.get_by_text("read-only")).to_be_visible()
     expect(visitor.row(FIRST)).to_be_visible()
     expect(visitor.page.get_by_role("button", name="Drain")).to_have_count(0)
 
@@ -207,7 +207,7 @@ def test_traffic_is_seen_to_move_when_a_backend_is_drained_by_keyboard(site: Sit
         wait_until(lambda: operator.rate(SECOND) == 0 and operator.rate(FIRST) > 1, "traffic elsewhere", WAIT_S)
         assert configured(site) == {FIRST: (1, False), SECOND: (1, True)}
         operator.row(SECOND).get_by_role("button", name="Undrain…").click()
-        operator.page.get_by_role("button", name="End the drain").click()
+        operator.page.get_by_role("button", name="Undrain", exact=True).click()
         wait_until(lambda: operator.rate(SECOND) > 1, "traffic here again", WAIT_S)
     assert configured(site) == {FIRST: (1, False), SECOND: (1, False)}
 
@@ -243,13 +243,13 @@ def test_a_backend_is_added_weighed_and_removed_and_a_wrong_address_is_told_at_i
     operator.page.get_by_role("button", name="Add 10.99.2.13").click()
     expect(operator.row(THIRD)).to_contain_text("active")
     operator.row(THIRD).get_by_role("button", name="Weight…").click()
-    operator.page.get_by_role("button", name="more").click()
-    operator.page.get_by_role("button", name="more").click()
+    operator.page.get_by_role("button", name="increase").click()
+    operator.page.get_by_role("button", name="increase").click()
     operator.page.get_by_role("button", name="Set weight to 3").click()
     expect(operator.row(THIRD).locator('[data-label="weight"]')).to_have_text("3")
     assert configured(site)[THIRD] == (3, False)
     operator.row(THIRD).get_by_role("button", name="Remove…").click()
-    expect(operator.page.get_by_role("dialog")).to_contain_text("Its connections end at once.")
+    expect(operator.page.get_by_role("dialog")).to_contain_text("Existing connections of this backend break.")
     operator.page.get_by_role("button", name="Remove", exact=True).click()
     expect(operator.row(THIRD)).to_have_count(0)
     assert THIRD not in configured(site)
@@ -262,7 +262,7 @@ def test_who_comes_second_is_told_what_the_first_has_changed(site: Site, operato
     expect(confirm).to_be_enabled()
     site.bed.xdp_lb("backend", "weight", VIP, "10.99.2.12", "7")
     confirm.click()
-    expect(dialog.get_by_role("alert").first).to_contain_text(f"{SECOND} has weight 7, had 1")
+    expect(dialog.get_by_role("alert").first).to_contain_text(f"{SECOND} weight changed from 1 to 7")
     expect(confirm).to_be_enabled()  # for the plan as it is now
     assert configured(site)[FIRST] == (1, False)
     operator.page.keyboard.press("Escape")
@@ -277,7 +277,7 @@ def test_a_daemon_that_does_not_answer_is_missed_and_found_again(site: Site, vis
     visitor.log_in(site.tokens["read"])
     expect(visitor.row(FIRST)).to_be_visible()
     visitor.page.context.set_offline(True)
-    expect(visitor.page.get_by_role("alert")).to_contain_text("the daemon does not answer: last heard at")
+    expect(visitor.page.get_by_role("alert")).to_contain_text("no response from the daemon: no data since")
     visitor.page.context.set_offline(False)
     expect(visitor.page.locator("#trouble")).to_be_hidden()
     visitor.faults.clear()

@@ -173,6 +173,6 @@ def test_filter_explain_and_metrics_work_beside_it(bed: Bed, machine: Machine) -
     dropped = machine.xdp_lb("explain", "tcp", "192.0.2.7:40000", WEB, "--syn").stdout
     assert "rule 2" in dropped
     sent_on = machine.xdp_lb("explain", "tcp", f"{bed.client.ipv4}:40000", WEB, "--syn").stdout
-    assert "sent on: out on eth1" in sent_on
+    assert "forwarded: out on eth1" in sent_on
     assert "\nxdp_lb_loaded{} 1\n" in ask(machine, "/metrics")
     machine.xdp_lb("filter", "flush", "eth0")

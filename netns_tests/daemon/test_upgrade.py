@@ -217,9 +217,11 @@ def test_versions_take_over_from_one_another_under_load_and_back(life: Life) -> 
     with traffic(life, "first") as during:
         for version, number in (("alike", "0.1.0"), ("grown", "0.1.1"), ("first", "0.2.0"), ("grown", "0.1.0")):
             before = life.programs(in_force)
-            told = f": the program in force is of xdp-lb {number}, not the installed one: "
+            told = f": the running program is of xdp-lb {number}, not the installed version: "
             assert told in life.run(version, "status").stdout.splitlines()[0]
-            assert f"taken over from that of xdp-lb {number}" in life.run(version, "attach", "eth0").stdout
+            assert (
+                f"upgraded from xdp-lb {number} to the installed version" in life.run(version, "attach", "eth0").stdout
+            )
             in_force = version
             assert life.programs(version).isdisjoint(before)
             assert life.status(version)["outdated"] is None
@@ -270,8 +272,8 @@ def test_version_that_the_verifier_refuses_leaves_the_old_one_in_force(life: Lif
         assert (refused.returncode, refused.stdout) == (1, "")
         (line,) = refused.stderr.splitlines()
         assert line.startswith(
-            "xdp-lb: the installed program cannot take over, the one in force goes on:"
-            " lb.bpf.o: the kernel refuses it: Permission denied: "
+            "xdp-lb: upgrade to the installed program failed, the running program is kept:"
+            " lb.bpf.o: rejected by the kernel: Permission denied: "
         )
         assert "packet" in line.rpartition(":")[2]
         assert life.programs("first") == before
@@ -286,11 +288,11 @@ def test_daemon_of_a_version_that_is_refused_serves_with_the_old_program_and_say
     with Client.unix(life.socket) as client:
         ready = life.ask("/readyz").json()
         assert ready["status"] == "ready"
-        assert ready["problem"].startswith("the installed program cannot take over")
+        assert ready["problem"].startswith("upgrade to the installed program failed")
         assert "xdp_lb_upgrade_refused 1.0" in life.ask("/metrics").text
         client.set_weight(Vip.parse(NAT), Backend.parse("10.99.2.12:80"), 3)
-    assert "the program in force is of xdp-lb 0.1.0" in life.run("refused", "status").stdout
-    assert "cannot take over" in life.log
+    assert "the running program is of xdp-lb 0.1.0" in life.run("refused", "status").stdout
+    assert "upgrade to the installed program failed" in life.log
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
 
@@ -304,8 +306,8 @@ def test_program_whose_pins_are_gone_is_for_its_own_version_alone(life: Life) ->
         refused = life.run("grown", "attach", "eth0", check=False)
         assert (refused.returncode, refused.stdout) == (1, "")
         (line,) = refused.stderr.splitlines()
-        assert line.startswith("xdp-lb: eth0: the pins of the program there are gone, and it is not this version's (")
-        assert line.endswith("): ip link set dev eth0 xdp off")
+        assert line.startswith("xdp-lb: eth0: the attached program has lost its pins and is not of this version (")
+        assert line.endswith("): run ip link set dev eth0 xdp off")
         during.check()
         life.run("first", "attach", "eth0")
         during.check()

@@ -168,7 +168,7 @@ def test_capture_beside_another_xdp_program_is_at_tc(host: Host, tmp_path: Path)
         assert captured(host, file, "-Q", "in") == [(frame, len(frame)) for frame in [*TRAFFIC, LAST]]
         status, _, errors = command(host, XDP_DUMP, "-i", FAR, "--at", "xdp", "-w", str(tmp_path / "third"))
     assert status == 1
-    why = r"program \d+ \(xdp_dump\): has no BTF, without which it cannot be traced"
+    why = r"program \d+ \(xdp_dump\): has no BTF: cannot be traced"
     assert re.fullmatch(f"xdp-dump: far: another XDP program is attached: {why}\n", errors)
 
 

@@ -187,7 +187,7 @@ def test_places_in_the_path_can_run_out(balanced: Bed, tmp_path: Path, can_trace
         finally:
             for place in taken.exits:
                 taken.clear(place)
-    words = "xdp-dump: all places behind the balancer are taken: see `xdp-lb stage list`\n"
+    words = "xdp-dump: all places behind the balancer are in use: see `xdp-lb stage list`\n"
     assert (done.returncode, done.stderr) == (1, words)
 
 
@@ -235,7 +235,7 @@ def refusal(bed: Bed, *words: str) -> str:
 
 
 def test_behind_no_program_there_is_nothing(balanced: Bed, lone: str) -> None:
-    words = f"xdp-dump: {lone}: runs no XDP program, so there is nothing behind one\n"
+    words = f"xdp-dump: {lone}: no XDP program attached: --at xdp-exit requires one\n"
     assert refusal(balanced, "-i", lone, "--at", "xdp-exit") == words
 
 
@@ -246,7 +246,7 @@ def test_program_without_types_is_named(balanced: Bed, lone: str, place: str) ->
             held = hold_at_xdp(socket.if_nametoindex(lone), program.fd)
         with held:
             said = refusal(balanced, "-i", lone, "--at", place)
-        why = f"program {program.id} (someones): has no BTF, without which it cannot be traced"
+        why = f"program {program.id} (someones): has no BTF: cannot be traced"
     assert said == f"xdp-dump: {lone}: another XDP program is attached: {why}\n"
 
 
@@ -260,9 +260,8 @@ def test_program_with_types_is_traced_where_the_kernel_lets_it_be(
             held = hold_at_xdp(socket.if_nametoindex(lone), obj.program("xdp_lb").fd)
         with held:
             if not can_trace:
-                words = (
-                    f"xdp-dump: {lone}: another XDP program is attached: this kernel lets nobody trace it (fentry)\n"
-                )
+                why = "this kernel does not support tracing it (fentry)"
+                words = f"xdp-dump: {lone}: another XDP program is attached: {why}\n"
                 assert refusal(balanced, "-i", lone, "--at", place) == words
                 return
             with dumping(balanced, "-i", lone, "--at", place, "--json", "udp port 53") as dump:

@@ -114,13 +114,13 @@ REFUSED = {
     "attach eth9 --backends 10.99.2.11": "interface eth9: does not exist",
     "attach lo --backends fd99:2::11": "interface lo: has no IPv6 address for a VIP: give --vip",
     "detach eth9": "interface eth9: not attached: see xdp-lb status",
-    "detach eth1": "interface eth1: nat replies of 10.99.2.11 and 10.99.2.12 come in there: detach all interfaces, or"
-    " remove those backends first",
+    "detach eth1": "interface eth1: nat replies of 10.99.2.11 and 10.99.2.12 arrive there: detach all interfaces or"
+    " remove these backends first",
     # VIPs
-    f"attach eth0 --vip {VIP} --backends 10.99.2.12": f"vip {VIP}/tcp: already served otherwise: change it with xdp-lb"
-    " backend, or remove it first",
-    f"vip add {VIP} --backends 10.99.2.12": f"vip {VIP}/tcp: already served",
-    f"vip remove {FREE}": f"vip {FREE}/tcp: not served: see xdp-lb vip list",
+    f"attach eth0 --vip {VIP} --backends 10.99.2.12": f"vip {VIP}/tcp: already exists with other settings:"
+    " change it with xdp-lb backend, or remove it first",
+    f"vip add {VIP} --backends 10.99.2.12": f"vip {VIP}/tcp: already exists",
+    f"vip remove {FREE}": f"vip {FREE}/tcp: no such service: see xdp-lb vip list",
     "vip add 10.99.1.101 --backends 10.99.2.12": "vip 10.99.1.101: a port is missing: write 10.99.1.101:80/tcp (port 0:"
     " any)",
     "vip add 10.99.1.300:80 --backends 10.99.2.12": "address 10.99.1.300: not an IPv4 or IPv6 address",
@@ -128,28 +128,28 @@ REFUSED = {
     "vip add 10.99.1.101:65536 --backends 10.99.2.12": "vip 10.99.1.101:65536: port 65536: not a number from"
     " 0 to 65535",
     "vip add 10.99.1.101:http --backends 10.99.2.12": "vip 10.99.1.101:http: port http: not a number from 0 to 65535",
-    f"vip add {FREE}/sctp --backends 10.99.2.12": "protocol sctp: not known: use tcp or udp",
-    "vip add 127.0.0.1:80 --backends 10.99.2.12": "vip 127.0.0.1:80/tcp: not a unicast address that can be served",
-    "vip add 224.0.0.1:80 --backends 10.99.2.12": "vip 224.0.0.1:80/tcp: not a unicast address that can be served",
-    "vip add [::]:80 --backends fd99:2::11": "vip [::]:80/tcp: not a unicast address that can be served",
+    f"vip add {FREE}/sctp --backends 10.99.2.12": "protocol sctp: unknown: use tcp or udp",
+    "vip add 127.0.0.1:80 --backends 10.99.2.12": "vip 127.0.0.1:80/tcp: not a unicast address",
+    "vip add 224.0.0.1:80 --backends 10.99.2.12": "vip 224.0.0.1:80/tcp: not a unicast address",
+    "vip add [::]:80 --backends fd99:2::11": "vip [::]:80/tcp: not a unicast address",
     # backends
     f"vip add {FREE} --backends fd99:2::11": f"backend [fd99:2::11]:80: mode nat needs an IPv4 backend for {FREE}/tcp",
     "vip add [fd99:1::101]:80 --backends 10.99.2.12 --mode dr": "backend 10.99.2.12:80: mode dr needs an IPv6 backend"
     " for [fd99:1::101]:80/tcp",
     f"backend add {VIP} fd99:2::11": f"backend [fd99:2::11]:80: mode nat needs an IPv4 backend for {VIP}/tcp",
     f"backend add {VIP} 10.99.2.12": f"backend 10.99.2.12:80: already in service {VIP}/tcp",
-    f"backend add {FREE} 10.99.2.12": f"vip {FREE}/tcp: not served: see xdp-lb vip list",
+    f"backend add {FREE} 10.99.2.12": f"vip {FREE}/tcp: no such service: see xdp-lb vip list",
     f"backend remove {VIP} 10.99.2.13": f"backend 10.99.2.13:80: not in service {VIP}/tcp",
     f"backend drain {VIP} 10.99.2.13": f"backend 10.99.2.13:80: not in service {VIP}/tcp",
     f"backend weight {VIP} 10.99.2.13 1": f"backend 10.99.2.13:80: not in service {VIP}/tcp",
-    f"backend list {FREE}": f"vip {FREE}/tcp: not served: see xdp-lb vip list",
+    f"backend list {FREE}": f"vip {FREE}/tcp: no such service: see xdp-lb vip list",
     f"vip add {FREE} --backends 10.99.2.12,,": "address (empty): not an IPv4 or IPv6 address",
     f"vip add {FREE} --backends 10.99.2.12,10.99.2.12": f"backend 10.99.2.12:80: already in service {FREE}/tcp",
-    f"vip add {FREE} --backends 10.99.2.12:81 --mode dr": "backend 10.99.2.12:81: mode dr keeps the port: leave it"
-    " out or say 80",
+    f"vip add {FREE} --backends 10.99.2.12:81 --mode dr": "backend 10.99.2.12:81: mode dr does not translate"
+    " ports: leave the port out or use 80",
     f"vip add {FREE} --backends 10.99.1.101": "backend 10.99.1.101:80: is the VIP's own address",
-    f"vip add {FREE} --backends 10.99.1.2": "backend 10.99.1.2: is an address of this host: take another host's",
-    f"backend add {VIP} 10.99.2.2": "backend 10.99.2.2: is an address of this host: take another host's",
+    f"vip add {FREE} --backends 10.99.1.2": "backend 10.99.1.2: is an address of this host: use another host's address",
+    f"backend add {VIP} 10.99.2.2": "backend 10.99.2.2: is an address of this host: use another host's address",
     f"vip add {FREE} --backends 10.99.7.11": "backend 10.99.7.11: no route: Network is unreachable: see ip route get"
     " 10.99.7.11",
     f"backend add {VIP} 10.99.8.11": "backend 10.99.8.11: no route: No route to host: see ip route get 10.99.8.11",
@@ -207,11 +207,11 @@ def test_misuse_shows_the_usage_and_ends_with_two(attached: Bed, words: str) -> 
 HEAD = "[[service]]\nvip = '10.99.1.101:80'\n"
 BAD_FILES = {
     "[[service]": "not valid TOML: .*line 1.*",
-    "[[services]]\nvip = '10.99.1.101:80'": "services: no such key: there are service",
+    "[[services]]\nvip = '10.99.1.101:80'": "services: unknown key: known keys are service",
     "[service]\nvip = '10.99.1.101:80'": r"service: not a list of tables: write \[\[service\]\]",
     "[[service]]\nmode = 'nat'": "service: vip: missing",
-    "[[service]]\nvip = 80": "service: vip: a whole number where a string is expected",
-    f"{HEAD}mode = 'tunnel'": "service 10.99.1.101:80/tcp: mode tunnel: not known: .*",
+    "[[service]]\nvip = 80": "service: vip: expected a string, got a whole number",
+    f"{HEAD}mode = 'tunnel'": "service 10.99.1.101:80/tcp: mode tunnel: unknown: .*",
     f"{HEAD}ring_size = 252": "service 10.99.1.101:80/tcp: ring size 252: not a prime.*",
     f"{HEAD}backends = ['fd99:2::11']": r"service .*: backend \[fd99:2::11\]:80: mode nat .*",
     f"{HEAD}backends = ['10.99.2.12@70000']": "service .*: weight 70000: out of range .*",
@@ -230,7 +230,7 @@ def test_file_cannot_change_the_mode_of_what_is_served(attached: Bed, tmp_path: 
     path = tmp_path / "lb.toml"
     path.write_text(f"[[service]]\nvip = '{VIP}'\nmode = 'dr'")
     line = refusal(attached, "apply", "-f", str(path))
-    assert line == f"vip {VIP}/tcp: mode cannot be changed while it is served: remove it first"
+    assert line == f"vip {VIP}/tcp: mode cannot be changed on an existing service: remove it first"
 
 
 def test_removing_the_last_backend_leaves_a_service_that_drops_by_name(attached: Bed) -> None:
@@ -336,9 +336,9 @@ def spoil_with_a_newer_version(store: Path) -> None:
 
 
 SPOILT = {
-    spoil_with_garbage: "not a store of xdp-lb: move the file away",
+    spoil_with_garbage: "not an xdp-lb store: move the file away",
     spoil_with_a_directory: "Is a directory: move it away, or set XDP_LB_STATE_DIR",
-    spoil_with_a_newer_version: f"written by a newer xdp-lb (schema {SCHEMA_VERSION + 1}, this one knows"
+    spoil_with_a_newer_version: f"created by a newer xdp-lb (schema {SCHEMA_VERSION + 1}, supported:"
     f" {SCHEMA_VERSION}): upgrade xdp-lb",
 }
 
@@ -431,7 +431,7 @@ def test_program_of_someone_else_stays_and_is_named(attached: Bed, mode: str, wo
         with attached.lb.entered():
             xdp_attach.detach(index)
     assert line == (
-        f"eth1: another XDP program is attached (id {theirs.id}, name xdp_lb): take it off first:"
+        f"eth1: another XDP program is attached (id {theirs.id}, name xdp_lb): detach it first:"
         f" ip link set dev eth1 {word} off"
     )
     attached.xdp_lb("attach", "eth0")
@@ -455,7 +455,7 @@ def test_pins_of_another_version_are_refused_until_they_are_detached(attached: B
     pin = (pins_of(attached) / "current").resolve() / "map_members"
     pin.unlink()
     message = (
-        f"the programs in force are of another version of xdp-lb (pin {pin}: No such file or directory):"
+        f"the loaded programs are of another version of xdp-lb (pin {pin}: No such file or directory):"
         " xdp-lb detach, then xdp-lb attach IFACE"
     )
     for words in (["status"], ["attach", "eth0"], ["backend", "drain", VIP, "10.99.2.11"], ["vip", "add", FREE]):

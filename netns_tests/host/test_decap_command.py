@@ -80,8 +80,8 @@ def test_detach_takes_back_exactly_what_setup_vip_did(bed: Bed, backend: Host) -
         "net.ipv4.conf.all.arp_announce: 0 -> 2",
         "net.ipv4.conf.lo.arp_ignore: 0 -> 1",
         "net.ipv4.conf.lo.arp_announce: 1 -> 2",
-        f"{bed.vip4}: put on lo",
-        f"{bed.vip6}: put on lo",
+        f"{bed.vip4}: added to lo",
+        f"{bed.vip6}: added to lo",
     ]
     during = footprint(bed, backend)
     assert during["settings"] == ["1", "2", "1", "2"]
@@ -117,7 +117,7 @@ def test_second_attach_replaces_the_configuration_and_keeps_the_counters(bed: Be
     assert (first["sources"], first["gue_port"]) == (["10.99.0.0/16"], GUE_PORT)
     notes = attach(bed, backend, "eth0", "--vip", bed.vip6, "--gue-port", "7000", "--setup-vip")["notes"]
     second = decap_status(bed, backend)
-    assert notes == [f"{bed.vip6}: put on lo"]
+    assert notes == [f"{bed.vip6}: added to lo"]
     assert (second["destinations"], second["sources"], second["gue_port"]) == ([bed.vip6], [], 7000)
     assert second["tunnels"]["gue_4_in_4"] == first["tunnels"]["gue_4_in_4"]
     assert second["tunnels"]["gue_4_in_4"]["packets"] > 0
@@ -151,7 +151,7 @@ def test_interface_with_a_program_of_someone_else_is_refused_and_nothing_is_done
     before = footprint(bed, bed.lb)
     line = refusal(bed, bed.lb, "attach", "eth0", "--vip", bed.vip4, "--setup-vip")
     assert line.startswith("xdp-lb: eth0: another XDP program is attached (id ")
-    assert "name xdp_lb): take it off first: " in line
+    assert "name xdp_lb): detach it first: " in line
     assert footprint(bed, bed.lb) == before
     assert decap_status(bed, bed.lb)["interfaces"] == []
     bed.xdp_lb("detach")
@@ -161,7 +161,7 @@ def test_second_interface_that_refuses_leaves_the_first_as_it_was(bed: Bed, back
     attach(bed, backend, "eth0", "--vip", bed.vip4)
     before = decap_status(bed, backend) | {"passes": None}  # other packets may come meanwhile
     assert refusal(bed, backend, "attach", "eth0", "eth7", "--vip", bed.vip6, "--setup-vip") == (
-        "xdp-lb: interface eth7: not there: see ip link"
+        "xdp-lb: interface eth7: does not exist: see ip link"
     )
     assert refusal(bed, backend, "attach", "lo", "--xdp-mode", "native", "--vip", bed.vip6, "--setup-vip")
     assert decap_status(bed, backend) | {"passes": None} == before
@@ -170,7 +170,7 @@ def test_second_interface_that_refuses_leaves_the_first_as_it_was(bed: Bed, back
 
 def test_host_that_will_not_take_the_packets_is_warned_of(bed: Bed, backend: Host) -> None:
     warnings = attach(bed, backend, "eth0", "--vip", f"{bed.vip4},10.7.0.0/16")["warnings"]
-    why = "not an address of this host, which will not take its packets"
+    why = "not an address of this host, so its packets are not accepted"
     assert [line for line in warnings if "tx off" not in line] == [
         f"{bed.vip4}: {why}: give --setup-vip",
         f"10.7.0.0/16: {why}: ip route add local 10.7.0.0/16 dev lo",
@@ -208,9 +208,7 @@ def test_detaching_one_interface_leaves_the_other(bed: Bed, backend: Host) -> No
 
 
 def test_status_for_people_names_what_was_counted(bed: Bed, backend: Host) -> None:
-    assert run_on(bed, backend, "status").stdout == (
-        "nothing is decapsulated: start with xdp-lb decap attach IFACE --vip ADDR\n"
-    )
+    assert run_on(bed, backend, "status").stdout == ("not attached: run xdp-lb decap attach IFACE --vip ADDR\n")
     attach(bed, backend, "eth0", "--vip", bed.vip4, "--setup-vip")
     with Tunnels(bed.client, bed.vip4, bed.vip6) as tunnels:
         tunnels.lead_to(backend.ipv4, kind="ipip")

@@ -196,7 +196,7 @@ def test_damaged_store_fails_and_the_fix_puts_it_aside(patient: Patient) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("eth9", "not there: see ip link"), ("lo", "not Ethernet: name one that is, see ip link")]
+    ("name", "why"), [("eth9", "does not exist: see ip link"), ("lo", "not an Ethernet interface: see ip link")]
 )
 def test_other_interfaces_are_refused(patient: Patient, name: str, why: str) -> None:
     answer = patient.doctor(name)
@@ -218,4 +218,4 @@ def test_own_program_in_generic_mode_is_found_and_replaced(bed: Callable[..., Be
         b.xdp_lb(*command.split()[1:])
     mended = attached()
     assert (mended["status"], mended["value"].endswith(", native")) == ("ok", True)
-    assert finding(b.xdp_lb("doctor", "--json", check=False).stdout, "memory")["value"] == "maps are allocated"
+    assert finding(b.xdp_lb("doctor", "--json", check=False).stdout, "memory")["value"] == "maps already allocated"

@@ -374,7 +374,7 @@ TAKEN = [
 def test_rule_that_would_drop_the_connection_it_is_typed_in_is_refused(wire: Wire) -> None:
     for words in REFUSED:
         assert wire.refusal("add", FAR, *words, SSH_CONNECTION=SSH).endswith(
-            f"the SSH connection from {NEAR4} port 50022 that this was typed in: --force does it all the same"
+            f"the SSH connection from {NEAR4} port 50022 that runs this command: use --force to override"
         ), words
     assert wire.rules() == []
     assert wire.filter("add", FAR, *REFUSED[0], "--force", SSH_CONNECTION=SSH)
@@ -423,19 +423,19 @@ def test_connection_that_is_dropped_already_hinders_no_other_change(wire: Wire) 
 BAD_WORDS = [
     (("add", "nope0", "drop"), "interface nope0: does not exist"),
     (("add", FAR, "drop", "udp prot 53"), "expression 'udp prot 53': can't parse filter expression: syntax error"),
-    (("add", FAR, "drop", "inbound"), "[type] (inbound, outbound): not known at xdp"),
-    (("add", FAR, "limit", "0/s"), "rate 0/s: lets nothing through: use drop"),
+    (("add", FAR, "drop", "inbound"), "[type] (inbound, outbound): not available at xdp"),
+    (("add", FAR, "limit", "0/s"), "rate 0/s: passes no packets: use drop"),
     (("add", FAR, "drop", "--set", "/none"), "set /none: No such file or directory"),
-    (("add", FAR, "drop", "--for", "soon"), "time soon: not a time, such as 90s, 10m or 1h30m"),
+    (("add", FAR, "drop", "--for", "soon"), "time soon: not a duration such as 90s, 10m or 1h30m"),
     (("add", FAR, "drop", "arp", "--position", "3"), f"{FAR}: position 3: out of range 1 to 2"),
-    (("del", FAR, "2"), f"{FAR}: no rule 2: there are 1: see xdp-lb filter list {FAR}"),
-    (("move", FAR, "1", "0"), f"{FAR}: no rule 0: there are 1: see xdp-lb filter list {FAR}"),
+    (("del", FAR, "2"), f"{FAR}: no rule 2: the last is 1: see xdp-lb filter list {FAR}"),
+    (("move", FAR, "1", "0"), f"{FAR}: no rule 0: the last is 1: see xdp-lb filter list {FAR}"),
     (("reload", FAR, "1"), f"{FAR}: rule 1 has no set"),
     (("flush", "nope0"), "nope0: has no rules: see xdp-lb filter list"),
     (("test", FAR, "-r", "/none"), "/none: No such file or directory"),
     (
         ("test", "--rule", "fly udp", "-r", "/none"),
-        "rule 'fly udp': does not begin with drop, pass, count or limit RATE",
+        "rule 'fly udp': no action: begin with drop, pass, count or limit RATE",
     ),
 ]
 
@@ -451,8 +451,8 @@ def test_bad_words_are_one_line_and_change_nothing(wire: Wire) -> None:
 def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
     hosts = " or ".join(f"host 10.0.{number // 250}.{number % 250}" for number in range(700))
     assert re.fullmatch(
-        r"expression host 10\.0\.0\.0 .*: \d+ instructions of classic BPF, the most is 16384: put addresses into a file"
-        r" and say --set FILE",
+        r"expression host 10\.0\.0\.0 .*: \d+ classic BPF instructions, at most 16384: put addresses into a file"
+        r" and use --set FILE",
         wire.refusal("add", FAR, "drop", hosts),
     )
 
@@ -460,9 +460,7 @@ def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
 def test_program_of_someone_else_is_named_and_left_alone(wire: Wire) -> None:
     assert wire.run("decap", "attach", FAR, "--vip", "10.77.0.100").returncode == 0
     line = wire.refusal("add", FAR, "drop", "udp port 53")
-    assert re.search(
-        r"another XDP program is attached \(id \d+, name xdp_decap\): .*, or filter with --at tc-in, beside it$", line
-    )
+    assert re.search(r"another XDP program is attached \(id \d+, name xdp_decap\): .*, or use --at tc-in$", line)
     assert (wire.rules(), wire.program()) == ([], "xdp_decap")
     wire.filter("add", FAR, "drop", "udp port 53", "--at", "tc-in")
     assert wire.arrived(53) == 0
@@ -489,7 +487,7 @@ def test_restore_puts_stored_rules_in_force(wire: Wire, tmp_path: Path) -> None:
     file.unlink()
     forget_all(wire)
     assert [rule["in_force"] for rule in wire.rules()] == [False, False]
-    assert wire.filter("list")[-1] == f"not in force on {FAR}: xdp-lb filter restore puts them there"
+    assert wire.filter("list")[-1] == f"not active on {FAR}: run xdp-lb filter restore"
     assert [wire.arrived(53), wire.arrived(54)] == [5, 5]
     assert len(wire.filter("restore")) == 2
     assert [rule["in_force"] for rule in wire.rules()] == [True, True]
@@ -513,7 +511,10 @@ def test_rules_of_an_interface_that_is_gone_wait_for_it(wire: Wire) -> None:
         ip.link("del", ifname="other")
     assert not wire.rules()[0]["in_force"]
     done = wire.run("filter", "restore")
-    assert (done.returncode, done.stderr) == (0, "xdp-lb: warning: interface other: does not exist: its rules wait\n")
+    assert (done.returncode, done.stderr) == (
+        0,
+        "xdp-lb: warning: interface other: does not exist: rules stay pending\n",
+    )
     wire.filter("flush", "other")
 
 
@@ -638,6 +639,6 @@ def test_file_of_packets_is_tried_on_rules_in_force(wire: Wire, capture: Path, t
 def test_file_of_packets_is_tried_on_rules_that_are_not_there(wire: Wire, capture: Path) -> None:
     rules = ("--rule", "limit 1/h udp", "--rule", "drop arp or icmp")
     lines = wire.filter("test", *rules, "-r", str(capture))
-    assert lines[-1] == "5 packets: 2 dropped, 3 go on"
+    assert lines[-1] == "5 packets: 2 dropped, 3 passed"
     assert [line.split()[3:] for line in lines[1:3]] == [["1/h", "2", "udp"], ["2", "arp", "or", "icmp"]]
     assert wire.rules() == []

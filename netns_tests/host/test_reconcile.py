@@ -149,14 +149,14 @@ def take_the_balancer_out_of_its_stage(held: Any) -> None:
 
 
 TAMPERING: dict[Callable[[Any], None], str] = {
-    erase_slots: "vip 10.99.1.100:80/tcp: 100 of its 251 slots were changed: repaired",
-    lead_a_slot_to_nobody: "vip 10.99.1.100:80/tcp: 1 of its 251 slots was changed: repaired",
-    erase_members: "vip 10.99.1.100:80/tcp: entries of its backends were changed: repaired",
-    lead_a_member_elsewhere: "vip 10.99.1.100:80/tcp: entries of its backends were changed: repaired",
-    forget_the_service: "vip 10.99.1.100:80/tcp: its entry was changed: repaired",
-    delete_the_lookup: "lookups: 1 entry changed by someone else",
-    take_the_balancer_out_of_its_stage: "stages: the balancer was taken out from behind them",
-    add_a_lookup: "lookups: 1 entry changed by someone else",
+    erase_slots: "vip 10.99.1.100:80/tcp: 100 of 251 slots were modified: repaired",
+    lead_a_slot_to_nobody: "vip 10.99.1.100:80/tcp: 1 of 251 slots was modified: repaired",
+    erase_members: "vip 10.99.1.100:80/tcp: backend entries were modified: repaired",
+    lead_a_member_elsewhere: "vip 10.99.1.100:80/tcp: backend entries were modified: repaired",
+    forget_the_service: "vip 10.99.1.100:80/tcp: map entry was modified: repaired",
+    delete_the_lookup: "lookups: 1 entry changed by another process",
+    take_the_balancer_out_of_its_stage: "stages: the balancer was missing at the end of the chain",
+    add_a_lookup: "lookups: 1 entry changed by another process",
 }
 
 
@@ -218,7 +218,7 @@ def test_pins_that_are_taken_away_are_made_again(bed: Bed, take: Callable[[Path]
     with balancing(bed) as balancer:
         take(paths(bed).run_dir / "bpf")
         (note,) = balancer.repairs.reconcile().notes
-        assert note.startswith("pins: taken away by someone else: pinned again in ")
+        assert note.startswith("pins: removed by another process: pinned again in ")
         assert balancer.repairs.reconcile().notes == ()
     assert contents(bed) == before
     bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
@@ -231,7 +231,7 @@ def test_without_a_daemon_the_next_command_goes_on_from_what_runs(bed: Bed, take
     with loading(bed, f"http://{WEB}/") as load, connections(bed, bed.vip4, count=20) as held:
         labels = [connection.ask() for connection in held]
         take(paths(bed).run_dir / "bpf")
-        assert "name xdp_lb, native: its pins are gone" in bed.xdp_lb("doctor", "eth0", check=False).stdout
+        assert "name xdp_lb, native: pins missing" in bed.xdp_lb("doctor", "eth0", check=False).stdout
         bed.xdp_lb("backend", "weight", WEB, "10.99.2.11:80", "2")
         after = program_on(bed, "eth0")
         assert [connection.ask() for connection in held] == labels
@@ -250,7 +250,7 @@ def test_a_program_that_is_taken_off_is_put_back_at_once(bed: Bed) -> None:
     wait_until(lambda: program_on(bed, "eth0") == ours, "the program put back")
     assert answering(bed) == {"b1", "b2"}
     assert end(process) == 0
-    assert log(bed).count("eth0: the program was not there: attached again") == 1
+    assert log(bed).count("eth0: XDP program was missing: reattached") == 1
 
 
 def log(bed: Bed) -> str:
@@ -267,14 +267,14 @@ def test_a_program_of_someone_else_is_left_alone_and_told(bed: Bed) -> None:
             assert warning.startswith("eth0: another XDP program is attached (id ")
             assert program_on(bed, "eth0") == foreign
         bed.lb.run(["ip", "link", "set", "dev", "eth0", "xdp", "off"])
-        assert balancer.repairs.reconcile().notes == ("eth0: the program was not there: attached again",)
+        assert balancer.repairs.reconcile().notes == ("eth0: XDP program was missing: reattached",)
     assert answering(bed) == {"b1", "b2"}
 
 
 def test_an_address_that_is_taken_off_is_put_back(bed: Bed) -> None:
     bed.lb.run(["ip", "addr", "del", "10.99.1.100/32", "dev", "eth0"])
     with balancing(bed) as balancer:
-        assert balancer.repairs.reconcile().notes == ("10.99.1.100: was not on eth0: put there again",)
+        assert balancer.repairs.reconcile().notes == ("10.99.1.100: was missing on eth0: added again",)
     assert "10.99.1.100/32" in bed.lb.run(["ip", "addr", "show", "dev", "eth0"]).stdout
 
 
@@ -285,7 +285,7 @@ def test_an_interface_that_comes_back_is_served_again_filters_and_address_and_al
     unplug(bed)
     wait_until(lambda: "interface eth0: does not exist" in log(bed), "the loss told")
     plug_again(bed)
-    wait_until(lambda: "eth0: the program was not there: attached again" in log(bed), "attached again")
+    wait_until(lambda: "eth0: XDP program was missing: reattached" in log(bed), "attached again")
     wait_until(lambda: all(rule["in_force"] for rule in rules(bed)), "the rules in force")
     wait_until(lambda: "10.99.1.100" in bed.lb.run(["ip", "addr", "show", "dev", "eth0"]).stdout, "the address back")
     assert answering(bed) == {"b1", "b2"}
@@ -344,12 +344,12 @@ def added_in_silence(bed: Bed, backend: Host) -> str:
     return told
 
 
-SILENT = "xdp-lb: warning: eth1: no answer from 10.99.2.12: packets for it are dropped until {}\n"
+SILENT = "xdp-lb: warning: eth1: no ARP/ND reply from 10.99.2.12: packets for it are dropped until {}\n"
 
 
 def test_backend_that_was_silent_is_served_when_it_has_answered_and_attach_has_looked_again(bed: Bed) -> None:
     backend = bed.backends[1]
-    assert added_in_silence(bed, backend) == SILENT.format("xdp-lb attach or xdp-lb serve has seen one")
+    assert added_in_silence(bed, backend) == SILENT.format("xdp-lb attach or xdp-lb serve sees a reply")
     neighbour = ["ip", "neigh", "show", backend.ipv4]
     wait_until(lambda: "lladdr" in bed.lb.run(neighbour).stdout, "the kernel has asked again")
     bed.xdp_lb("attach", "eth0")
@@ -358,7 +358,7 @@ def test_backend_that_was_silent_is_served_when_it_has_answered_and_attach_has_l
 
 def test_backend_that_was_silent_is_followed_by_the_daemon(bed: Bed) -> None:
     process = start(bed)
-    assert added_in_silence(bed, bed.backends[1]) == SILENT.format("there is one")
+    assert added_in_silence(bed, bed.backends[1]) == SILENT.format("it replies")
     wait_until(lambda: ways(bed)[bed.backends[1].ipv4][1] is not None, "the neighbour seen")
     assert answering(bed) == {"b1", "b2"}
     assert end(process) == 0
@@ -392,9 +392,7 @@ def test_a_route_that_is_gone_leaves_entries_as_they_were(bed: Bed) -> None:
     with balancing(bed) as balancer:
         report = balancer.repairs.reconcile()
     assert report.notes == ()
-    assert report.warnings == (
-        f"backend {backend.ipv4}: no route: a blackhole route leads there: see ip route get {backend.ipv4}",
-    )
+    assert report.warnings == (f"backend {backend.ipv4}: no route: blackhole route: see ip route get {backend.ipv4}",)
     assert contents(bed) == before
     assert answering(bed) == {"b1", "b2"}
 

@@ -177,7 +177,7 @@ def test_stages_are_listed_in_their_places(bed: Bed, path_of_six: dict[str, Runn
 def test_a_fifth_stage_in_front_finds_no_place(bed: Bed, path_of_six: dict[str, Running]) -> None:
     done = bed.xdp_lb("stage", "run", "eth0", str(EXAMPLES / "hello.c"), check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "xdp-lb: all 4 places at xdp are taken: see xdp-lb stage list\n"
+    assert done.stderr == "xdp-lb: all 4 places at xdp are in use: see xdp-lb stage list\n"
 
 
 def test_stop_ends_stages_with_their_last_tables_and_leaves_the_traffic(
@@ -282,7 +282,7 @@ def connect_once(source: Host, address: str, *, refused: bool) -> None:
 
 def test_an_interface_without_native_xdp_is_served_by_generic_xdp_with_a_warning(bed: Bed) -> None:
     with running(bed, bed.client, written(bed, "drops.c", DROPS), interface="lo") as stage:
-        assert "xdp-lb: warning: lo: generic XDP, which is slow" in stage.errors
+        assert "xdp-lb: warning: lo: using generic XDP, which is slow" in stage.errors
         assert not bed.client.pings("127.0.0.1", timeout_s=0.5)
     assert bed.client.pings("127.0.0.1")
 
@@ -309,7 +309,7 @@ def test_what_the_verifier_says_is_shown(bed: Bed) -> None:
 
 def test_without_the_balancer_there_is_no_verdict_to_be_behind(bed: Bed) -> None:
     said = refusal(bed, EXAMPLES / "hello.c", "--at", "xdp-exit")
-    assert said == "xdp-lb: eth0: not balanced, so there is no verdict to be behind: --at xdp\n"
+    assert said == "xdp-lb: eth0: the balancer is not attached: use --at xdp\n"
 
 
 @pytest.mark.parametrize(
@@ -337,5 +337,5 @@ def test_detach_of_the_balancer_ends_its_stages(bed: Bed) -> None:
     with running(bed, bed.lb, written(bed, "drops.c", DROPS)) as stage:
         bed.xdp_lb("detach")
         assert stage.process.wait(timeout=20) == 1
-        assert stage.errors.endswith("xdp-lb: eth0: the balancer was detached, and the stage with it\n")
+        assert stage.errors.endswith("xdp-lb: eth0: stage stopped: the balancer was detached\n")
         assert stages(bed, bed.lb) == []

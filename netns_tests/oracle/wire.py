@@ -202,7 +202,7 @@ def ports_at(frame: bytes | bytearray, at: int) -> tuple[int, int]:
 
 
 def need(packet: Packet, size: int) -> None:
-    """A transport header that the frame itself cuts off is left to the host."""
+    """A transport header that the frame itself cuts off is passed to the host."""
     if len(packet.frame) < packet.l4 + size:
         raise Ends("PASS_MALFORMED")
 

@@ -152,7 +152,7 @@ def test_congestion_met_in_the_tunnel_is_told_as_rfc_6040_has_it(
         assert (verdict, out) == (Verdict.PASS, frame(inner_packet(inner, ecn=leaves)))
 
 
-# Left to the host
+# Passed to the host
 
 OPTIONS = [b"\x01" * 4]
 LEFT = {

@@ -1,6 +1,6 @@
 """What the program does with one frame after another: whole frames in, whole frames out, built by scapy.
 
-Here: modes nat and dr, transitions, ICMP errors, and what is left to the host. Where nat chose a port, the expected
+Here: modes nat and dr, transitions, ICMP errors, and what is passed to the host. Where nat chose a port, the expected
 frame has the port that was chosen; which ports may be chosen is the matter of tests of their own.
 """
 

@@ -267,7 +267,7 @@ def test_vip_answers_pings_of_every_size_that_fits_a_packet_while_asked_to(bed: 
     largest = 1500 - (40 if ":" in routed_vip else 20)
     assert all(bed.client.pings(routed_vip, size=size) for size in (8, 64, 1001, largest))
     assert status(bed)["answered"]["answered_echo"] - before == 4
-    assert not bed.client.pings(routed_vip, timeout_s=0.3, size=8000)  # fragments are left to the host
+    assert not bed.client.pings(routed_vip, timeout_s=0.3, size=8000)  # fragments are passed to the host
     bed.xdp_lb("vip", "set", f"{bracketed(routed_vip)}:80", "--no-echo")
     assert not bed.client.pings(routed_vip, timeout_s=0.3)
 

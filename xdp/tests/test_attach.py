@@ -152,7 +152,7 @@ def test_program_of_someone_else_stays_and_is_named(
         attach(veth, other_program.fd, other_program.id, describe=lambda i: f"id {i}, name foo")
     assert str(refusal.value) == (
         f"near: another XDP program is attached (id {program.id}, name foo):"
-        f" take it off first: ip link set dev near {word} off"
+        f" detach it first: ip link set dev near {word} off"
     )
     assert attached(veth) == Attached(mode, program.id)
 
@@ -230,7 +230,7 @@ def test_veth_whose_peer_is_out_of_sight_is_pointed_at(
 ) -> None:
     ipr.link("set", index=ipr.link_lookup(ifname="far")[0], net_ns_fd=elsewhere)
     assert attach(veth, program.fd, program.id).warning == (
-        "near: is a veth: packets sent on its other end need full checksums: ethtool -K DEV tx off there"
+        "near: is a veth: its peer must send complete checksums: run ethtool -K DEV tx off on the peer"
     )
 
 

@@ -202,7 +202,7 @@ REFUSED = {
     "narrower": ({"flow": "__u64 seen_ns; __u16 uid; __u16 member; __be16 port; __u16 zero;"}, "map flows.uid: "),
     "shorter": ({"member": "__u32 uid; __u8 mac[4]; __u16 flags; __u16 zero;"}, "map members.mac: "),
     "other byte order": ({"flow": "__u64 seen_ns; __u32 uid; __u16 member; __u16 port;"}, "map flows.port: "),
-    "key": ({"key": "__be32 address; __u32 zero;"}, "map flows: its key has no port"),
+    "key": ({"key": "__be32 address; __u32 zero;"}, "map flows: key no longer has port"),
     "meaning": ({"modes": "MODE_B, MODE_A"}, "MODE_[AB] was [01] and is [01] now"),
 }
 
@@ -215,7 +215,7 @@ def test_what_has_no_place_is_refused_by_its_name(old: BpfObject, make: Make, ca
 
 
 def test_map_that_others_refer_to_has_to_stay(old: BpfObject, make: Make) -> None:
-    with pytest.raises(CannotCarry, match=r"^map members: others refer to it, and it is of another shape now$"):
+    with pytest.raises(CannotCarry, match=r"^map members: layout changed, and other maps refer to it$"):
         Succession(old, make(**NEW), kept=["members"])
 
 
@@ -229,8 +229,8 @@ def test_numbers_that_an_older_struct_lacks_are_zero_and_stay_it(make: Make) -> 
     assert ctypes.sizeof(counter) == ctypes.sizeof(old.struct("counter"))
     one = counter(packets=5, more=0)
     assert (one.packets, one.more) == (5, 0)
-    with pytest.raises(NotSupported, match=r"^struct counter has no more in the program in force, which is older$"):
+    with pytest.raises(NotSupported, match=r"^struct counter has no more in the loaded program, which is older$"):
         one.more = 1
-    with pytest.raises(NotSupported, match=r"^PASS_NEW: unknown to the program in force, which is older$"):
+    with pytest.raises(NotSupported, match=r"^PASS_NEW: not supported by the loaded program, which is older$"):
         types.enum("reason")["PASS_NEW"]
     assert layout(counter) == layout(old.struct("counter"))

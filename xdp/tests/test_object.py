@@ -69,7 +69,7 @@ def test_missing_object_says_how_it_is_made(tmp_path: Path) -> None:
     path = tmp_path / "none.bpf.o"
     with pytest.raises(LoadError) as refusal:
         BpfObject.open(path)
-    assert str(refusal.value) == f"{path}: not there: run `make build`"
+    assert str(refusal.value) == f"{path}: not found: run `make build`"
 
 
 def test_file_that_is_no_object_is_named(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_map_of_another_object_is_reused_if_it_is_of_the_same_shape() -> None:
     with load(LB_OBJECT) as first, BpfObject.open(LB_OBJECT) as second:
         first.map("members").view()[0].uid = 7
         second.reuse("members", first.map("members").fd)
-        with pytest.raises(LoadError, match=r"^map counters: of another shape than in lb\.bpf\.o$"):
+        with pytest.raises(LoadError, match=r"^map counters: layout differs from that in lb\.bpf\.o$"):
             second.reuse("counters", first.map("members").fd)
         second.load()
         assert second.map("members")[0].uid == 7
@@ -125,7 +125,7 @@ def test_program_that_the_verifier_refuses_is_shown_with_what_it_said(compiled: 
     with BpfObject.open(compiled(BEYOND_THE_PACKET)) as obj, pytest.raises(LoadError) as refusal:
         obj.load()
     first, program, *log = str(refusal.value).split("\n  ")
-    assert first == "0.bpf.o: the kernel refuses it: Permission denied"
+    assert first == "0.bpf.o: rejected by the kernel: Permission denied"
     assert "prog 'reads_beyond'" in program
     assert log[-1].startswith("R1 offset is outside of the packet") or "invalid access to packet" in log[-2]
     assert not any(line.startswith(("processed", "verification time", "stack depth")) for line in log)
@@ -146,7 +146,7 @@ def test_tail_counts_the_lines_that_it_leaves_out() -> None:
     log = [f"{n}: r0 = {n}" for n in range(20)]
     frame = ["libbpf: prog 'p': BPF program load failed: X", "-- BEGIN PROG LOAD LOG --", *log, "processed 20 insns"]
     tail = useful_tail([*frame, "-- END PROG LOAD LOG --", "libbpf: failed to load object"])
-    expected = ["prog 'p': BPF program load failed: X", "(8 lines of the log left out)", *log[8:]]
+    expected = ["prog 'p': BPF program load failed: X", "(8 log lines omitted)", *log[8:]]
     assert tail == "".join(f"\n  {line}" for line in expected)
     assert useful_tail([]) == ""
 
@@ -193,7 +193,7 @@ def test_pins_of_another_shape_are_refused_in_one_line(bpffs: Path, compiled: Co
     newer = compiled(ONE_MAP % "struct xdp_md")
     with BpfObject.open(newer) as obj, pytest.raises(LoadError) as refusal:
         obj.adopt(str(bpffs))
-    assert str(refusal.value) == f"map things: of another shape than in {newer.name}"
+    assert str(refusal.value) == f"map things: layout differs from that in {newer.name}"
 
 
 def test_pins_that_are_incomplete_are_refused_in_one_line(bpffs: Path, compiled: Compile) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from filters.capture.fragments import FragmentFlag, fragment_flag
 from filters.capture.record import Capture
-from filters.capture.ring import LARGEST_RECORD, LEAST_SIZE, Rings
+from filters.capture.ring import LARGEST_RECORD, MIN_SIZE, Rings
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import compile_expression
@@ -33,7 +33,7 @@ HEADER = 16
 
 @pytest.fixture
 def rings() -> Iterator[Rings]:
-    with Rings(LEAST_SIZE) as made:
+    with Rings(MIN_SIZE) as made:
         yield made
 
 
@@ -184,7 +184,7 @@ def test_records_come_out_whole_and_in_order_however_often_the_ring_wraps(rings:
             if number % 23 == 0:
                 read += [data for data, _ in packets(rings)]
     read += [data for data, _ in packets(rings)]
-    assert sum(map(len, sent)) > 10 * LEAST_SIZE
+    assert sum(map(len, sent)) > 10 * MIN_SIZE
     assert read == sent
     assert rings.settled() == Counts(matched=1000, captured=1000)
 
@@ -209,7 +209,7 @@ def test_what_finds_no_room_is_lost_and_counted_and_the_rest_is_intact(rings: Ri
 @pytest.mark.parametrize("read_before", [1, 2])
 def test_full_ring_is_not_taken_for_an_empty_one(rings: Rings, read_before: int) -> None:
     """Records of 64 bytes, so that the head would come to lie exactly where the tail is."""
-    in_all = LEAST_SIZE // 64
+    in_all = MIN_SIZE // 64
     with capturing(rings, snaplen=48) as program:
         for _ in range(read_before):
             program.test_run(UDP)
@@ -226,7 +226,7 @@ def test_largest_packet_fits_behind_the_last_record(rings: Rings) -> None:
     with capturing(rings, XDP_FRAGS) as program:
         for _ in range(3):
             program.test_run(largest)
-    assert LEAST_SIZE < 2 * (len(largest) + HEADER) < LEAST_SIZE + LARGEST_RECORD
+    assert MIN_SIZE < 2 * (len(largest) + HEADER) < MIN_SIZE + LARGEST_RECORD
     assert packets(rings) == [(largest, len(largest))] * 2
     assert rings.counts().lost == 1
 
@@ -280,14 +280,14 @@ def test_hook_without_lengths_of_fragments_counts_its_linear_area(rings: Rings) 
     assert packets(rings) == [(UDP, len(UDP))]
 
 
-@pytest.mark.parametrize("size", [LEAST_SIZE - 1, 1 << 30])
+@pytest.mark.parametrize("size", [MIN_SIZE - 1, 1 << 30])
 def test_buffer_of_an_impossible_size_is_refused(size: int) -> None:
-    with pytest.raises(FilterError, match=rf"^buffer of {size} bytes: 65536 to 268435456 for each CPU are possible$"):
+    with pytest.raises(FilterError, match=rf"^buffer size {size}: out of range 65536 to 268435456 bytes per CPU$"):
         Rings(size)
 
 
 def test_closing_gives_every_descriptor_back() -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        Rings(LEAST_SIZE).close()
+        Rings(MIN_SIZE).close()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from filters import native
-from filters.capture.ring import LEAST_SIZE, Rings
+from filters.capture.ring import MIN_SIZE, Rings
 
 LONG_S = 60.0
 
@@ -19,7 +19,7 @@ def rings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Of which nobody writes any but the tests."""
     if request.param == "Python":
         monkeypatch.setattr(native, "wait_library", None)
-    with Rings(LEAST_SIZE) as made:
+    with Rings(MIN_SIZE) as made:
         yield made
 
 
@@ -34,20 +34,20 @@ def test_the_library_is_built() -> None:
 
 
 def test_wait_is_over_when_a_ring_is_full_by_a_quarter(rings: Rings) -> None:
-    rings._lines[-1].head = LEAST_SIZE // 4
+    rings._lines[-1].head = MIN_SIZE // 4
     assert is_over_early(rings)
 
 
 def test_what_lies_on_both_sides_of_the_end_counts(rings: Rings) -> None:
     line = rings._lines[0]
-    line.tail, line.wrap, line.head = LEAST_SIZE - 8, LEAST_SIZE + 92, LEAST_SIZE // 4 - 100
+    line.tail, line.wrap, line.head = MIN_SIZE - 8, MIN_SIZE + 92, MIN_SIZE // 4 - 100
     assert is_over_early(rings)
 
 
 @pytest.mark.parametrize("tail", [0, 1000])
 def test_wait_for_less_takes_its_time(rings: Rings, tail: int) -> None:
     for line in rings._lines:
-        line.tail, line.head = tail, tail + LEAST_SIZE // 4 - 1
+        line.tail, line.head = tail, tail + MIN_SIZE // 4 - 1
     start = time.monotonic()
     rings.wait(0.02)
     assert time.monotonic() - start >= 0.02
@@ -55,7 +55,7 @@ def test_wait_for_less_takes_its_time(rings: Rings, tail: int) -> None:
 
 def test_ring_that_wraps_is_not_taken_for_a_full_one(rings: Rings) -> None:
     line = rings._lines[0]
-    line.tail, line.wrap, line.head = LEAST_SIZE - 8, LEAST_SIZE, 100
+    line.tail, line.wrap, line.head = MIN_SIZE - 8, MIN_SIZE, 100
     start = time.monotonic()
     rings.wait(0.02)
     assert time.monotonic() - start >= 0.02
@@ -64,7 +64,7 @@ def test_ring_that_wraps_is_not_taken_for_a_full_one(rings: Rings) -> None:
 def test_signal_ends_the_wait() -> None:
     before = signal.signal(signal.SIGALRM, lambda *_: None)
     try:
-        with Rings(LEAST_SIZE) as rings:
+        with Rings(MIN_SIZE) as rings:
             signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # again and again: the first may come before the wait
             assert is_over_early(rings)
     finally:

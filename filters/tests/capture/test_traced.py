@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from filters.capture.note_writer import MetadataWriter
+from filters.capture.metadata_writer import MetadataWriter
 from filters.capture.record import Capture
-from filters.capture.ring import LEAST_SIZE, Rings
+from filters.capture.ring import MIN_SIZE, Rings
 from filters.capture.traced import BEFORE, BEHIND, Context, Offsets, TracedEntry, contexts, reach
 from filters.compiler import ebpf
 from filters.compiler.cbpf import Instruction
@@ -25,7 +25,7 @@ from filters.compiler.expr import compile_expression
 from filters.compiler.hook import XDP, Hook
 from filters.compiler.translate import translate
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
-from filters.records.notes import NO_ACTION, CapturePoint, Noted, noted
+from filters.records.metadata import NO_ACTION, CapturedPacket, CapturePoint, captured_packets
 from filters.selftest.oracle import on_any_socket, oracle
 from filters.tests.corpus import EXPRESSIONS
 from filters.tests.packets import FRAMES
@@ -148,7 +148,7 @@ def balancer() -> Iterator[Balancer]:
 
 @pytest.fixture
 def rings() -> Iterator[Rings]:
-    with Rings(LEAST_SIZE) as made:
+    with Rings(MIN_SIZE) as made:
         yield made
 
 
@@ -156,33 +156,33 @@ def rings() -> Iterator[Rings]:
 def tracing(
     balancer: Balancer, rings: Rings, hook: Hook, expression: str = "", ifindex: int = LOOPBACK, snaplen: int = 262144
 ) -> Iterator[None]:
-    """Skips where the kernel refuses it to everybody."""
+    """Skips where rejected by the kernel to everybody."""
     with ExitStack() as cleanup:
         types = cleanup.enter_context(kernel_types())
         packets = contexts()
         cleanup.callback(os.close, packets.fd)
         translation = translate(compile_expression(expression, snaplen=snaplen), hook)
-        place = CapturePoint.XDP if hook is BEFORE else CapturePoint.XDP_EXIT
-        notes = MetadataWriter(place, balancer.stages.verdicts if hook is BEHIND else None)
-        rule = Rule(translation, [Capture(rings, nano=True, notes=notes)])
+        point = CapturePoint.XDP if hook is BEFORE else CapturePoint.XDP_EXIT
+        metadata = MetadataWriter(point, balancer.stages.verdicts if hook is BEHIND else None)
+        rule = Rule(translation, [Capture(rings, nano=True, metadata=metadata)])
         entry = TracedEntry(packets, Offsets.of(types), ifindex, reach(translation))
         traced = cleanup.enter_context(target(balancer.program.id))
         try:
             program = load("traced", hook, assemble(hook, [rule], entry=entry), traced)
         except NotPermitted:
-            pytest.skip("this kernel lets nobody trace programs (fentry)")
+            pytest.skip("this kernel does not support tracing programs (fentry)")
         cleanup.enter_context(program)
         cleanup.enter_context(hold_at_program(program.fd, hook.expected_attach_type))
         yield
 
 
-def captured(rings: Rings) -> list[Noted]:
+def captured(rings: Rings) -> list[CapturedPacket]:
     with rings.harvest() as by_cpu:
         return [
             replace(packet, data=memoryview(bytes(packet.data)))
             for spans in by_cpu
             for span in spans
-            for packet in noted(span)
+            for packet in captured_packets(span)
         ]
 
 
@@ -194,7 +194,9 @@ def test_what_comes_to_the_program_is_captured(balancer: Balancer, rings: Rings,
         balancer.run(*FRAMES.values())
     found = captured(rings)
     assert [bytes(packet.data) for packet in found] == wanted
-    assert {(p.note.ifindex, p.note.place, p.note.action) for p in found} == {(LOOPBACK, CapturePoint.XDP, NO_ACTION)}
+    assert {(p.metadata.ifindex, p.metadata.point, p.metadata.action) for p in found} == {
+        (LOOPBACK, CapturePoint.XDP, NO_ACTION)
+    }
 
 
 def test_what_leaves_the_program_has_its_verdict_and_the_balancers_reason(balancer: Balancer, rings: Rings) -> None:
@@ -205,9 +207,9 @@ def test_what_leaves_the_program_has_its_verdict_and_the_balancers_reason(balanc
         balancer.stages.records_verdicts = False
         unrecorded = balancer.run(FRAMES["arp"])
     found = captured(rings)
-    assert [p.note.action for p in found] == verdicts + unrecorded
-    assert [p.note.reason for p in found] == [*(balancer.reasons[reason] for reason in frames.values()), 0]
-    assert {p.note.place for p in found} == {CapturePoint.XDP_EXIT}
+    assert [p.metadata.action for p in found] == verdicts + unrecorded
+    assert [p.metadata.reason for p in found] == [*(balancer.reasons[reason] for reason in frames.values()), 0]
+    assert {p.metadata.point for p in found} == {CapturePoint.XDP_EXIT}
 
 
 def test_packets_of_other_interfaces_are_not_captured(balancer: Balancer, rings: Rings) -> None:
@@ -226,9 +228,7 @@ def test_program_without_types_cannot_be_traced() -> None:
     bare = Rule(translate(EVERYTHING, XDP), [])
     with (
         load("bare", XDP, assemble(XDP, [bare])) as program,
-        pytest.raises(
-            NotSupported, match=rf"^program {program.id} \(bare\): has no BTF, without which it cannot be traced$"
-        ),
+        pytest.raises(NotSupported, match=rf"^program {program.id} \(bare\): has no BTF: cannot be traced$"),
     ):
         target(program.id)
 

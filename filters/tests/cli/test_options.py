@@ -67,7 +67,7 @@ def test_wrong_words_are_told_as_getopt_tells_them(words: list[str], message: st
         (["-c", "²"], "invalid packet count ²"),
         (["-s", "-1"], "invalid snaplen -1 (must be >= 0 and <= 262144)"),
         (["-G", "-1"], "invalid number of seconds -1"),
-        (["--at", "nowhere"], "unknown place `nowhere': one of xdp, xdp-exit, tc-in, tc-out"),
+        (["--at", "nowhere"], "unknown capture point `nowhere': use one of xdp, xdp-exit, tc-in, tc-out"),
     ],
 )
 def test_bad_values_are_named(words: list[str], message: str) -> None:
@@ -106,7 +106,7 @@ def test_only_a_file_can_wait(words: list[str], prompt: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "blocks", "notes"),
+    ("words", "blocks", "metadata"),
     [
         (["-w", "a.pcapng"], True, True),
         (["-w", "a.pcap", "--pcapng"], True, True),
@@ -117,6 +117,6 @@ def test_only_a_file_can_wait(words: list[str], prompt: bool) -> None:
         (["--json", "-w", "a.pcap", "--print"], False, True),
     ],
 )
-def test_format_is_chosen_by_name_or_by_option(words: list[str], blocks: bool, notes: bool) -> None:
+def test_format_is_chosen_by_name_or_by_option(words: list[str], blocks: bool, metadata: bool) -> None:
     options = parse(words)
-    assert (options.writes_blocks, options.notes, options.in_nanoseconds) == (blocks, notes, notes)
+    assert (options.writes_blocks, options.metadata, options.in_nanoseconds) == (blocks, metadata, metadata)

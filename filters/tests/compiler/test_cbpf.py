@@ -63,13 +63,13 @@ def test_program_with_one_instruction_changed_is_valid_where_the_kernel_says_so(
 @pytest.mark.parametrize(
     ("instructions", "fault"),
     [
-        ((), "0 instructions: the kernel takes 1 to 4096"),
-        ((ACCEPT,) * 4097, "4097 instructions: the kernel takes 1 to 4096"),
-        ((STORE_MEMORY,), "instruction 0: the last one does not return"),
+        ((), "0 instructions: the kernel accepts 1 to 4096"),
+        ((ACCEPT,) * 4097, "4097 instructions: the kernel accepts 1 to 4096"),
+        ((STORE_MEMORY,), "instruction 0: last instruction is not a return"),
         ((LOAD_MEMORY, ACCEPT), "instruction 0: reads M[3] before it is written"),
-        ((Instruction(cbpf.ST, k=16), ACCEPT), "instruction 0: there is no M[16]"),
+        ((Instruction(cbpf.ST, k=16), ACCEPT), "instruction 0: M[16] does not exist"),
         ((Instruction(cbpf.ALU | cbpf.DIV), ACCEPT), "instruction 0: division by zero"),
-        ((Instruction(cbpf.ALU | cbpf.LSH, k=32), ACCEPT), "instruction 0: shifts by 32 bits"),
+        ((Instruction(cbpf.ALU | cbpf.LSH, k=32), ACCEPT), "instruction 0: shift by 32 bits"),
         ((Instruction(cbpf.JMP | cbpf.JA, k=1), ACCEPT), "instruction 0: jumps beyond the end"),
         ((Instruction(0x42), ACCEPT), "instruction 0: unknown code 0x42"),
         ((Instruction(cbpf.LD | cbpf.ABS, k=cbpf.WORD), ACCEPT), "instruction 0: unknown ancillary offset 4095"),

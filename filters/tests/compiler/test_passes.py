@@ -103,7 +103,7 @@ def test_loop_in_a_loop_is_refused() -> None:
     step = Instruction(cbpf.ALU | cbpf.ADD, k=1)
     inner = Instruction(cbpf.JMP | cbpf.JA, k=cbpf.WORD - 1)
     outer = Instruction(cbpf.JMP | cbpf.JA, k=cbpf.WORD - 3)
-    with pytest.raises(InvalidFilter, match=r"^instruction 2: jumps back in a way that is no simple loop$"):
+    with pytest.raises(InvalidFilter, match=r"^instruction 2: backward jump that is not a simple loop$"):
         unroll([step, step, inner, outer])
 
 
@@ -305,10 +305,10 @@ def test_question_that_has_one_answer_is_not_asked() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (cbpf.PKTTYPE, "[type] (inbound, outbound): not known at xdp"),
-        (cbpf.MARK, "[mark]: not known at xdp"),
-        (cbpf.NLATTR, "[nla]: not known at xdp"),
-        (cbpf.HATYPE, "[hatype]: not known at xdp"),
+        (cbpf.PKTTYPE, "[type] (inbound, outbound): not available at xdp"),
+        (cbpf.MARK, "[mark]: not available at xdp"),
+        (cbpf.NLATTR, "[nla]: not available at xdp"),
+        (cbpf.HATYPE, "[hatype]: not available at xdp"),
     ],
 )
 def test_question_that_nobody_answers_is_named(what: int, message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from filters.errors import DamagedFile, DumpError
 from filters.files.savefile import Packet, SaveFile
-from filters.records.notes import NOTE_SIZE, OF_A_FILE, noted
+from filters.records.metadata import FILE_METADATA, METADATA_SIZE, captured_packets
 from filters.records.pcap import file_header, record
 from filters.tests.foreign_pcap import DAMAGED, FILES, FIRST, NANO, SECOND, Blocks, Expected, Pcap, T
 
@@ -84,5 +84,5 @@ def test_numbers_that_a_record_has_no_room_for_wrap_around(tmp_path: Path, secon
 
 
 def test_length_of_a_packet_with_a_note_may_be_the_largest() -> None:
-    (packet,) = noted(record(T, 0, OF_A_FILE + FIRST, NOTE_SIZE + 0xFFFFFFFF))
+    (packet,) = captured_packets(record(T, 0, FILE_METADATA + FIRST, METADATA_SIZE + 0xFFFFFFFF))
     assert (packet.length, bytes(packet.data)) == (0xFFFFFFFF, FIRST)

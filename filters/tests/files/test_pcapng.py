@@ -13,9 +13,9 @@ from scapy.utils import RawPcapNgReader
 
 from filters import native
 from filters.files import pcapng
-from filters.files.pcapng import Layout, Source, Statistics, WithoutNotes
+from filters.files.pcapng import Layout, Source, Statistics, StripMetadata
 from filters.records.counts import Counts
-from filters.records.notes import NO_ACTION, CapturePoint, PacketMetadata
+from filters.records.metadata import NO_ACTION, CapturePoint, PacketMetadata
 from filters.records.pcap import record
 
 LAYOUT = Layout([Source(3, "eth0"), Source(5, "eth1")], ["", "forwarded", "drop_no_backend"])
@@ -24,7 +24,7 @@ HEADER = pcapng.file_header("test", LAYOUT, 1, 65535, "udp port 53")
 _NOTES = st.builds(
     PacketMetadata,
     ifindex=st.sampled_from([3, 5, 9]),
-    place=st.sampled_from(list(map(int, CapturePoint))),
+    point=st.sampled_from(list(map(int, CapturePoint))),
     action=st.sampled_from([0, 1, 2, 3, 4, 5, 77, NO_ACTION]),
     reason=st.integers(0, 5),
 )
@@ -35,8 +35,8 @@ Given = Sequence[tuple[int, int, PacketMetadata, bytes]]
 
 
 def span(packets: Given, surplus: int = 0) -> bytes:
-    """Records with notes, of packets that were cut by `surplus` bytes."""
-    made = ((when, fraction, bytes(note) + data) for when, fraction, note, data in packets)
+    """Records with metadata, of packets that were cut by `surplus` bytes."""
+    made = ((when, fraction, bytes(metadata) + data) for when, fraction, metadata, data in packets)
     return b"".join(record(when, fraction, whole, len(whole) + surplus) for when, fraction, whole in made)
 
 
@@ -59,7 +59,7 @@ def test_blocks_made_in_c_are_those_made_in_python(packets: Given, surplus: int)
 @given(_RECORDS, st.integers(0, 7))
 def test_notes_are_taken_off_alike(packets: Given, surplus: int) -> None:
     plain = b"".join(record(when, fraction, data, len(data) + surplus) for when, fraction, _, data in packets)
-    assert native.without_notes(span(packets, surplus)) == plain
+    assert native.strip_metadata(span(packets, surplus)) == plain
     kept = native.blocks_library
     native.blocks_library = None
     try:
@@ -77,7 +77,7 @@ def test_records_are_found_again_among_blocks(packets: Given) -> None:
 
 
 @pytest.mark.parametrize(
-    ("note", "interface", "direction", "comments"),
+    ("metadata", "interface", "direction", "comments"),
     [
         (PacketMetadata(3, CapturePoint.XDP, NO_ACTION), b"eth0", 1, []),
         (PacketMetadata(5, CapturePoint.TC_OUT, NO_ACTION), b"eth1", 2, []),
@@ -89,9 +89,9 @@ def test_records_are_found_again_among_blocks(packets: Given) -> None:
     ],
 )
 def test_packet_says_where_it_was_seen_and_what_became_of_it(
-    note: PacketMetadata, interface: bytes, direction: int | None, comments: list[bytes]
+    metadata: PacketMetadata, interface: bytes, direction: int | None, comments: list[bytes]
 ) -> None:
-    assert read(native.blocks(span([(1, 2, note, b"abcdef")]), LAYOUT.native_table).tobytes()) == [
+    assert read(native.blocks(span([(1, 2, metadata, b"abcdef")]), LAYOUT.native_table).tobytes()) == [
         (b"abcdef", interface, direction, comments)
     ]
 
@@ -119,7 +119,7 @@ def test_sink_without_notes_hands_over_plain_records() -> None:
             self.taken += b"closed"
 
     memory = Memory()
-    sink = WithoutNotes(memory)
+    sink = StripMetadata(memory)
     sink.write([span([(1, 2, PacketMetadata(3), b"abc")])])
     sink.close()
     assert memory.taken == record(1, 2, b"abc", 3) + b"closed"

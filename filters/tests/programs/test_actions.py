@@ -30,8 +30,10 @@ NS = 1_000_000_000
 _PROG_ARRAY = 3
 
 
-def rule(hook: Hook, tails: Sequence[FilterAction], conditions: Sequence[Condition] = (), expression: str = "") -> Rule:
-    return Rule(translate(compile_expression(expression), hook), tails, conditions)
+def rule(
+    hook: Hook, actions: Sequence[FilterAction], conditions: Sequence[Condition] = (), expression: str = ""
+) -> Rule:
+    return Rule(translate(compile_expression(expression), hook), actions, conditions)
 
 
 def loaded(hook: Hook, *rules: Rule, otherwise: FilterAction | None = None) -> LoadedProgram:

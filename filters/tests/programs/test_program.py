@@ -40,7 +40,7 @@ PASS, DROP = 2, 1
 def loaded(
     hook: Hook, *rules: tuple[str, Sequence[FilterAction]], otherwise: FilterAction | None = None
 ) -> LoadedProgram:
-    made = [Rule(translate(compile_expression(expression), hook), tails) for expression, tails in rules]
+    made = [Rule(translate(compile_expression(expression), hook), actions) for expression, actions in rules]
     return load("rules", hook, assemble(hook, made, otherwise))
 
 
@@ -148,9 +148,7 @@ def test_filter_that_is_too_long_names_the_limit() -> None:
 
 def test_filter_with_too_many_branches_names_the_limit() -> None:
     hosts = " or ".join(f"host 10.0.{n // 250}.{n % 250}" for n in range(300))
-    with pytest.raises(
-        TooLong, match=r"^filter: more branches than the 8,192 that the verifier keeps in mind: split the"
-    ):
+    with pytest.raises(TooLong, match=r"^filter: exceeds the verifier's limit of 8,192 pending branches: split the"):
         load_bare(compile_expression(hosts, optimise=False), XDP_FRAGS)
 
 
@@ -161,7 +159,7 @@ def test_program_that_the_verifier_refuses_is_shown_with_the_end_of_its_log() ->
     with pytest.raises(LoadError) as refusal:
         load("bad", XDP, asm.assemble())
     first, *log = str(refusal.value).split("\n  ")
-    assert first == "bad: the kernel refuses it: Permission denied"
+    assert first == "bad: rejected by the kernel: Permission denied"
     assert log[-1] == "invalid bpf_context access off=4000 size=4"
 
 

@@ -31,7 +31,7 @@ def test_right_translation_passes_at_every_hook(expression: str) -> None:
 def test_wrong_translation_is_refused_with_a_frame_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(emit._CONDITIONS, cbpf.JGT, ebpf.JGE)
     monkeypatch.setitem(emit._OPPOSITES, cbpf.JGT, ebpf.JLT)
-    with pytest.raises(SelftestFailed, match=r"classic BPF accepts \d+ bytes, the translation \d+"):
+    with pytest.raises(SelftestFailed, match=r"classic BPF accepts \d+ bytes, the translated filter \d+"):
         selftest.check(compile_expression("ip[2:2] > 576"), XDP)
 
 
@@ -41,7 +41,7 @@ def test_mismatch_says_what_was_expected_of_which_frame(monkeypatch: pytest.Monk
     wrong = selftest.selftest(compile_expression("ip"), XDP, [FRAMES["udp"]], count=0)
     size = len(FRAMES["udp"])
     assert wrong == [selftest.Mismatch(FRAMES["udp"], size, 0)]
-    assert str(wrong[0]).endswith(f"classic BPF accepts {size} bytes, the translation 0")
+    assert str(wrong[0]).endswith(f"classic BPF accepts {size} bytes, the translated filter 0")
 
 
 # The frames
@@ -86,7 +86,7 @@ def test_program_that_the_kernel_does_not_take_is_interpreted() -> None:
     long = (*[Instruction(cbpf.LD | cbpf.LEN)] * cbpf.MAX_INSTRUCTIONS, Instruction(cbpf.RET | cbpf.A))
     with oracle(long) as classic:
         assert classic.accepted(FRAMES["udp"]) == bpf_filter(long, FRAMES["udp"]) == len(FRAMES["udp"])
-    with pytest.raises(InvalidFilter, match=r"^4097 instructions: the kernel refuses them: Invalid argument$"):
+    with pytest.raises(InvalidFilter, match=r"^4097 instructions: rejected by the kernel: Invalid argument$"):
         KernelFilter(long)
 
 
@@ -94,7 +94,7 @@ def test_program_that_a_socket_has_no_memory_for_is_interpreted() -> None:
     """net.core.optmem_max, 128 KB as a rule, is less than the longest program takes once the kernel has it."""
     load = Instruction(cbpf.LD | cbpf.W | cbpf.ABS, k=14)
     long = (*[load] * (cbpf.MAX_INSTRUCTIONS - 1), Instruction(cbpf.RET | cbpf.K, k=cbpf.WORD))
-    with pytest.raises(InvalidFilter, match=r"^4096 instructions: the kernel refuses them: Cannot allocate memory$"):
+    with pytest.raises(InvalidFilter, match=r"^4096 instructions: rejected by the kernel: Cannot allocate memory$"):
         KernelFilter(long)
     with oracle(long) as classic:
         assert classic.accepted(FRAMES["udp"]) == len(FRAMES["udp"])

@@ -17,7 +17,7 @@ from lb.api.access import Role
 from lb.api.models.common import Answer, Body, Count, Port, Weight
 from lb.errors import InvalidInput, LbError
 from lb.formats.documents import backend_document, service_document
-from lb.formats.problems import Place
+from lb.formats.problems import Pointer
 from lb.model.options import DEFAULTS, Options, from_values, values
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Vip
@@ -39,22 +39,24 @@ class BackendBody(Body):
     port: Port | None = None
     weight: Weight | None = None
     draining: bool = False
-    server_ids: list[str] = Field(default_factory=list, description="CONFIG:HEX, of QUIC connection IDs")
+    server_ids: list[str] = Field(
+        default_factory=list, description="CONFIG:HEX, the server's IDs in QUIC connection IDs"
+    )
 
-    def to_model(self, vip: Vip, place: Place) -> Backend:
+    def to_model(self, vip: Vip, pointer: Pointer) -> Backend:
         text = self.backend if self.backend is not None else self.address
         if text is None:
-            with place / "backend":
+            with pointer / "backend":
                 raise InvalidInput("backend: missing: give backend, or address and port")
-        with place / ("backend" if self.backend is not None else "address"):
+        with pointer / ("backend" if self.backend is not None else "address"):
             named = Backend.parse(text, vip.fixed_port)
-        with place / "server_ids":
+        with pointer / "server_ids":
             found = replace(named, draining=self.draining, server_ids=tuple(self.server_ids))
         if self.port is not None and self.backend is None:
             found = replace(found, port=self.port or vip.fixed_port)
         if self.weight is not None:
             found = replace(found, weight=self.weight)
-        _check_agrees(self.given, backend_document(found), ("address", "port"), place)
+        _check_agrees(self.given, backend_document(found), ("address", "port"), pointer)
         return found
 
 
@@ -74,19 +76,19 @@ class ServiceBody(Body):
     options: OptionsBody = Field(default_factory=OptionsBody)  # type: ignore[valid-type]
     backends: list[BackendBody] = Field(default_factory=list)
 
-    def to_model(self, place: Place, vip: Vip | None = None) -> Service:
+    def to_model(self, pointer: Pointer, vip: Vip | None = None) -> Service:
         """`vip`: that of the address of the request."""
-        with place / "vip":
+        with pointer / "vip":
             own = self._own_vip(vip)
         parts = {
             "mode": self.mode,
             "ring_size": self.ring_size,
             "flow_timeout_s": self.flow_timeout_s,
-            "options": options_of(self.options.given, DEFAULTS, place / "options"),  # type: ignore[attr-defined]
-            "backends": backends_of(self.backends, own, place / "backends"),
+            "options": options_of(self.options.given, DEFAULTS, pointer / "options"),  # type: ignore[attr-defined]
+            "backends": backends_of(self.backends, own, pointer / "backends"),
         }
-        service = _built(own, parts, place)
-        _check_agrees(self.given, service_document(service), DERIVED, place)
+        service = _built(own, parts, pointer)
+        _check_agrees(self.given, service_document(service), DERIVED, pointer)
         return service
 
     def _own_vip(self, vip: Vip | None) -> Vip:
@@ -94,33 +96,35 @@ class ServiceBody(Body):
         if named is None:
             raise InvalidInput("vip: missing")
         if vip and named != vip:
-            raise InvalidInput(f"vip {named}: is not {vip}, which the request is for")
+            raise InvalidInput(f"vip {named}: does not match {vip} in the path")
         return named
 
 
 DERIVED = ("address", "prefix_length", "port", "last_port", "protocol", "set")
 
 
-def _check_agrees(given: Mapping[str, Any], document: Mapping[str, Any], keys: Sequence[str], place: Place) -> None:
+def _check_agrees(given: Mapping[str, Any], document: Mapping[str, Any], keys: Sequence[str], pointer: Pointer) -> None:
     for key in keys:
         if given.get(key) not in (None, document[key]):
-            with place / key:
-                raise InvalidInput(f"{key} {given[key]}: is {document[key]} by what else is given: leave it out")
+            with pointer / key:
+                raise InvalidInput(
+                    f"{key} {given[key]}: conflicts with {document[key]} from the other keys: leave it out"
+                )
 
 
-def backends_of(bodies: Sequence[BackendBody], vip: Vip, place: Place) -> tuple[Backend, ...]:
-    return tuple(body.to_model(vip, place / number) for number, body in enumerate(bodies))
+def backends_of(bodies: Sequence[BackendBody], vip: Vip, pointer: Pointer) -> tuple[Backend, ...]:
+    return tuple(body.to_model(vip, pointer / number) for number, body in enumerate(bodies))
 
 
-def options_of(given: Mapping[str, Any], before: Options, place: Place) -> Options:
+def options_of(given: Mapping[str, Any], before: Options, pointer: Pointer) -> Options:
     """`before` with what is given."""
     try:
         return from_values(values(before) | dict(given))
     except (LbError, TypeError, ValueError, AttributeError, KeyError):
         for name, value in given.items():
-            with place / name:
+            with pointer / name:
                 _one_option(name, value)
-        with place:
+        with pointer:
             return from_values(values(before) | dict(given))
 
 
@@ -129,16 +133,16 @@ def _one_option(name: str, value: object) -> None:
     try:
         from_values({name: value})
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise InvalidInput(f"option {name}: not as it should be: {error}") from None
+        raise InvalidInput(f"option {name}: invalid value: {error}") from None
 
 
-def _built(vip: Vip, parts: Mapping[str, Any], place: Place) -> Service:
+def _built(vip: Vip, parts: Mapping[str, Any], pointer: Pointer) -> Service:
     """The service, or the Problem of the first part that does not fit to those before it."""
     try:
         return Service(vip, **parts)
     except LbError:
         for key, some in _growing(parts):
-            with place / key if isinstance(key, str) else place / "backends" / key:
+            with pointer / key if isinstance(key, str) else pointer / "backends" / key:
                 Service(vip, **some)
         raise
 
@@ -163,14 +167,14 @@ class ConfigBody(Body):
     services: list[ServiceBody]
 
     def to_model(self) -> list[Service]:
-        return services_of(self.services, Place(("services",)))
+        return services_of(self.services, Pointer(("services",)))
 
 
-def services_of(bodies: Sequence[ServiceBody], place: Place) -> list[Service]:
+def services_of(bodies: Sequence[ServiceBody], pointer: Pointer) -> list[Service]:
     found: dict[Vip, Service] = {}
     for number, body in enumerate(bodies):
-        service = body.to_model(place / number)
-        with place / number / "vip":
+        service = body.to_model(pointer / number)
+        with pointer / number / "vip":
             if found.setdefault(service.vip, service) is not service:
                 raise InvalidInput(f"vip {service}: given twice")
     return list(found.values())
@@ -188,11 +192,11 @@ class BackendPatch(Body):
     server_ids: list[str] | None = None
 
     def changed(self, backend: Backend) -> Backend:
-        said = {key: value for key, value in self.given.items() if value is not None}
-        if "server_ids" in said:
-            said["server_ids"] = tuple(said["server_ids"])
-        with Place() / "server_ids":
-            return replace(backend, **said)
+        changes = {key: value for key, value in self.given.items() if value is not None}
+        if "server_ids" in changes:
+            changes["server_ids"] = tuple(changes["server_ids"])
+        with Pointer() / "server_ids":
+            return replace(backend, **changes)
 
 
 class ServicePatch(Body):
@@ -210,11 +214,11 @@ class InterfaceBody(Body):
 
 
 class AttachBody(Body):
-    """Interfaces to serve on, and services to serve beside those that are stored."""
+    """Interfaces to attach to, and services to add to the stored ones."""
 
     interfaces: Annotated[list[InterfaceBody], Field(min_length=1)]
     services: list[ServiceBody] = Field(default_factory=list)
-    own_address: bool = Field(True, description="Put a VIP that nobody has on an interface")
+    own_address: bool = Field(True, description="Add a VIP that is no host's address to an interface")
 
 
 # What goes out, for the description alone: lb.formats.documents makes it.

@@ -11,7 +11,7 @@ from pydantic import Field
 from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
 from lb.explain.packet import Flow, check_size, parse_flags, parse_flow, parse_hex
-from lb.formats.problems import Place
+from lb.formats.problems import Pointer
 
 
 class ExplainBody(Body):
@@ -21,46 +21,46 @@ class ExplainBody(Body):
     source: str | None = Field(None, examples=["192.0.2.7:40000"])
     destination: str | None = Field(None, examples=["10.0.0.100:443"])
     syn: bool = Field(False, description="The first packet of a TCP connection")
-    flags: str | None = Field(None, description="TCP flags, of F S R P A U E W; by default A", examples=["S"])
+    flags: str | None = Field(None, description="TCP flags out of F S R P A U E W; default: A", examples=["S"])
     hex: str | None = Field(None, description="An Ethernet frame")
-    length: Count | None = Field(None, description="What the frame had before it was cut")
+    length: Count | None = Field(None, description="Original length of a truncated frame")
     pcap: str | None = Field(None, description="A capture file, in base64")
-    number: Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(None, description="Of pcap, that packet alone")
-    interface: str | None = Field(None, description="Where it comes in; by default, where the way to its sender leads")
+    number: Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(None, description="Number of the packet in pcap")
+    interface: str | None = Field(None, description="Ingress interface; default: that of the route to the sender")
 
     def check(self) -> None:
         """That it says one thing. Raises Problem."""
         if [self.protocol, self.hex, self.pcap].count(None) != 2:
-            raise InvalidInput("say one of: protocol with source and destination; hex; pcap")
+            raise InvalidInput("packet missing: give one of protocol with source and destination, hex, pcap")
         for name, goes_with in (("length", self.hex), ("number", self.pcap)):
-            with Place() / name:
+            with Pointer() / name:
                 if getattr(self, name) is not None and goes_with is None:
-                    raise InvalidInput(f"{name}: is for {'hex' if name == 'length' else 'pcap'} alone")
-        with Place() / ("flags" if self.flags is not None else "syn"):
+                    raise InvalidInput(f"{name}: requires {'hex' if name == 'length' else 'pcap'}")
+        with Pointer() / ("flags" if self.flags is not None else "syn"):
             if (self.syn or self.flags is not None) and self.protocol != "tcp":
-                raise InvalidInput("syn and flags are for tcp alone")
+                raise InvalidInput("syn and flags require protocol tcp")
             if self.syn and self.flags is not None:
-                raise InvalidInput("syn and flags exclude each other")
+                raise InvalidInput("syn and flags are mutually exclusive")
 
     def flow(self) -> tuple[Flow, int]:
         """And its TCP flags."""
         for name in ("source", "destination"):
-            with Place() / name:
+            with Pointer() / name:
                 if getattr(self, name) is None:
                     raise InvalidInput(f"{name}: missing")
-        with Place() / "flags":
+        with Pointer() / "flags":
             letters = "S" if self.syn else "A" if self.flags is None else self.flags
             bits = parse_flags(letters) if self.protocol == "tcp" else 0
         return parse_flow(str(self.protocol), self.source or "", self.destination or ""), bits
 
     def frame(self) -> bytes:
-        with Place() / "hex":
+        with Pointer() / "hex":
             return check_size(parse_hex(self.hex or ""))
 
 
 def pcap_bytes(text: str) -> bytes:
     """Raises Problem."""
-    with Place() / "pcap":
+    with Pointer() / "pcap":
         try:
             return b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from lb.api.models.common import LARGEST, Answer, Body, Count
 from lb.errors import InvalidInput
-from lb.formats.problems import Place
+from lb.formats.problems import Pointer
 from lb.model.rule_report import RuleSpec
 from lb.model.rules import LONGEST_S, Action, At, Rate
 
@@ -26,10 +26,10 @@ LONGEST_NAME = 4096  # of a set: PATH_MAX
 class SetBody(Body):
     """Packets with an address in a list of prefixes."""
 
-    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="What it is called", examples=["bad"])
+    path: str = Field(min_length=1, max_length=LONGEST_NAME, description="Name of the set", examples=["bad"])
     side: Literal["src", "dst"] = "src"
-    list: str | None = Field(None, description="A prefix a line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
-    prefixes: Count | None = Field(None, description="How many there are: as it was read, of no effect")
+    list: str | None = Field(None, description="One prefix per line", examples=["192.0.2.0/24\n2001:db8::/32\n"])
+    prefixes: Count | None = Field(None, description="Number of prefixes; read-only")
 
 
 class RuleBody(Body):
@@ -37,53 +37,53 @@ class RuleBody(Body):
 
     at: AtName = At.XDP
     action: ActionName
-    rate: str | None = Field(None, description="Of limit", examples=["1k/s"])
-    expression: str = Field("", description="As tcpdump's; empty: all packets", examples=["udp port 53"])
+    rate: str | None = Field(None, description="Only with action limit", examples=["1k/s"])
+    expression: str = Field("", description="tcpdump expression; empty: all packets", examples=["udp port 53"])
     set: SetBody | None = None
-    until: Whole | None = Field(None, description="Unix time, in seconds, at which it ends by itself")
+    until: Whole | None = Field(None, description="Unix time in seconds at which the rule expires")
 
-    def to_wish(self, interface: str, place: Place, *, is_here: bool) -> RuleSpec:
-        """`is_here`: it was asked for on the balancer itself, whose files may have given their names to sets."""
-        rate = self._rate(place / "rate")
-        with place / "expression":
+    def to_spec(self, interface: str, pointer: Pointer, *, is_here: bool) -> RuleSpec:
+        """`is_here`: the request comes over the Unix socket, where sets may be named after local files."""
+        rate = self._rate(pointer / "rate")
+        with pointer / "expression":
             _check_printable("expression", self.expression)
-        self._check_set(place / "set", is_here=is_here)
+        self._check_set(pointer / "set", is_here=is_here)
         path, side, text = (self.set.path, self.set.side, self.set.list) if self.set else (None, "src", None)
         expression = " ".join(self.expression.split())
         return RuleSpec(interface, self.action, rate, expression, path, side, self.at, None, self.until, text)
 
-    def _rate(self, place: Place) -> Rate | None:
-        with place:
+    def _rate(self, pointer: Pointer) -> Rate | None:
+        with pointer:
             if self.rate is not None and self.action is not Action.LIMIT:
-                raise InvalidInput(f"rate {self.rate}: is for limit alone, and this is {self.action}")
+                raise InvalidInput(f"rate {self.rate}: requires action limit, not {self.action}")
             if self.action is not Action.LIMIT:
                 return None
             return Rate.parse(self.rate or "")
 
-    def _check_set(self, place: Place, *, is_here: bool) -> None:
+    def _check_set(self, pointer: Pointer, *, is_here: bool) -> None:
         if self.set is None:
             return
-        with place / "path":
+        with pointer / "path":
             _check_printable("set", self.set.path)
             if self.set.path.startswith("/") and self.set.list is not None and not is_here:
-                raise InvalidInput(f"set {self.set.path}: no file of the balancer's is read: call it something else")
+                raise InvalidInput(f"set {self.set.path}: files of the balancer's host are not read: use another name")
 
 
 class NewRuleBody(RuleBody):
-    for_s: Count | None = Field(None, description="For how long, in seconds, instead of until")
-    position: Whole | None = Field(None, description="Which number it gets; by default behind the last")
+    for_s: Count | None = Field(None, description="Lifetime in seconds, instead of until")
+    position: Whole | None = Field(None, description="Number of the new rule; default: after the last")
 
-    def to_new_wish(self, interface: str, *, is_here: bool) -> RuleSpec:
-        wish = self.to_wish(interface, Place(), is_here=is_here)
+    def to_new_spec(self, interface: str, *, is_here: bool) -> RuleSpec:
+        spec = self.to_spec(interface, Pointer(), is_here=is_here)
         if self.set and self.set.list is None:
-            with Place() / "set" / "list":
+            with Pointer() / "set" / "list":
                 raise InvalidInput(f"set {self.set.path}: list: missing")
         if self.for_s is None:
-            return wish
-        with Place() / "for_s":
+            return spec
+        with Pointer() / "for_s":
             if not 0 < self.for_s <= LONGEST_S or self.until is not None:
-                raise InvalidInput(f"for_s {self.for_s}: not from 1 to {LONGEST_S}, without until")
-        return replace(wish, seconds=self.for_s)
+                raise InvalidInput(f"for_s {self.for_s}: out of range 1 to {LONGEST_S}, or combined with until")
+        return replace(spec, seconds=self.for_s)
 
 
 class RulesBody(Body):
@@ -91,45 +91,45 @@ class RulesBody(Body):
 
     rules: list[RuleBody]
 
-    def to_wishes(self, interface: str, *, is_here: bool) -> list[RuleSpec]:
-        place = Place() / "rules"
-        return [rule.to_wish(interface, place / number, is_here=is_here) for number, rule in enumerate(self.rules)]
+    def to_specs(self, interface: str, *, is_here: bool) -> list[RuleSpec]:
+        pointer = Pointer() / "rules"
+        return [rule.to_spec(interface, pointer / number, is_here=is_here) for number, rule in enumerate(self.rules)]
 
 
 class MoveBody(Body):
-    number: Whole = Field(description="The one that it is to have")
+    number: Whole = Field(description="New number of the rule")
 
 
 class TrialBody(Body):
-    """Rules of an interface, or rules that are not there."""
+    """Rules of an interface, or new rules."""
 
     pcap: str = Field(description="A capture file, in base64")
     interface: str | None = None
     at: AtName | None = None
     rules: Annotated[list[RuleBody], Field(min_length=1)] | None = None
 
-    def to_wishes(self, *, is_here: bool) -> list[RuleSpec]:
+    def to_specs(self, *, is_here: bool) -> list[RuleSpec]:
         """None: those of the interface."""
-        place = Place() / "rules"
+        pointer = Pointer() / "rules"
         if (self.rules is None) == (self.interface is None):
-            with place:
-                raise InvalidInput("rules: give either an interface or rules")
+            with pointer:
+                raise InvalidInput("rules: give either interface or rules")
         if self.rules and self.at:
-            with Place() / "at":
-                raise InvalidInput("at: is said by each of the rules")
-        wishes = [r.to_wish("", place / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
-        for number, wish in enumerate(wishes):
-            with place / number:
-                if wish.at is not wishes[0].at:
-                    raise InvalidInput(f"rules: not all at one place: {wishes[0].at} and {wish.at}")
-                if wish.set_path is not None and wish.set_list is None:
-                    raise InvalidInput(f"set {wish.set_path}: list: missing")
-        return wishes
+            with Pointer() / "at":
+                raise InvalidInput("at: not allowed with rules: give it in each rule")
+        specs = [r.to_spec("", pointer / n, is_here=is_here) for n, r in enumerate(self.rules or ())]
+        for number, spec in enumerate(specs):
+            with pointer / number:
+                if spec.at is not specs[0].at:
+                    raise InvalidInput(f"rules: different attach points: {specs[0].at} and {spec.at}")
+                if spec.set_path is not None and spec.set_list is None:
+                    raise InvalidInput(f"set {spec.set_path}: list: missing")
+        return specs
 
 
 def _check_printable(name: str, text: str) -> None:
     if not " ".join(text.split()).isprintable():
-        raise InvalidInput(f"{name}: has characters that cannot be printed")
+        raise InvalidInput(f"{name}: contains unprintable characters")
 
 
 # What goes out

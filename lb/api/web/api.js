@@ -74,7 +74,7 @@ export class Api {
 }
 
 function lost(error) {
-  return error instanceof Problem ? error : new Problem(0, "the daemon does not answer");
+  return error instanceof Problem ? error : new Problem(0, "no response from the daemon");
 }
 
 async function problem(answer) {
@@ -82,7 +82,7 @@ async function problem(answer) {
     const { detail, field } = await answer.json();
     return new Problem(answer.status, detail, field);
   } catch {
-    return new Problem(answer.status, `the answer was ${answer.status} ${answer.statusText}`);
+    return new Problem(answer.status, `HTTP status ${answer.status} ${answer.statusText}`);
   }
 }
 

@@ -19,7 +19,7 @@ const SPANS_MS = [60000, 300000, 900000];
 const EVENTS_KEPT = 200;
 const BACKENDS_DRAWN = 8;
 const OPEN_AT_FIRST = 20; // backends, in all
-const GROUPS = { drops: "dropped", passes: "left to the host", answered: "answered here", noted: "forwarded, noted" };
+const GROUPS = { drops: "dropped", passes: "passed to the host", answered: "answered by the balancer", noted: "forwarded with a remark" };
 
 const byId = (id) => document.getElementById(id);
 const without = location.protocol === "http:"; // forwarded from the daemon's Unix socket, which asks for no token
@@ -39,7 +39,7 @@ class Session {
     this.lastEvent = null;
     byId("main").replaceChildren(byId("view").content.cloneNode(true));
     byId("main").classList.toggle("reader", caller.role !== "write");
-    say(byId("caller"), caller.role === "write" ? caller.who : `${caller.who}, may only read`);
+    say(byId("caller"), caller.role === "write" ? caller.who : `${caller.who}, read-only`);
     this.build();
   }
 
@@ -117,11 +117,11 @@ class Session {
   // That an answer came (null), or why not.
   heard(problem) {
     if (problem && !(problem instanceof Problem)) throw problem;
-    if (problem?.status === 401) end("The token is not known any more.");
+    if (problem?.status === 401) end("The token is no longer valid.");
     else if (problem) this.since ??= Date.now();
     else this.since = null;
     if (this.ending.signal.aborted) return;
-    const words = problem ? `${problem.message}: last heard at ${clock(this.since / 1000)}, trying again` : "";
+    const words = problem ? `${problem.message}: no data since ${clock(this.since / 1000)}, retrying` : "";
     say(byId("trouble"), words);
     set(byId("trouble"), "hidden", !problem);
     byId("main").classList.toggle("stale", Boolean(problem));
@@ -135,7 +135,7 @@ class Session {
           if (event) this.happened(event);
         });
       } catch (problem) {
-        if (!signal.aborted && problem.status === 401) end("The token is not known any more.");
+        if (!signal.aborted && problem.status === 401) end("The token is no longer valid.");
       }
       await pause(RETRY_MS[Math.min(Math.max(failed, 0), RETRY_MS.length - 1)], signal);
     }
@@ -233,12 +233,12 @@ class Session {
     const line = (name, of) => ({ name, values: history.of(of) });
     const two = (name, reply) => [line("to backends", name), line("to clients", reply)];
     const charts = [
-      ["Packets a second", two("packets", "replyPackets")],
-      ["Bits a second", two("bits", "replyBits")],
-      ["Connections a second", [line("opened", "connections"), line("tried again", "retries")]],
+      ["Packets per second", two("packets", "replyPackets")],
+      ["Bits per second", two("bits", "replyBits")],
+      ["Connections per second", [line("opened", "connections"), line("SYN retransmits", "retries")]],
       service
-        ? ["Packets a second, by backend", backendLines(service, window)]
-        : ["Drops a second", [line("dropped", "drops")]],
+        ? ["Packets per second by backend", backendLines(service, window)]
+        : ["Drops per second", [line("dropped", "drops")]],
     ];
     say(byId("scope"), scope ?? "all services");
     set(byId("all"), "hidden", !scope);
@@ -308,7 +308,7 @@ function eventWords(kind, { summary, detail, interface: name, xdp_mode: mode, ..
 }
 
 function healthWords({ vip, backend, state, why }) {
-  return `${vip}: backend ${backend} ${state === "down" ? `is down: ${why}` : "is up again"}`;
+  return `${vip}: backend ${backend} ${state === "down" ? `is down: ${why}` : "is up"}`;
 }
 
 function pause(ms, signal) {

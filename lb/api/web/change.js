@@ -7,27 +7,27 @@ import { differences, percent, planSentence, plural, whole } from "./words.js";
 
 const TYPING_MS = 300;
 const MOST_WEIGHT = 65535;
-const STAYING = "connections older than the change stay with the backend they have.";
+const STAYING = "connections older than the change stay on their backend.";
 
 // What each kind of change says, asks for and sends. `values`: of the fields.
 const KINDS = {
   drain: {
     title: (vip, backend) => `Drain ${backend}`,
-    about: "Its connections stay where they are; new ones go to the other backends.",
+    about: "Existing connections stay on this backend; new ones go to the others.",
     button: () => "Drain",
     method: "PATCH",
     body: () => ({ draining: true }),
   },
   undrain: {
-    title: (vip, backend) => `End the drain of ${backend}`,
-    about: "It gets new connections again; all others stay where they are.",
-    button: () => "End the drain",
+    title: (vip, backend) => `Undrain ${backend}`,
+    about: "This backend gets new connections again; existing connections do not move.",
+    button: () => "Undrain",
     method: "PATCH",
     body: () => ({ draining: false }),
   },
   weight: {
     title: (vip, backend) => `Weight of ${backend}`,
-    about: "Its share of new connections; those that are open stay where they are. 0: it gets no new ones.",
+    about: "Share of new connections; existing connections do not move. 0: no new connections.",
     fields: [{ name: "weight", label: "Weight", number: true }],
     button: ({ weight }) => `Set weight to ${weight}`,
     method: "PATCH",
@@ -35,7 +35,7 @@ const KINDS = {
   },
   remove: {
     title: (vip, backend) => `Remove ${backend}`,
-    about: "Its connections end at once. Drain it first, where they are not to.",
+    about: "Existing connections of this backend break. Drain it first to keep them.",
     button: () => "Remove",
     dangerous: true,
     method: "DELETE",
@@ -43,9 +43,9 @@ const KINDS = {
   },
   add: {
     title: (vip) => `Add a backend to ${vip}`,
-    about: "It gets its share of new connections; those that are open stay where they are.",
+    about: "The backend gets its share of new connections; existing connections do not move.",
     fields: [
-      { name: "backend", label: "Address", hint: "ADDR or ADDR:PORT; without a port, that of the VIP" },
+      { name: "backend", label: "Address", hint: "ADDR or ADDR:PORT; default port: that of the VIP" },
       { name: "weight", label: "Weight", number: true },
     ],
     button: ({ backend }) => `Add ${backend}`,
@@ -126,7 +126,7 @@ export class ChangeDialog {
 
   // What it would do, for the values as they are now.
   async ask(signal) {
-    this.unplanned("Asking what it would do…");
+    this.unplanned("Computing the plan…");
     const { document } = await this.send("?dry_run=true", signal);
     this.planned = JSON.stringify(this.values);
     this.plan.replaceChildren(...planView(document));
@@ -143,7 +143,7 @@ export class ChangeDialog {
   unplanned(words) {
     this.planned = null;
     this.confirm.disabled = true;
-    say(this.confirm, this.kind.fields ? "Change" : this.kind.button({}));
+    say(this.confirm, this.kind.fields ? "Apply" : this.kind.button({}));
     this.plan.replaceChildren(words);
     this.fault(null);
   }
@@ -193,8 +193,8 @@ export class ChangeDialog {
     await this.read(signal);
     const list = h("ul", {}, ...differences(before, this.service).map((each) => h("li", {}, each)));
     const now = this.service.backends.map(backendWords);
-    const state = h("p", {}, `It is now: ${now.join("; ") || "no backends"}. Look at the plan again, and decide anew.`);
-    this.conflict.replaceChildren(h("strong", {}, `Someone else has changed ${this.vip} meanwhile:`), list, state);
+    const state = h("p", {}, `Current backends: ${now.join("; ") || "none"}. Review the new plan before applying.`);
+    this.conflict.replaceChildren(h("strong", {}, `${this.vip} was modified by someone else:`), list, state);
     await this.ask(signal);
   }
 
@@ -213,7 +213,7 @@ function backendWords({ backend, weight, draining }) {
 }
 
 function planView({ changes, notes, warnings }) {
-  if (!changes.length) return [h("p", {}, "Nothing would change: it is so already.")];
+  if (!changes.length) return [h("p", {}, "Nothing to change.")];
   const about = (plan) => [h("p", {}, planSentence(plan)), ...(plan ? [ring(plan), ...more(plan)] : [])];
   const found = changes.flatMap(({ plan }) => about(plan));
   const said = [...notes, ...warnings].map((each) => h("li", {}, each));
@@ -221,15 +221,15 @@ function planView({ changes, notes, warnings }) {
 }
 
 function ring(plan) {
-  const words = `${percent(plan.moved, plan.slots)} of the ring moves, at least ${percent(plan.minimum, plan.slots)}`;
+  const words = `${percent(plan.moved, plan.slots)} of the ring moves, minimum ${percent(plan.minimum, plan.slots)}`;
   const bar = h("progress", { max: plan.slots, value: plan.moved, "aria-label": words });
   return h("div", { class: "ring" }, bar);
 }
 
 function more(plan) {
   const found = [];
-  if (plan.flows !== null) found.push(`${plural(plan.flows, "open connection")} on the slots that move.`);
-  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition afterwards: ${STAYING}`);
+  if (plan.flows !== null) found.push(`${plural(plan.flows, "open connection")} on these slots.`);
+  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition after the change: ${STAYING}`);
   return found.map((each) => h("p", {}, each));
 }
 
@@ -250,7 +250,7 @@ class Field {
     const described = { "aria-describedby": `${id}-fault ${id}-hint`, autocomplete: "off" };
     this.input = h("input", { id, name, ...kind, ...described, oninput: onInput });
     this.wrong = h("p", { id: `${id}-fault`, class: "error", role: "alert" });
-    const control = number ? [this.stepper(-1, "less", "−"), this.input, this.stepper(1, "more", "+")] : [this.input];
+    const control = number ? [this.stepper(-1, "decrease", "−"), this.input, this.stepper(1, "increase", "+")] : [this.input];
     const small = hint ? h("small", { id: `${id}-hint` }, hint) : null;
     const heading = h("label", { for: id }, label);
     this.element = h("div", { class: "field" }, heading, h("div", { class: "control" }, ...control), small, this.wrong);

@@ -64,7 +64,7 @@ function summary(shown, services, status, meter, metric) {
   const some = shown.length < services.length ? `, ${shown.length} shown` : "";
   const words = tallyWords(counts) || "no backends";
   const number = plural(services.length, "service");
-  return `Map: clients, ${number}${some}, ${words}; ${rate}. The table below has all of it.`;
+  return `Map: clients, ${number}${some}, ${words}; ${rate}. The table below lists everything.`;
 }
 
 // What is shown of the backends of each service.
@@ -129,7 +129,7 @@ function laidOut(rows, meter, metric, { narrow, gap, client, vip, backend, row }
     const key = each.more ? "more" : each.service.vip;
     const kind = each.more ? "more" : "vip";
     const at = { x: client + gap, y: middle - tall / 2, width: vip, height: tall };
-    const words = each.more ? "filter to see them" : vipWords(each, metric, meter, narrow);
+    const words = each.more ? "use the filter" : vipWords(each, metric, meter, narrow);
     nodes.push([`vip ${key}`, { kind, vip: each.service?.vip, name, words, ...at }]);
     const to = [client + gap, middle];
     if (!each.more) edges.push([`to ${key}`, { from: [client, null], to, rate: each.rate, most }]);

@@ -25,7 +25,7 @@ export class ServiceList {
   // `shown`: [{service, backends}], what passes the filter.
   update(shown, state) {
     set(this.empty, "hidden", shown.length > 0);
-    say(this.empty, state.status.services.length ? "Nothing passes the filter." : nothingServed(state));
+    say(this.empty, state.status.services.length ? "No services match the filter." : nothingServed(state));
     this.views.update(shown.map((each) => [each.service.vip, { ...each, state }]));
   }
 
@@ -39,8 +39,8 @@ export class ServiceList {
 }
 
 function nothingServed({ status }) {
-  if (!status.interfaces.length) return "Nothing is attached, and there are no services: see xdp-lb attach --help.";
-  return "There are no services yet: see xdp-lb vip add --help.";
+  if (!status.interfaces.length) return "Not attached, no services: see xdp-lb attach --help.";
+  return "No services: see xdp-lb vip add --help.";
 }
 
 function serviceView({ service: { vip } }, act, toggle) {

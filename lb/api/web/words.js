@@ -60,8 +60,8 @@ export function stateOf(backend, loaded) {
 // Why a backend is not simply active, in a few words; empty if it is.
 export function remark(backend, loaded, nowS) {
   if (backend.state === "down") return `${backend.why}, for ${ago(nowS - backend.since)}`;
-  if (backend.share < 100) return `starting slowly: ${backend.share} % of its weight`;
-  if (stateOf(backend, loaded) === "unresolved") return "its neighbour does not answer";
+  if (backend.share < 100) return `slow start: ${backend.share} % of its weight`;
+  if (stateOf(backend, loaded) === "unresolved") return "next hop unresolved";
   return backend.why || "";
 }
 
@@ -98,10 +98,10 @@ export function fitting(text, width, size, bold = false) {
 
 // What a change does to the ring of a service; null: there is none.
 export function planSentence(plan) {
-  if (!plan) return "Nothing is attached: it is stored, and in force from the next attach on.";
+  if (!plan) return "Not attached: the change is stored and takes effect at the next attach.";
   if (!plan.moved) return "No slot moves.";
   const moved = `${whole(plan.moved)} of ${whole(plan.slots)} slots move (${percent(plan.moved, plan.slots)})`;
-  return `${moved}; no scheme could do with less than ${whole(plan.minimum)}.`;
+  return `${moved}; the minimum is ${whole(plan.minimum)}.`;
 }
 
 // What differs between two documents of one service, as sentences.
@@ -116,12 +116,12 @@ export function differences(before, after) {
   }
   for (const name of known.keys()) found.push(`${name} was removed`);
   if (JSON.stringify(before.options) !== JSON.stringify(after.options)) found.push("options were changed");
-  return found.length ? found : ["other settings of it were changed"];
+  return found.length ? found : ["other settings were changed"];
 }
 
 function differencesOfBackend(was, is) {
   const found = [];
-  if (was.weight !== is.weight) found.push(`${is.backend} has weight ${is.weight}, had ${was.weight}`);
+  if (was.weight !== is.weight) found.push(`${is.backend} weight changed from ${was.weight} to ${is.weight}`);
   if (was.draining !== is.draining) found.push(`${is.backend} is ${is.draining ? "draining" : "no longer draining"}`);
   return found;
 }

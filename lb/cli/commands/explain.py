@@ -121,7 +121,7 @@ def _explain(
     if number is not None and pcap is None:
         raise click.UsageError("-n requires --pcap.")
     if (syn or flags is not None) and protocol != "tcp":
-        raise click.UsageError("--syn and --flags are for tcp.")
+        raise click.UsageError("--syn and --flags require tcp.")
     if syn and flags is not None:
         raise click.UsageError("--syn and --flags are mutually exclusive.")
     if pcap is not None:

@@ -116,12 +116,12 @@ def add(
     """
     from lb.model.rule_report import ApplyOptions
 
-    wish = make_wish(interface, action, words, set_path, set_side, at, duration)
-    how = ApplyOptions(force=force, selftest=not no_selftest, dry_run=dry_run)
-    run(lambda firewall: firewall.add(wish, position, how), as_json)
+    spec = make_spec(interface, action, words, set_path, set_side, at, duration)
+    options = ApplyOptions(force=force, selftest=not no_selftest, dry_run=dry_run)
+    run(lambda firewall: firewall.add(spec, position, options), as_json)
 
 
-def make_wish(
+def make_spec(
     interface: str,
     action: str,
     words: Sequence[str],
@@ -236,7 +236,7 @@ def flush(interface: str | None, everywhere: bool, force: bool, dry_run: bool, a
     from lb.model.rule_report import ApplyOptions
 
     if everywhere == (interface is not None):
-        raise click.UsageError("Name an interface, or give --all.")
+        raise click.UsageError("Give an interface or --all.")
     run(lambda firewall: firewall.flush(interface, ApplyOptions(force=force, dry_run=dry_run)), as_json)
 
 
@@ -332,11 +332,11 @@ def test(
     from lb.firewall.text import trial_lines
 
     if bool(rules) == (interface is not None):
-        raise click.UsageError("Name an interface, or give --rule.")
-    wishes = [make_wish("", *_split(text), at=at or str(At.XDP)) for text in rules]
+        raise click.UsageError("Give an interface or --rule.")
+    specs = [make_spec("", *_split(text), at=at or str(At.XDP)) for text in rules]
     with open_filters(Paths.here(), write=False) as firewall:
         if interface is None:
-            trial = firewall.test_wishes(wishes, path, write_to)
+            trial = firewall.test_specs(specs, path, write_to)
         else:
             trial = firewall.test(interface, path, At(at) if at else None, write_to)
     click.echo(to_json(trial_document(trial)) if as_json else "\n".join(trial_lines(trial)))
@@ -351,7 +351,7 @@ def _split(text: str) -> tuple[str, list[str]]:
         action, *words = shlex.split(text)
         return Action(action).value, words
     except ValueError:
-        raise InvalidInput(f"rule {text!r}: does not begin with drop, pass, count or limit RATE") from None
+        raise InvalidInput(f"rule {text!r}: no action: begin with drop, pass, count or limit RATE") from None
 
 
 def run(change: Callable[[FilterService], FilterReport], as_json: bool) -> None:

@@ -35,7 +35,7 @@ def parse_interval(text: str) -> float:
     try:
         seconds = float(figures) * UNITS_S[text[len(figures) :]]
     except (ValueError, KeyError):
-        raise click.BadParameter(f"{text}: not a time, such as 1s, 500ms or 2m") from None
+        raise click.BadParameter(f"{text}: not a duration such as 1s, 500ms or 2m") from None
     if not 0.1 <= seconds <= 86400:
         raise click.BadParameter(f"{text}: out of range 100ms to 1440m")
     return seconds
@@ -140,7 +140,7 @@ def _run(request: Request, interval_s: float, printer: Printer) -> None:
         with closing(asked), in_place(paths, record, found) as warning:
             if warning:
                 _say(f"warning: {warning}")
-            _say(f"stage {record.number}: {request.source.path} on {_place(record)}; Ctrl-C ends it")
+            _say(f"stage {record.number}: {request.source.path} on {_place(record)}; Ctrl-C stops it")
 
             def is_over() -> bool:
                 return ended() or not (record.place is None or is_in_force(paths, found.stages_fd))
@@ -148,7 +148,7 @@ def _run(request: Request, interval_s: float, printer: Printer) -> None:
             watch.until(is_over, interval_s)
         watch.finish()
     if not ended():
-        raise DataplaneError(f"{record.interface}: the balancer was detached, and the stage with it")
+        raise DataplaneError(f"{record.interface}: stage stopped: the balancer was detached")
 
 
 def _say(text: str) -> None:
@@ -157,7 +157,7 @@ def _say(text: str) -> None:
 
 def _place(record: Record) -> str:
     where = f"{record.interface}, at {record.at}"
-    return f"{where} alone" if record.place is None else f"{where}, place {record.place}"
+    return f"{where}, standalone" if record.place is None else f"{where}, place {record.place}"
 
 
 def _until_signal() -> Callable[[], bool]:

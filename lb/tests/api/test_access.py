@@ -73,12 +73,12 @@ def test_what_another_process_creates_or_revokes_is_known_at_once(path: Path) ->
 def test_names_are_names_and_each_is_there_once(path: Path) -> None:
     with Access.open(path) as access:
         access.create("deploy", Role.READ)
-        with pytest.raises(AlreadyExists, match="token deploy: there already"):
+        with pytest.raises(AlreadyExists, match="token deploy: already exists"):
             access.create("deploy", Role.WRITE)
-        with pytest.raises(NotFound, match="token nobody: there is none"):
+        with pytest.raises(NotFound, match="token nobody: not found"):
             access.revoke("nobody")
         for name in ("", "-x", "a b", "a\nb", "x" * 64, "é"):
-            with pytest.raises(InvalidInput, match="not a name"):
+            with pytest.raises(InvalidInput, match="invalid name"):
                 access.create(name, Role.READ)
 
 
@@ -111,7 +111,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as newer:
         newer.execute("PRAGMA user_version = 9")
     newer.close()
-    with pytest.raises(StoreError, match="written by a newer xdp-lb"):
+    with pytest.raises(StoreError, match="created by a newer xdp-lb"):
         Access.open(path)
 
 
@@ -193,7 +193,7 @@ def test_a_token_is_revoked_by_name(here: Path) -> None:
     assert lines("token", "revoke", "deploy") == ["token deploy: revoked"]
     assert lines("token", "list") == ["no tokens: create one with xdp-lb token create"]
     failed = run("token", "revoke", "deploy")
-    assert (failed.exit_code, failed.stderr) == (1, "xdp-lb: token deploy: there is none: see xdp-lb token list\n")
+    assert (failed.exit_code, failed.stderr) == (1, "xdp-lb: token deploy: not found: see xdp-lb token list\n")
 
 
 def test_the_audit_log_says_who_has_made_and_revoked_tokens(here: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_service_is_read_under_its_vip(http: httpx.Client) -> None:
 def test_put_makes_a_service_and_making_it_again_changes_nothing(http: httpx.Client) -> None:
     made = http.put("/v1/services/10.0.0.100:443%2Fudp", json=SERVICE)
     assert [change["change"] for change in made.json()["changes"]] == ["add"]
-    assert made.json()["notes"] == ["10.0.0.100: put on eth0, where no one had it"]
+    assert made.json()["notes"] == ["10.0.0.100: added to eth0"]
     again = http.put("/v1/services/10.0.0.100:443%2Fudp", json=SERVICE)
     assert again.json()["changes"] == []
     assert again.headers["etag"] == made.headers["etag"]
@@ -101,7 +101,7 @@ def test_a_vip_keeps_off_the_interfaces_if_so_wanted(http: httpx.Client) -> None
     )
     assert [(len(a.json()["changes"]), a.json()["notes"]) for a in answers] == [(1, []), (1, [])]
     report = http.put("/v1/services/10.0.0.101:80", json=SERVICE).json()
-    assert report["notes"] == ["10.0.0.101: put on eth0, where no one had it"]
+    assert report["notes"] == ["10.0.0.101: added to eth0"]
 
 
 def test_patch_changes_what_it_names_and_nothing_else(http: httpx.Client) -> None:
@@ -126,7 +126,7 @@ def test_delete_takes_a_service_away(http: httpx.Client) -> None:
     http.put("/v1/services/10.0.0.102:80", json=SERVICE)
     assert http.delete("/v1/services/10.0.0.102:80").json()["changes"][0]["change"] == "remove"
     gone = problem(http.get("/v1/services/10.0.0.102:80"), 404)
-    assert gone["detail"] == "vip 10.0.0.102:80/tcp: not served: see xdp-lb vip list"
+    assert gone["detail"] == "vip 10.0.0.102:80/tcp: no such service: see xdp-lb vip list"
 
 
 def test_plan_and_dry_runs_say_what_would_change_and_change_nothing(http: httpx.Client) -> None:
@@ -164,7 +164,7 @@ def test_a_replayed_change_meets_a_changed_service(http: httpx.Client) -> None:
     assert first.status_code == 200
     assert first.headers["etag"] == http.get(WEB).headers["etag"]
     replayed = http.patch(f"{WEB}/backends/10.0.0.11", json=patch, headers=tag)
-    assert "has changed meanwhile" in problem(replayed, 412)["detail"]
+    assert "modified since it was read" in problem(replayed, 412)["detail"]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_body_that_is_too_large_is_refused(http: httpx.Client, monkeypatch: py
     monkeypatch.setattr("lb.api.guard.LARGEST_LOCAL_BODY", LARGEST_BODY)
     headers = {"Content-Type": "application/json"}
     refused = http.put(WEB, content=b" " * (LARGEST_BODY + 1), headers=headers)
-    assert problem(refused, 413)["detail"] == "the body is larger than 1048576 bytes"
+    assert problem(refused, 413)["detail"] == "request body larger than 1048576 bytes"
     chunks = (b" " * 65536 for _ in range(17))  # of a length that nobody tells
     problem(http.put(WEB, content=chunks, headers=headers), 413)
     problem(http.put(WEB, content=b" " * LARGEST_BODY, headers=headers), 400)

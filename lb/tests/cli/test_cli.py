@@ -74,7 +74,7 @@ def test_a_vip_that_nobody_owns_is_put_on_the_interface_unless_told(serving: Hos
     serving.lines(*words, "--no-vip-address")
     assert owner(serving) is None
     serving.lines("vip", "remove", "10.0.0.100:80")
-    assert "  10.0.0.100: put on eth0, where no one had it" in serving.lines(*words)
+    assert "  10.0.0.100: added to eth0" in serving.lines(*words)
     assert owner(serving) == "eth0"
 
 
@@ -251,7 +251,7 @@ def test_a_set_has_its_own_backends_and_sources(serving: Host) -> None:
     ]
     serving.lines("vip", "set", near, "--source", "10.7.0.0/16,10.8.0.0/16")
     assert options_of(serving, near)["sources"] == ["10.7.0.0/16", "10.8.0.0/16"]
-    assert serving.error("vip", "remove", WEB) == f"xdp-lb: vip {WEB}: has the set {near}: remove that first"
+    assert serving.error("vip", "remove", WEB) == f"xdp-lb: vip {WEB}: has the member set {near}: remove it first"
 
 
 def test_a_backend_of_a_range_of_ports_has_the_port_of_the_client(host: Host) -> None:
@@ -327,7 +327,7 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
         (("attach", "eth9"), "interface eth9: does not exist"),
         (
             ("vip", "add", WEB),
-            "vip 10.0.0.1:80/tcp: already served",
+            "vip 10.0.0.1:80/tcp: already exists",
         ),
         (
             ("vip", "add", "10.0.0.2:80", "--backends", "2001:db8::11"),
@@ -343,7 +343,7 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
         ),
         (
             ("vip", "add", "10.0.0.2:80/icmp"),
-            "protocol icmp: not known: use tcp or udp",
+            "protocol icmp: unknown: use tcp or udp",
         ),
         (
             ("vip", "add", "10.0.0.2:80", "--ring-size", "250"),
@@ -353,10 +353,10 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("vip", "add", "10.0.0.2:80", "--flow-timeout", "0"),
             "10.0.0.2:80/tcp: flow timeout 0 s: out of range 1 s to 7 days",
         ),
-        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list"),
+        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
         (
             ("backend", "list", "10.0.0.2:80"),
-            "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list",
+            "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list",
         ),
         (
             ("backend", "remove", WEB, "10.0.0.19"),
@@ -387,16 +387,16 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
         (("vip", "set", WEB, "--allow", "10.0.0.1/8"), "prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8"),
         (
             ("vip", "set", WEB, "--affinity", "60"),
-            "vip 10.0.0.1:80/tcp: affinity cannot be changed while it is served: remove it first",
+            "vip 10.0.0.1:80/tcp: affinity cannot be changed on an existing service: remove it first",
         ),
-        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: not served: see xdp-lb vip list"),
+        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
         (
             ("vip", "add", "10.0.0.1:80@near"),
-            "10.0.0.1:80/tcp@near: sources: missing: a set is for clients from certain prefixes",
+            "10.0.0.1:80/tcp@near: sources: missing: a member set requires source prefixes",
         ),
         (
             ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
-            "vip 10.0.0.2:80/tcp@near: there is no 10.0.0.2:80/tcp that it could be a set of",
+            "vip 10.0.0.2:80/tcp@near: member set of 10.0.0.2:80/tcp, which does not exist",
         ),
         (
             ("backend", "add", WEB, "10.0.0.13:http"),
@@ -410,7 +410,7 @@ def test_bad_input_is_one_line(serving: Host, words: tuple[str, ...], message: s
 
 
 def test_attach_with_nothing_to_serve_is_an_error(host: Host) -> None:
-    assert host.error("attach", "eth0").startswith("xdp-lb: attach: nothing to serve: ")
+    assert host.error("attach", "eth0").startswith("xdp-lb: attach: no services: ")
 
 
 def test_a_foreign_program_is_named(host: Host) -> None:
@@ -437,11 +437,11 @@ def test_a_file_that_is_not_there_is_named(host: Host) -> None:
         (OSError("odd"), "operating system: odd"),
         (
             KeyError("one\ntwo"),
-            "internal error: KeyError: 'one\\ntwo' (XDP_LB_TRACEBACK=1 shows where)",
+            "internal error: KeyError: 'one\\ntwo' (set XDP_LB_TRACEBACK=1 for a traceback)",
         ),
         (
             ValueError("one\ntwo"),
-            "internal error: ValueError: one two (XDP_LB_TRACEBACK=1 shows where)",
+            "internal error: ValueError: one two (set XDP_LB_TRACEBACK=1 for a traceback)",
         ),
     ],
 )

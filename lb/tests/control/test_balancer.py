@@ -126,18 +126,18 @@ def test_attach_serves_and_says_what_it_did(bed: Bed) -> None:
     assert plan
     assert (plan.slots, plan.moved, plan.minimum) == (SMALL, SMALL, SMALL)
     assert report.attached == (Attachment("eth0", "native", 1),)
-    assert report.notes == ("10.0.0.1: put on eth0, where no one had it",)
+    assert report.notes == ("10.0.0.1: added to eth0",)
     bed.assert_in_force(State((service(WEB, A, B),), (ETH0,), (OwnAddress("eth0", WEB.address),)))
 
 
 def test_attach_with_nothing_to_serve_is_refused(bed: Bed) -> None:
-    with pytest.raises(InvalidInput, match="attach: nothing to serve: give --backends, or add a"):
+    with pytest.raises(InvalidInput, match="attach: no services: give --backends or add a"):
         bed.run(lambda b: b.attach([ETH0]))
     bed.assert_in_force(State())
 
 
 def test_attach_to_no_interface_is_refused(bed: Bed) -> None:
-    with pytest.raises(InvalidInput, match="attach: no interface: name one"):
+    with pytest.raises(InvalidInput, match="attach: no interface given"):
         bed.run(lambda b: b.attach([], [service(WEB, A)]))
 
 
@@ -162,7 +162,7 @@ def test_attach_twice_is_attach_once(serving: Bed) -> None:
 
 
 def test_attach_of_a_vip_that_is_served_otherwise_is_refused(serving: Bed) -> None:
-    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already served otherwise"):
+    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already exists with other settings"):
         serving.run(lambda b: b.attach([ETH0], [service(WEB, C)]))
 
 
@@ -189,7 +189,7 @@ def test_detach_keeps_the_services_and_attach_restores_them(serving: Bed) -> Non
     before = serving.state
     report = serving.run(lambda b: b.detach())
     assert report.detached == ("eth0",)
-    assert report.notes == ("10.0.0.1: taken off eth0",)
+    assert report.notes == ("10.0.0.1: removed from eth0",)
     serving.assert_in_force(replace(before, interfaces=()))
     serving.run(lambda b: b.attach([ETH0]))
     serving.assert_in_force(before)
@@ -230,7 +230,7 @@ def test_any_change_after_a_reboot_restores_what_is_stored_and_says_so(serving: 
     before = serving.state
     rebooted = Bed.at(serving.path)
     report = rebooted.run(lambda b: b.add_backend(WEB, C))
-    assert "the kernel did not hold what is stored: everything is written anew" in report.notes
+    assert "kernel state did not match the store: rewritten" in report.notes
     rebooted.assert_in_force(before.replacing_service(service(WEB, A, B, C)))
 
 
@@ -240,7 +240,7 @@ def test_an_interface_that_has_gone_is_warned_of_and_can_be_detached(serving: Be
     del rebooted.network.held["eth1"]
     report = rebooted.run(lambda b: b.add_backend(WEB, C))
     assert report.warnings == (
-        "interface eth1: does not exist: nothing is served there: xdp-lb detach eth1 forgets it",
+        "interface eth1: does not exist: not attached: run xdp-lb detach eth1 to remove it from the store",
     )
     rebooted.run(lambda b: b.detach(["eth1"]))
     assert rebooted.state.interfaces == (ETH0,)
@@ -251,14 +251,14 @@ def test_an_interface_that_has_gone_is_warned_of_and_can_be_detached(serving: Be
 
 def test_the_interface_of_nat_replies_is_attached_too(bed: Bed) -> None:
     report = bed.run(lambda b: b.attach([ETH0], [service(WEB, A, FAR)]))
-    assert "eth1: attached too: nat replies of 10.0.1.11 come in there" in report.notes
+    assert "eth1: also attached: nat replies of 10.0.1.11 arrive there" in report.notes
     assert bed.state.interfaces == (ETH0, ETH1)
 
 
 def test_the_note_on_nat_replies_stays_a_line(bed: Bed) -> None:
     far = [Backend.parse(f"10.0.1.{n}:80") for n in range(11, 20)]
     report = bed.run(lambda b: b.attach([ETH0], [service(WEB, *far)]))
-    assert ("eth1: attached too: nat replies of 10.0.1.11, 10.0.1.12 and 7 more come in there") in report.notes
+    assert ("eth1: also attached: nat replies of 10.0.1.11, 10.0.1.12 and 7 more arrive there") in report.notes
 
 
 def test_a_backend_added_behind_another_interface_takes_it_along(serving: Bed) -> None:
@@ -269,7 +269,7 @@ def test_a_backend_added_behind_another_interface_takes_it_along(serving: Bed) -
 def test_the_interface_of_nat_replies_cannot_be_detached_alone(bed: Bed) -> None:
     bed.run(lambda b: b.attach([ETH0], [service(WEB, A, FAR)]))
     before = bed.state
-    with pytest.raises(InvalidInput, match=r"eth1: nat replies of 10\.0\.1\.11 come in there"):
+    with pytest.raises(InvalidInput, match=r"eth1: nat replies of 10\.0\.1\.11 arrive there"):
         bed.run(lambda b: b.detach(["eth1"]))
     bed.assert_in_force(before)
 
@@ -338,13 +338,13 @@ def test_an_address_goes_with_the_last_service_on_it(serving: Bed) -> None:
     serving.run(lambda b: b.remove_service(WEB))
     assert serving.network.owner(WEB.address) == "eth0"
     report = serving.run(lambda b: b.remove_service(TLS))
-    assert report.notes == ("10.0.0.1: taken off eth0",)
+    assert report.notes == ("10.0.0.1: removed from eth0",)
     serving.assert_in_force(State(interfaces=(ETH0,)))
 
 
 def test_a_service_stored_before_attach_gets_its_address_then(bed: Bed) -> None:
     report = bed.run(lambda b: b.add_service(service(WEB, A)))
-    assert report.notes == ("stored only: nothing is attached: xdp-lb attach IFACE puts it in force",)
+    assert report.notes == ("stored, not active: no interface attached: run xdp-lb attach IFACE",)
     assert report.changes[0].plan is None
     assert bed.extra_addresses() == set()
     bed.run(lambda b: b.attach([ETH0]))
@@ -392,7 +392,7 @@ def test_a_service_is_added_and_removed(serving: Bed) -> None:
 
 
 def test_a_vip_that_is_served_cannot_be_added(serving: Bed) -> None:
-    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already served"):
+    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already exists"):
         serving.run(lambda b: b.add_service(service(WEB, C)))
 
 
@@ -531,7 +531,9 @@ def test_apply_makes_a_draining_backend_active_unless_it_says_drain(serving: Bed
 def test_apply_cannot_change_the_shape_of_what_is_served(serving: Bed, wanted: Service, name: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         serving.run(lambda b: b.apply([wanted]))
-    assert str(caught.value) == (f"vip 10.0.0.1:80/tcp: {name} cannot be changed while it is served: remove it first")
+    assert str(caught.value) == (
+        f"vip 10.0.0.1:80/tcp: {name} cannot be changed on an existing service: remove it first"
+    )
     serving.run(lambda b: b.detach())
     serving.run(lambda b: b.apply([wanted]))
     assert serving.state.services == (wanted,)
@@ -539,7 +541,7 @@ def test_apply_cannot_change_the_shape_of_what_is_served(serving: Bed, wanted: S
 
 def test_apply_before_attach_is_stored(bed: Bed) -> None:
     report = bed.run(lambda b: b.apply([service(WEB, A)]))
-    assert report.notes[0].startswith("stored only")
+    assert report.notes[0].startswith("stored, not active")
     assert bed.state.services == (service(WEB, A),)
 
 
@@ -716,7 +718,7 @@ def test_a_store_that_cannot_commit_leaves_the_old_state_in_force(serving: Bed) 
         store._connection.execute("PRAGMA busy_timeout = 0")
         reader._connection.execute("BEGIN")
         reader._connection.execute("SELECT * FROM service").fetchone()
-        with pytest.raises(StoreError, match="another program holds it open"):
+        with pytest.raises(StoreError, match="locked by another process"):
             balancer.add_backend(WEB, C)
     serving.assert_in_force(before)
     assert serving.network.neighbours == {A.address, B.address}
@@ -729,7 +731,7 @@ def test_a_store_that_is_locked_keeps_the_kernel_untouched(serving: Bed) -> None
         balancer = Balancer(store, serving.dataplane, serving.network)
         store._connection.execute("PRAGMA busy_timeout = 0")
         other._connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="another program holds it open"):
+        with pytest.raises(StoreError, match="locked by another process"):
             balancer.add_backend(WEB, C)
     assert serving.fuse.writes == writes
     serving.assert_in_force(before)

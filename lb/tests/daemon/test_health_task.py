@@ -61,7 +61,7 @@ class Host:
 
     path: Path
     dataplane: MemoryDataplane = field(default_factory=MemoryDataplane)
-    ways: list[Loopback] = field(default_factory=list)
+    paths: list[Loopback] = field(default_factory=list)
     quiets: list[Quiet] = field(default_factory=list)
 
     @property
@@ -82,8 +82,8 @@ class Host:
         return nullcontext(self.quiets[-1])
 
     def find_ways(self) -> Loopback:
-        self.ways.append(Loopback())
-        return self.ways[-1]
+        self.paths.append(Loopback())
+        return self.paths[-1]
 
     @asynccontextmanager
     async def daemon(self) -> AsyncIterator[BalancerThread]:
@@ -139,14 +139,14 @@ def test_a_check_that_is_asked_for_later_is_heeded_and_its_findings_are_events(t
             server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
             await until(owner, lambda found: found == ["active", "active"])
             async with asyncio.timeout(10):
-                while len(told := health_events(owner)) < 4:
+                while len(reported := health_events(owner)) < 4:
                     await asyncio.sleep(0.01)
         server.close()
         await server.wait_closed()
-        return told, done.report.notes
+        return reported, done.report.notes
 
-    told, notes = asyncio.run(run())
-    turned = [(each["vip"], each["backend"], each["state"], each["why"]) for each in told]
+    reported, notes = asyncio.run(run())
+    turned = [(each["vip"], each["backend"], each["state"], each["why"]) for each in reported]
     assert sorted(turned[:2]) == [(str(WEB), str(b), "down", "connection refused") for b in (A, B)]
     assert sorted(turned[2:]) == [(str(WEB), str(b), "active", "") for b in (A, B)]
     assert notes == ()
@@ -199,9 +199,9 @@ def test_conditions_go_on_from_daemon_to_daemon_and_turns_are_told_once(tmp_path
     host, port = Host(tmp_path), refused_port()
     serve(host, checked(port))
     asyncio.run(first(host))
-    before, told = asyncio.run(second(host, port))
+    before, reported = asyncio.run(second(host, port))
     assert before == ["down", "down"]
-    assert {each["state"] for each in told} == {"active"}
+    assert {each["state"] for each in reported} == {"active"}
     assert host.owners() == {str(A), str(B)}
 
 
@@ -213,7 +213,7 @@ def test_a_change_without_a_daemon_leaves_conditions_in_force_and_says_so(tmp_pa
     host = Host(tmp_path)
     serve(host, checked(refused_port()))
     asyncio.run(run(host))
-    kept = f"{WEB}: {A} (down), {B} (down) stay as health checks left them, until xdp-lb serve runs or --health off"
+    kept = f"{WEB}: {A} (down), {B} (down) keep their last health state until xdp-lb serve runs or --health off"
     with host.balancer() as balancer:
         assert kept in balancer.set_weight(WEB, A, 2, dry_run=True).notes
         assert kept in balancer.set_weight(WEB, A, 2).notes
@@ -243,14 +243,14 @@ def test_ways_are_looked_for_again_when_the_network_is_another_one(tmp_path: Pat
     async def run(host: Host) -> None:
         async with host.daemon() as owner:
             await until(owner, lambda found: found == ["down", "down"])
-            (ways,), (quiet,) = host.ways, host.quiets
-            before = ways.finds
+            (paths,), (quiet,) = host.paths, host.quiets
+            before = paths.finds
             quiet.changes.put_nowait(Changes(links={7}))  # which concerns nobody
             quiet.changes.put_nowait(Changes(everything=True))
             async with asyncio.timeout(10):
-                while ways.finds == before:
+                while paths.finds == before:
                     await asyncio.sleep(0.01)
-            assert ways.finds == before + 1
+            assert paths.finds == before + 1
 
     host = Host(tmp_path)
     serve(host, checked(refused_port()))

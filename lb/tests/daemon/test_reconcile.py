@@ -129,10 +129,10 @@ def test_all_that_has_changed_is_found_and_repaired(bed: Bed) -> None:
         bed.dataplane.published.clear()
         bed.dataplane.rings[WEB].words[3] = 0
         assert balancer.repairs.reconcile().notes == (
-            "eth0: the program was not there: attached again",
-            "lookups: changed by someone else",
-            "10.0.0.1: was not on eth0: put there again",
-            "vip 10.0.0.1:80/tcp: its slots were changed: repaired",
+            "eth0: XDP program was missing: reattached",
+            "lookups: changed by another process",
+            "10.0.0.1: was missing on eth0: added again",
+            "vip 10.0.0.1:80/tcp: slots were modified: repaired",
         )
         assert bed.dataplane.generation == generation
         assert balancer.repairs.reconcile().notes == ()
@@ -143,7 +143,7 @@ def test_a_change_that_was_cut_short_is_finished(bed: Bed) -> None:
     with bed.serving() as balancer:
         bed.dataplane.generation = 0
         bed.dataplane.remove(WEB)
-        assert "everything is written anew" in balancer.repairs.reconcile().notes[0]
+        assert "did not match the store" in balancer.repairs.reconcile().notes[0]
         assert bed.dataplane.vips() == {WEB}
 
 
@@ -153,7 +153,7 @@ def test_a_repair_that_the_kernel_refuses_is_made_by_the_next(bed: Bed) -> None:
         bed.fuse.fail_after(1)
         with pytest.raises(DataplaneError):
             balancer.repairs.reconcile()
-        assert "everything is written anew" in balancer.repairs.reconcile().notes[0]
+        assert "did not match the store" in balancer.repairs.reconcile().notes[0]
         assert balancer.repairs.reconcile().notes == ()
 
 
@@ -170,7 +170,7 @@ def test_the_interface_that_a_way_leads_through_now_is_attached_for_nat_replies(
     with bed.serving() as balancer:
         lead_elsewhere(bed.network, interface="eth1", ifindex=2)
         report = balancer.repairs.follow({A.address, B.address})
-        assert "eth1: attached too: nat replies of 10.0.0.11 and 10.0.0.12 come in there" in report.notes
+        assert "eth1: also attached: nat replies of 10.0.0.11 and 10.0.0.12 arrive there" in report.notes
         assert set(bed.dataplane.attachments()) == {"eth0", "eth1"}
         assert balancer.state.interface("eth1")
 
@@ -199,7 +199,7 @@ def test_what_has_changed_is_repaired_at_the_next_look_and_told(bed: Bed) -> Non
 
     with capture_logs() as said:
         (drift,) = asyncio.run(run())
-    sentence = "vip 10.0.0.1:80/tcp: its slots were changed: repaired"
+    sentence = "vip 10.0.0.1:80/tcp: slots were modified: repaired"
     assert (drift["mended"], drift["unmended"], drift["summary"]) == ([sentence], [], sentence)
     assert [line["what"] for line in said if line["event"] == "drift"] == [sentence]
 
@@ -248,13 +248,13 @@ def test_a_change_of_the_host_is_followed_at_once(bed: Bed) -> None:
             return drifts(owner)
 
     assert [each["summary"] for each in asyncio.run(run())] == [
-        "backend 10.0.0.11: next hop is 02:00:00:00:00:78 on eth0 now",
-        "eth0: the program was not there: attached again",
+        "backend 10.0.0.11: next hop is now 02:00:00:00:00:78 on eth0",
+        "eth0: XDP program was missing: reattached",
     ]
 
 
 def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "NEXT_HOPS_A_CHECK", 1)
+    monkeypatch.setattr(reconcile, "NEXT_HOPS_PER_CHECK", 1)
     asked: list[Address] = []
     next_hops = bed.network.next_hops
 

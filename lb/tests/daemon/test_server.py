@@ -158,7 +158,7 @@ def test_a_file_is_what_is_served_and_is_read_again_when_told(host: Host, tmp_pa
         wait_for(lambda: [str(s) for s in stored(host).services] == ["10.0.0.51:80/tcp"], "the new file")
         file.write_text("nonsense")
         daemon.call(daemon.daemon.reload)
-        wait_for(lambda: any("not reloaded" in line["event"] for line in daemon.said), "the error")
+        wait_for(lambda: any("reload failed" in line["event"] for line in daemon.said), "the error")
         assert [str(s) for s in stored(host).services] == ["10.0.0.51:80/tcp"]
 
 
@@ -348,7 +348,7 @@ def test_a_wrong_token_is_refused_and_recorded_and_never_repeated(remote: Remote
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
     (entry,) = audit(remote)
-    assert (entry.who, entry.address, entry.outcome) == ("unknown", "127.0.0.1", "401: wrong token")
+    assert (entry.who, entry.address, entry.outcome) == ("unknown", "127.0.0.1", "401: invalid token")
     everything = f"{answer.text} {answer.headers} {entry} {remote.running.said}"
     for secret in (wrong, *remote.tokens.values()):
         assert secret.removeprefix("xlb_") not in everything
@@ -445,12 +445,12 @@ def test_a_new_certificate_is_taken_up_and_a_wrong_one_is_not(remote: Remote) ->
     old = remote.certificate.trusted
     remote.certificate.key.write_text("no key")
     remote.running.call(remote.running.daemon.reload)
-    wait_for(lambda: any("not reloaded" in line["event"] for line in remote.running.said), "the error")
+    wait_for(lambda: any("reload failed" in line["event"] for line in remote.running.said), "the error")
     with httpx.Client(base_url=remote.url, verify=old, trust_env=False) as http:
         assert http.get("/healthz").status_code == 200
 
 
-@pytest.mark.parametrize(("text", "error"), [("no certificate", "not a certificate"), (None, "No such file")])
+@pytest.mark.parametrize(("text", "error"), [("no certificate", "not a PEM certificate"), (None, "No such file")])
 def test_a_certificate_that_is_none_is_one_line(
     host: Host, tmp_path: Path, certificate: Certificate, text: str | None, error: str
 ) -> None:

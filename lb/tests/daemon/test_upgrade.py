@@ -12,7 +12,7 @@ from lb.errors import DataplaneError
 from lb.tests.fakes.daemon import Running, serving
 from lb.tests.fakes.host import RING, Host
 
-TAKEN_OVER = "the installed program has taken over from that of xdp-lb 0.0.9"
+TAKEN_OVER = "program upgraded from xdp-lb 0.0.9 to the installed version"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def refuse(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attach_has_the_installed_program_take_over_and_says_so_once(host: Host) -> None:
-    assert "the program in force is of xdp-lb 0.0.9, not the installed one" in host.run("status").stdout
+    assert "the running program is of xdp-lb 0.0.9, not the installed version" in host.run("status").stdout
     assert TAKEN_OVER in host.run("attach", "eth0").stdout
     assert host.dataplane.outdated == ""
     assert TAKEN_OVER not in host.run("attach", "eth0").stdout

@@ -195,7 +195,7 @@ def test_nothing_is_loaded_until_load(kernel: Kernel) -> None:
     dataplane = kernel.dataplane
     assert (dataplane.loaded, dataplane.generation, dataplane.vips(), dataplane.attachments()) == (False, 0, set(), {})
     assert dataplane.plan(service(WEB, A)) == Plan(SMALL, SMALL, SMALL, 0)
-    with pytest.raises(DataplaneError, match="nothing is loaded: xdp-lb attach IFACE does it"):
+    with pytest.raises(DataplaneError, match="no program loaded: run xdp-lb attach IFACE"):
         dataplane.statistics()
     assert not kernel.pins.mount_point.exists()
 
@@ -598,7 +598,7 @@ def test_growth_that_the_kernel_refuses_leaves_the_old_maps_in_force(
 ) -> None:
     first, old = grown.generation, grown.running()
     monkeypatch.setattr(allocation, "LEAST_SLOTS", 1 << 35)
-    with pytest.raises(DataplaneError, match=r"lb\.bpf\.o: the kernel refuses it"):
+    with pytest.raises(DataplaneError, match=r"lb\.bpf\.o: rejected by the kernel"):
         grown.dataplane.load([service(vip, A) for vip in vips(9)])
     assert (grown.generation, grown.running()) == (first, old)
     assert grown.dataplane.vips() == {WEB, TLS}
@@ -716,8 +716,8 @@ def test_pins_of_another_version_are_named_once_and_can_be_taken_away(kernel: Ke
     with pytest.raises(DataplaneError) as refusal:
         kernel.dataplane.load([service(WEB, A)])
     assert str(refusal.value) == (
-        "the programs in force are of another version of xdp-lb"
-        " (map members: of another shape than in its description): xdp-lb detach, then xdp-lb attach IFACE"
+        "the loaded programs are of another version of xdp-lb"
+        " (map members: layout differs from that in its description): run xdp-lb detach, then xdp-lb attach IFACE"
     )
     assert kernel.dataplane.loaded
     assert kernel.dataplane.attachments() == {"near": Attachment("near", NATIVE, attached.program_id)}

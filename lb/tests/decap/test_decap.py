@@ -27,11 +27,11 @@ def test_prefix_is_written_as_it_was_given(text: str) -> None:
         ("10.0.0.1/33", "vip 10.0.0.1/33: not an IPv4 or IPv6 prefix"),
         ("10.0.0.1/24", "vip 10.0.0.1/24: has host bits set: write 10.0.0.0/24"),
         ("2001:db8::1/64", "vip 2001:db8::1/64: has host bits set: write 2001:db8::/64"),
-        ("127.0.0.1", "vip 127.0.0.1: cannot be a VIP: give addresses that clients connect to"),
-        ("224.0.0.0/8", "vip 224.0.0.0/8: cannot be a VIP: give addresses that clients connect to"),
-        ("0.0.0.0/0", "vip 0.0.0.0/0: cannot be a VIP: give addresses that clients connect to"),
-        ("::/0", "vip ::/0: cannot be a VIP: give addresses that clients connect to"),
-        ("::1", "vip ::1: cannot be a VIP: give addresses that clients connect to"),
+        ("127.0.0.1", "vip 127.0.0.1: not a valid VIP: use an address that clients connect to"),
+        ("224.0.0.0/8", "vip 224.0.0.0/8: not a valid VIP: use an address that clients connect to"),
+        ("0.0.0.0/0", "vip 0.0.0.0/0: not a valid VIP: use an address that clients connect to"),
+        ("::/0", "vip ::/0: not a valid VIP: use an address that clients connect to"),
+        ("::1", "vip ::1: not a valid VIP: use an address that clients connect to"),
     ],
 )
 def test_what_cannot_be_a_vip_is_refused_in_one_line(text: str, why: str) -> None:

@@ -87,11 +87,11 @@ def test_kernels_before_6_1_are_too_old(kernel: str, status: Severity) -> None:
             {"missing_capabilities": ("CAP_NET_ADMIN", "CAP_SYS_ADMIN")},
             Finding("capabilities", FAIL, "CAP_NET_ADMIN and CAP_SYS_ADMIN missing", "sudo xdp-lb doctor"),
         ),
-        ({}, Finding("program", OK, "the kernel takes it: 12,345 instructions verified")),
+        ({}, Finding("program", OK, "loads: 12,345 instructions verified")),
         ({"dataplane": Refusal("too large", "make it small")}, Finding("program", FAIL, "too large", "make it small")),
         (
             {"dataplane": None},
-            Finding("program", WARN, "not tried, for want of capabilities", "sudo xdp-lb doctor"),
+            Finding("program", WARN, "not tested: capabilities missing", "sudo xdp-lb doctor"),
         ),
         (
             {"dataplane": replace(LOADED, jited=False)},
@@ -99,9 +99,9 @@ def test_kernels_before_6_1_are_too_old(kernel: str, status: Severity) -> None:
         ),
         (
             {"has_bpffs": False},
-            Finding("bpffs", FAIL, "not in this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y"),
+            Finding("bpffs", FAIL, "not supported by this kernel", "boot a kernel with CONFIG_BPF_SYSCALL=y"),
         ),
-        ({}, Finding("bpffs", OK, "attach mounts one: /run/xdp-lb/bpf")),
+        ({}, Finding("bpffs", OK, "mounted by attach: /run/xdp-lb/bpf")),
         ({"loaded": True}, Finding("bpffs", OK, "in use: /run/xdp-lb/bpf")),
         ({"services": 1}, Finding("store", OK, "1 service")),
         ({"services": Refusal("damaged", "mv a b")}, Finding("store", FAIL, "damaged", "mv a b")),
@@ -110,11 +110,14 @@ def test_kernels_before_6_1_are_too_old(kernel: str, status: Severity) -> None:
             Finding(
                 "nat ports",
                 WARN,
-                "1024-32767 overlap the host's own 1024-60999",
+                "1024-32767 overlaps the host's ephemeral range 1024-60999",
                 'sysctl -w net.ipv4.ip_local_port_range="32768 60999"',
             ),
         ),
-        ({"local_ports": (512, 1023)}, Finding("nat ports", OK, "1024-32767, apart from the host's 512-1023")),
+        (
+            {"local_ports": (512, 1023)},
+            Finding("nat ports", OK, "1024-32767, outside the host's ephemeral range 512-1023"),
+        ),
     ],
 )
 def test_finding_of_the_host(facts: dict[str, Any], expected: Finding) -> None:
@@ -129,7 +132,7 @@ def test_finding_of_the_host(facts: dict[str, Any], expected: Finding) -> None:
             199,
             None,
             False,
-            Finding("memory", WARN, "100 MiB for maps, 199 MiB free", "free 2 MiB of memory, or add them"),
+            Finding("memory", WARN, "100 MiB for maps, 199 MiB free", "free or add 2 MiB of memory"),
         ),
         (
             40,
@@ -142,7 +145,7 @@ def test_finding_of_the_host(facts: dict[str, Any], expected: Finding) -> None:
                 "raise the limit by 61 MiB: /sys/fs/cgroup/lb/memory.max",
             ),
         ),
-        (40, None, True, Finding("memory", OK, "maps are allocated")),
+        (40, None, True, Finding("memory", OK, "maps already allocated")),
     ],
 )
 def test_maps_need_memory(free_mib: int, limit: str | None, loaded: bool, expected: Finding) -> None:
@@ -153,11 +156,11 @@ def test_neighbour_tables_have_room_for_twice_the_backends() -> None:
     host = replace(HOST, neighbours=(Neighbours(4, 512, 1024), Neighbours(6, 513, 1024)))
     found = [f for f in findings(host, ()) if f.check.startswith("neighbours")]
     assert found == [
-        Finding("neighbours v4", OK, "512 backends, room for 1024"),
+        Finding("neighbours v4", OK, "512 backends, table limit 1024"),
         Finding(
             "neighbours v6",
             WARN,
-            "513 backends, room for 1024",
+            "513 backends, table limit 1024",
             "sysctl -w net.ipv6.neigh.default.gc_thresh3=4096",
         ),
     ]
@@ -182,8 +185,8 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "native xdp",
                 WARN,
-                "e1000: none known, generic mode is several times slower",
-                "to accept that: xdp-lb attach eth0 --xdp-mode generic",
+                "e1000: not known to support native XDP; generic mode is several times slower",
+                "to accept generic mode: xdp-lb attach eth0 --xdp-mode generic",
             ),
         ),
         (
@@ -192,21 +195,21 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "native xdp",
                 WARN,
-                "unknown driver: none known, generic mode is several times slower",
-                "to accept that: xdp-lb attach eth0 --xdp-mode generic",
+                "unknown driver: not known to support native XDP; generic mode is several times slower",
+                "to accept generic mode: xdp-lb attach eth0 --xdp-mode generic",
             ),
         ),
         (CARD, {"native": None}, on_eth0("native xdp", OK, "ice")),
         (
             VETH,
             {"native": False, "peer": replace(PEER, tx_queues=4)},
-            on_eth0("native xdp", WARN, "veth: its other end sends on more queues", "ethtool -L eth0 rx 4"),
+            on_eth0("native xdp", WARN, "veth: peer has more TX queues", "ethtool -L eth0 rx 4"),
         ),
-        (VETH, {}, on_eth0("transmit", OK, "the other end takes what XDP sends")),
+        (VETH, {}, on_eth0("transmit", OK, "peer accepts frames sent by XDP")),
         (
             VETH,
             {"transmits": False},
-            on_eth0("transmit", WARN, "its other end drops what XDP sends", "ethtool -K far gro on"),
+            on_eth0("transmit", WARN, "peer drops frames sent by XDP", "ethtool -K far gro on"),
         ),
         (
             VETH,
@@ -214,8 +217,8 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "transmit",
                 WARN,
-                "its other end drops what XDP sends",
-                "in the network namespace of its other end DEV: ethtool -K DEV gro on",
+                "peer drops frames sent by XDP",
+                "in the peer's network namespace, DEV being the peer: ethtool -K DEV gro on",
             ),
         ),
         (
@@ -224,7 +227,7 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "attached",
                 FAIL,
-                "a program of someone else: id 12, name xdp_pass, generic",
+                "foreign program: id 12, name xdp_pass, generic",
                 "ip link set dev eth0 xdpgeneric off",
             ),
         ),
@@ -234,8 +237,8 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "attached",
                 FAIL,
-                "id 12, name xdp_lb, native: its pins are gone",
-                "xdp-lb attach eth0, by the same version",
+                "id 12, name xdp_lb, native: pins missing",
+                "xdp-lb attach eth0, using the same version",
             ),
         ),
         (
@@ -256,17 +259,17 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
         (
             CARD,
             {"offloads": frozenset({"rx-lro"})},
-            on_eth0("lro", WARN, "on: native XDP is refused", "ethtool -K eth0 lro off"),
+            on_eth0("lro", WARN, "on: incompatible with native XDP", "ethtool -K eth0 lro off"),
         ),
         (
             CARD,
             {"offloads": frozenset({"rx-gro-hw"})},
-            on_eth0("hardware gro", WARN, "on: native XDP is refused", "ethtool -K eth0 rx-gro-hw off"),
+            on_eth0("hardware gro", WARN, "on: incompatible with native XDP", "ethtool -K eth0 rx-gro-hw off"),
         ),
         (
             CARD,
             {"driver": "virtio_net", "offloads": frozenset({"rx-gro-hw"})},
-            on_eth0("hardware gro", OK, "on: the driver turns it off for XDP"),
+            on_eth0("hardware gro", OK, "on: disabled by the driver for XDP"),
         ),
         (
             CARD,
@@ -275,7 +278,7 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
                 "offloads": frozenset({"rx-gro-hw"}),
                 "fixed_offloads": frozenset({"rx-gro-hw", "rx-lro"}),
             },
-            on_eth0("hardware gro", WARN, "on, and fixed: native XDP is refused", QEMU_OFFLOADS_OFF),
+            on_eth0("hardware gro", WARN, "on [fixed]: incompatible with native XDP", QEMU_OFFLOADS_OFF),
         ),
         (
             CARD,
@@ -283,7 +286,7 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "vlan offload",
                 WARN,
-                "on: XDP sees no tags, any VLAN looks untagged",
+                "on: XDP does not see VLAN tags",
                 "ethtool -K eth0 rxvlan off",
             ),
         ),
@@ -291,13 +294,13 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
         (
             VETH,
             {"peer": replace(PEER, leaves_vlan_tags_out=True)},
-            on_eth0("vlan offload", WARN, "on: XDP sees no tags, any VLAN looks untagged", "ethtool -K far txvlan off"),
+            on_eth0("vlan offload", WARN, "on: XDP does not see VLAN tags", "ethtool -K far txvlan off"),
         ),
-        (VETH, {}, on_eth0("checksums", OK, "complete in what far sends")),
+        (VETH, {}, on_eth0("checksums", OK, "complete in frames from far")),
         (
             VETH,
             {"peer": replace(PEER, leaves_checksums_out=True)},
-            on_eth0("checksums", WARN, "lacking in what far sends", "ethtool -K far tx off"),
+            on_eth0("checksums", WARN, "missing in frames from far", "ethtool -K far tx off"),
         ),
         (
             VETH,
@@ -305,20 +308,24 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "checksums",
                 WARN,
-                "of its other end: out of sight",
-                "in the network namespace of its other end DEV: ethtool -K DEV tx off",
+                "unknown: peer in another network namespace",
+                "in the peer's network namespace, DEV being the peer: ethtool -K DEV tx off",
             ),
         ),
         (CARD, {"mtu": 3498}, on_eth0("mtu", OK, "3498")),
         (
             CARD,
             {"mtu": 9000},
-            on_eth0("mtu", WARN, "9000: native XDP is refused, frames exceed a page", "ip link set dev eth0 mtu 3498"),
+            on_eth0(
+                "mtu", WARN, "9000: too large for native XDP, frames exceed a page", "ip link set dev eth0 mtu 3498"
+            ),
         ),
         (
             VETH,
             {"peer": replace(PEER, mtu=9000)},
-            on_eth0("mtu", WARN, "9000: native XDP is refused, frames exceed a page", "ip link set dev far mtu 3498"),
+            on_eth0(
+                "mtu", WARN, "9000: too large for native XDP, frames exceed a page", "ip link set dev far mtu 3498"
+            ),
         ),
         (CARD, {"queues": Queues(4, 64, combined=True)}, on_eth0("queues", OK, "4 for 4 CPUs")),
         (CARD, {"queues": Queues(1, 1, combined=True)}, on_eth0("queues", OK, "1 for 4 CPUs")),
@@ -338,7 +345,7 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "forwarding",
                 WARN,
-                "IPv4 off: backends down when added stay unserved",
+                "IPv4 off: bpf_fib_lookup cannot resolve next hops",
                 "sysctl -w net.ipv4.conf.eth0.forwarding=1",
             ),
         ),
@@ -349,7 +356,7 @@ def test_what_needs_the_loaded_program_is_left_out_without_it() -> None:
             on_eth0(
                 "rp_filter",
                 WARN,
-                "strict: drops what the host gets another way than it answers",
+                "strict: drops packets on asymmetric routes",
                 "sysctl -w net.ipv4.conf.eth0.rp_filter=2",
             ),
         ),
@@ -366,9 +373,9 @@ def test_larger_pages_hold_jumbo_frames() -> None:
 @pytest.mark.parametrize(
     ("modes", "mtu", "status", "value", "fix"),
     [
-        ({"nat", "ipip"}, 1500, WARN, "1500: tunnels leave 1460 of clients' 1500", "ip link set dev eth0 mtu 1540"),
-        ({"ipip", "gue"}, 1500, WARN, "1500: tunnels leave 1428 of clients' 1500", "ip link set dev eth0 mtu 1572"),
-        ({"gue"}, 1572, OK, "1572: tunnels leave 1500", None),
+        ({"nat", "ipip"}, 1500, WARN, "1500: 1460 inside tunnels, clients send 1500", "ip link set dev eth0 mtu 1540"),
+        ({"ipip", "gue"}, 1500, WARN, "1500: 1428 inside tunnels, clients send 1500", "ip link set dev eth0 mtu 1572"),
+        ({"gue"}, 1572, OK, "1572: 1500 inside tunnels", None),
         ({"nat", "dr"}, 1400, OK, "1400", None),
     ],
 )
@@ -395,12 +402,12 @@ def test_a_backend_is_silent_about_the_vips_on_its_loopback(ignore: int, announc
     backend = replace(HOST, loopback_addresses=("10.0.0.100", "10.0.0.101"))
     found = of_interface("arp", host=backend, arp_ignore=ignore, arp_announce=announce)
     assert found == (
-        on_eth0("arp", OK, "silent about 10.0.0.100, 10.0.0.101 on lo")
+        on_eth0("arp", OK, "no ARP replies for 10.0.0.100, 10.0.0.101 on lo")
         if status is OK
         else on_eth0(
             "arp",
             WARN,
-            "answers for 10.0.0.100, 10.0.0.101 on lo",
+            "ARP replies for 10.0.0.100, 10.0.0.101 on lo",
             "sysctl -w net.ipv4.conf.eth0.arp_ignore=1 net.ipv4.conf.eth0.arp_announce=2",
         )
     )

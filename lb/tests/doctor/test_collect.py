@@ -68,18 +68,18 @@ def test_setting_that_this_kernel_lacks_is_none(roots: Roots) -> None:
 def test_program_that_was_not_built_is_a_refusal(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = paths.run_dir / "lb.bpf.o"
     monkeypatch.setattr(collect, "LB_OBJECT", missing)
-    assert read_host(paths).dataplane == Refusal(f"{missing}: not there: run `make build`", "make build")
+    assert read_host(paths).dataplane == Refusal(f"{missing}: not found: run `make build`", "make build")
 
 
 def test_refusal_of_the_kernel_is_given_with_the_last_line_of_its_log(
     paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_path: Path) -> None:
-        raise XdpError("lb.bpf.o: the kernel refuses it: Permission denied\n  prog 'xdp_lb'\n  too large")
+        raise XdpError("lb.bpf.o: rejected by the kernel: Permission denied\n  prog 'xdp_lb'\n  too large")
 
     monkeypatch.setattr("lb.doctor.collect.BpfObject.open", refuse)
     assert read_host(paths).dataplane == Refusal(
-        "lb.bpf.o: the kernel refuses it: Permission denied: too large", collect.OTHER_KERNEL
+        "lb.bpf.o: rejected by the kernel: Permission denied: too large", collect.OTHER_KERNEL
     )
 
 

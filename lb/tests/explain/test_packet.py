@@ -169,5 +169,5 @@ def test_what_is_not_hexadecimal_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("size", [0, 13, 3457, 9000])
 def test_frame_that_the_kernel_would_not_take_is_refused(size: int) -> None:
-    with pytest.raises(InvalidInput, match=f"packet of {size} bytes: not from 14 to 3456"):
+    with pytest.raises(InvalidInput, match=f"packet of {size} bytes: out of range 14 to 3456"):
         check_size(bytes(size))

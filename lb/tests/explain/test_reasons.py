@@ -237,15 +237,15 @@ def test_program_that_chooses_another_member_is_told_from_the_tables() -> None:
     reached = members_reached(outcome, tcp(), served(), tables)
     assert reached == [member(2)]
     assert disagreement(choice, outcome, reached) == (
-        "the program chose 10.1.0.12:443; by the maps it would be 10.1.0.11:443"
+        "the program chose 10.1.0.12:443; according to the maps it is 10.1.0.11:443"
     )
 
 
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("drop_no_backend", "the program found no backend; by the maps it would be 10.1.0.11:443"),
-        ("pass_not_a_service", "the program found no service; by the maps it would be 203.0.113.10:443/tcp"),
+        ("drop_no_backend", "the program found no backend; according to the maps it is 10.1.0.11:443"),
+        ("pass_not_a_service", "the program found no service; according to the maps it is 203.0.113.10:443/tcp"),
         ("drop_syn_limit", None),
     ],
 )
@@ -269,7 +269,7 @@ def test_forwarded_packet_in_lines() -> None:
         "packet     02:00:00:00:00:10 > 02:00:00:00:00:02",
         "           IPv4 192.0.2.7 > 203.0.113.10, ttl 64, TCP 40000 > 443 [S]",
         "in         eth0",
-        "verdict    sent on: out on eth1",
+        "verdict    forwarded: out on eth1",
         "reason     forwarded",
         "service    203.0.113.10:443/tcp, exact address, exact port, mode dr",
         "slot       17 of 251, hash 000000000000abcd: current 10.1.0.11:443, previous 10.1.0.12:443, flows tracked",
@@ -284,9 +284,9 @@ def test_forwarded_packet_in_lines() -> None:
 def test_dropped_packet_in_lines_has_a_fix() -> None:
     told = explanation(Choice(served()), Outcome("drop", "drop_no_backend", b""))
     assert lines(document(told), colour=False)[3:] == [
-        "verdict    dropped: the service has no backend for it",
+        "verdict    dropped: no backend available",
         "reason     drop_no_backend",
-        "fix        xdp-lb backend list, then backend add, or give one a weight above 0",
+        "fix        add a backend, or set a weight above 0: see xdp-lb backend list",
         "service    203.0.113.10:443/tcp, exact address, exact port, mode dr",
     ]
 
@@ -295,8 +295,8 @@ def test_rule_that_stopped_a_packet_in_lines_and_json() -> None:
     stage = Stage("filter", 7, "xdp_lb_filter", "rule 2: drop tcp")
     told = explanation(Choice(), Outcome("drop", None, b"", stages=(stage,)))
     assert lines(document(told), colour=False)[3:] == [
-        "verdict    dropped by a program that is not the balancer's",
-        "ended by   filter rule 2: drop tcp",
+        "verdict    dropped by another program",
+        "stopped by filter rule 2: drop tcp",
         "fix        xdp-lb filter list",
     ]
     assert document(told)["ended_by"] == [

@@ -118,7 +118,7 @@ class MemoryDataplane:
 
     def _need_loaded(self) -> None:
         if not self._loaded:
-            raise DataplaneError("memory: nothing is loaded: load it first")
+            raise DataplaneError("memory: no program loaded: load it first")
 
     def load(self, services: Sequence[Service]) -> None:
         if not self._loaded:
@@ -211,7 +211,7 @@ class MemoryDataplane:
     def restore_lookups(self, services: Sequence[Service]) -> list[str]:
         lost = self.published != {service.vip for service in services}
         self.publish(services)
-        return ["lookups: changed by someone else"] if lost else []
+        return ["lookups: changed by another process"] if lost else []
 
     def recover(self, interfaces: Collection[Interface]) -> None:
         pass
@@ -222,10 +222,10 @@ class MemoryDataplane:
     def differences(self, service: Service) -> list[str]:
         held = self._alike(service)
         if held is None:
-            return ["was not there"]
+            return ["was missing"]
         if held.ids.keys() != {_key(b) for b in service.backends}:
-            return ["entries of its backends were changed"]
-        return [] if held.words == _words(held, service) else ["its slots were changed"]
+            return ["backend entries were modified"]
+        return [] if held.words == _words(held, service) else ["slots were modified"]
 
     def repair(self, service: Service, hops: Mapping[Address, NextHop]) -> ring.Plan:
         return self.put(service, hops)

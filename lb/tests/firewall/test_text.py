@@ -54,7 +54,7 @@ def test_heading_in_bold_is_no_wider_than_its_words() -> None:
 
 def test_what_is_not_in_force_is_said_but_not_of_what_is_over() -> None:
     idle = status(LIMIT, 1, Counts(), in_force=False)
-    assert status_lines([idle], colour=False)[-1] == "not in force on eth0: xdp-lb filter restore puts them there"
+    assert status_lines([idle], colour=False)[-1] == "not active on eth0: run xdp-lb filter restore"
     over = replace(idle, left_ns=-1)
     assert "expired" in status_lines([over], colour=False)[-1]
 
@@ -96,7 +96,7 @@ def test_changes_are_sentences() -> None:
 
 def test_trial_says_what_became_of_each_packet() -> None:
     trial = FilterTestResult((DROP, LIMIT), {0: 3, 1: 6}, packets=10, dropped=3, untested=1)
-    assert trial_lines(trial)[-1] == "10 packets: 3 dropped, 6 go on, 1 not tested (too short or too long)"
+    assert trial_lines(trial)[-1] == "10 packets: 3 dropped, 6 passed, 1 not tested (too short or too long)"
     assert trial_lines(trial)[1].split()[:4] == ["1", "xdp", "drop", "3"]
 
 

@@ -124,14 +124,14 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
     ("text", "line"),
     [
         ("vip = ", "lb.toml: not valid TOML: Invalid value (at end of document)"),
-        ("[[services]]", "lb.toml: services: no such key: there are service"),
+        ("[[services]]", "lb.toml: services: unknown key: known keys are service"),
         ("service = 3", "lb.toml: service: not a list of tables: write [[service]]"),
         ("[service]", "lb.toml: service: not a list of tables: write [[service]]"),
         ("service = [3]", "lb.toml: service: not a list of tables: write [[service]]"),
         ("[[service]]", "lb.toml: service: vip: missing"),
         (
             "[[service]]\nvip = 3",
-            "lb.toml: service: vip: a whole number where a string is expected",
+            "lb.toml: service: vip: expected a string, got a whole number",
         ),
         (
             '[[service]]\nvip = "10.0.0.1"',
@@ -139,35 +139,35 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         ),
         (
             SERVICE + "ring = 251",
-            f"{HERE}: ring: no such key: there are vip, mode, ring_size, flow_timeout, affinity, sources, syn_limit,"
-            " syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance,"
+            f"{HERE}: ring: unknown key: known keys are vip, mode, ring_size, flow_timeout, affinity, sources,"
+            " syn_limit, syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance,"
             " health, slow_start, fail_closed, backends",
         ),
-        (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: not known: use nat, dr, ipip or gue"),
-        (SERVICE + "mode = true", f"{HERE}: mode: true or false where a string is expected"),
+        (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: unknown: use nat, dr, ipip or gue"),
+        (SERVICE + "mode = true", f"{HERE}: mode: expected a string, got true or false"),
         (
             SERVICE + "ring_size = 1000",
             f"{HERE}: ring size 1000: not a prime: the nearest are 997 and 1009",
         ),
         (
             SERVICE + "ring_size = true",
-            f"{HERE}: ring_size: true or false where a whole number is expected",
+            f"{HERE}: ring_size: expected a whole number, got true or false",
         ),
         (
             SERVICE + "flow_timeout = 1.5",
-            f"{HERE}: flow_timeout: a number with a fraction where a whole number is expected",
+            f"{HERE}: flow_timeout: expected a whole number, got a number with a fraction",
         ),
         (
             SERVICE + "flow_timeout = 2020-01-01",
-            f"{HERE}: flow_timeout: a date or time where a whole number is expected",
+            f"{HERE}: flow_timeout: expected a whole number, got a date or time",
         ),
         (
             SERVICE + 'backends = "10.0.0.11"',
-            f"{HERE}: backends: a string where a list is expected",
+            f"{HERE}: backends: expected a list, got a string",
         ),
         (
             SERVICE + "backends = [11]",
-            f"{HERE}: backends: a whole number where a string or a table is expected",
+            f"{HERE}: backends: expected a string or a table, got a whole number",
         ),
         (
             SERVICE + 'backends = ["web1"]',
@@ -180,11 +180,11 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (SERVICE + "backends = [{weight = 2}]", f"{HERE}: backend: address: missing"),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", weigth = 2}]',
-            f"{HERE}: backend 10.0.0.11: weigth: no such key: there are address, weight, drain, server_ids",
+            f"{HERE}: backend 10.0.0.11: weigth: unknown key: known keys are address, weight, drain, server_ids",
         ),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", drain = 1}]',
-            f"{HERE}: backend 10.0.0.11: drain: a whole number where true or false is expected",
+            f"{HERE}: backend 10.0.0.11: drain: expected true or false, got a whole number",
         ),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", weight = -1}]',
@@ -194,20 +194,23 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
             SERVICE + 'backends = [{address = "10.0.0.11@2", weight = 3}]',
             f"{HERE}: backend 10.0.0.11@2: weight: given twice: leave one of them out",
         ),
-        (SERVICE + "affinity = true", f"{HERE}: affinity: true or false where a whole number is expected"),
+        (SERVICE + "affinity = true", f"{HERE}: affinity: expected a whole number, got true or false"),
         (SERVICE + "affinity = -1", f"{HERE}: affinity -1: out of range 1 to 604800"),
-        (SERVICE + "affinity_s = 1", f"{HERE}: affinity_s: no such key: there are {', '.join(config.SERVICE_KEYS)}"),
-        (SERVICE + 'sources = "10.0.0.0/8"', f"{HERE}: sources: a string where a list is expected"),
-        (SERVICE + "sources = [10]", f"{HERE}: sources: a whole number where a string is expected"),
+        (
+            SERVICE + "affinity_s = 1",
+            f"{HERE}: affinity_s: unknown key: known keys are {', '.join(config.SERVICE_KEYS)}",
+        ),
+        (SERVICE + 'sources = "10.0.0.0/8"', f"{HERE}: sources: expected a list, got a string"),
+        (SERVICE + "sources = [10]", f"{HERE}: sources: expected a string, got a whole number"),
         (
             SERVICE + 'sources = ["10.0.0.1/8"]',
             f"{HERE}: sources: prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8",
         ),
-        (SERVICE + 'sources = ["2001:db8::/32"]', f"{HERE}: sources: not all of them IPv4"),
+        (SERVICE + 'sources = ["2001:db8::/32"]', f"{HERE}: sources: not all IPv4"),
         (SERVICE + "syn_limit = 1_000_000_001", f"{HERE}: syn limit 1000000001: out of range 1 to 1000000000"),
-        (SERVICE + "syn_limit_of_source = -1", f"{HERE}: syn limit of a source -1: out of range 1 to 1000000000"),
+        (SERVICE + "syn_limit_of_source = -1", f"{HERE}: syn limit per source -1: out of range 1 to 1000000000"),
         (SERVICE + "mss = 87", f"{HERE}: mss 87: out of range 88 to 65495"),
-        (SERVICE + "echo = 1", f"{HERE}: echo: a whole number where true or false is expected"),
+        (SERVICE + "echo = 1", f"{HERE}: echo: expected true or false, got a whole number"),
         (
             SERVICE + 'mode = "dr"\ntunnel_source = ["198.18.0.0/16"]',
             f"{HERE}: tunnel source: needs mode ipip or gue",
@@ -216,16 +219,16 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         (SERVICE + 'tunnel_source = ["192.0.0.0/2"]', f"{HERE}: tunnel source 192.0.0.0/2: not unicast"),
         (
             SERVICE + 'tunnel_source = ["198.18.0.0/16", "198.19.0.0/16"]',
-            f"{HERE}: tunnel source: two prefixes of one family: give one each",
+            f"{HERE}: tunnel source: two prefixes of one address family: give one per family",
         ),
         (SERVICE + "gue_port = 0", f"{HERE}: gue port 0: out of range 1 to 65535"),
         (SERVICE + 'mode = "ipip"\ngue_port = 6081', f"{HERE}: gue port: needs mode gue"),
         (SERVICE + "outer_checksum = true", f"{HERE}: outer checksum: needs mode gue"),
-        (SERVICE + 'health = "ping"', f"{HERE}: health check ping: not known: use tcp, http, https, udp or script"),
+        (SERVICE + 'health = "ping"', f"{HERE}: health check ping: unknown: use tcp, http, https, udp or script"),
         (SERVICE + "second_chance = true", f"{HERE}: second chance: needs mode gue"),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", server_ids = "0:aa"}]',
-            f"{HERE}: backend 10.0.0.11: server_ids: a string where a list is expected",
+            f"{HERE}: backend 10.0.0.11: server_ids: expected a list, got a string",
         ),
         (
             SERVICE + 'backends = [{address = "10.0.0.11", server_ids = ["7:aa"]}]',
@@ -237,7 +240,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
         ),
         (
             '[[service]]\nvip = "10.0.0.1:80@eu"',
-            "lb.toml: service 10.0.0.1:80/tcp@eu: sources: missing: a set is for clients from certain prefixes",
+            "lb.toml: service 10.0.0.1:80/tcp@eu: sources: missing: a member set requires source prefixes",
         ),
         (SERVICE + SERVICE, f"{HERE}: vip: given twice"),
     ],
@@ -252,7 +255,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"missing\.toml: No such file or directory"):
         config.read(tmp_path / "missing.toml")
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9")
-    with pytest.raises(InvalidInput, match=r"latin\.toml: not a text in UTF-8"):
+    with pytest.raises(InvalidInput, match=r"latin\.toml: not UTF-8 text"):
         config.read(tmp_path / "latin.toml")
 
 

@@ -77,7 +77,7 @@ eth1       detached        -
   BACKEND            WEIGHT  STATE       CONNS  PACKETS  BYTES  REPLIES  BYTES
   [2001:db8::11]:53       1  unresolved      0        0      0        0      0
 
-NOT BALANCED     PACKETS
+REASON           PACKETS
 answered_echo          7
 drop_malformed        12
 pass_no_service    1.23M
@@ -127,14 +127,12 @@ def test_colour_changes_nothing_but_colour() -> None:
 
 def test_status_of_nothing_tells_how_to_start() -> None:
     nothing = Status("default", False, (), (), {}, {})
-    assert output.status_lines(nothing, colour=False) == [
-        "nothing is served: start with xdp-lb attach IFACE --backends A,B"
-    ]
+    assert output.status_lines(nothing, colour=False) == ["no services: start with xdp-lb attach IFACE --backends A,B"]
 
 
 def test_backends_are_not_called_unresolved_while_nothing_is_attached() -> None:
     text = output.status_lines(replace(STATUS, loaded=False), colour=False)
-    assert text[0] == ("network namespace lb1: nothing is attached: xdp-lb attach IFACE starts what is stored")
+    assert text[0] == ("network namespace lb1: not attached: run xdp-lb attach IFACE")
     assert "unresolved" not in "\n".join(text)
 
 
@@ -299,7 +297,7 @@ def test_notes_are_indented_under_what_has_happened() -> None:
         "10.0.0.1:80/tcp: added: nat, 2 backends, ring 16381",
         "  eth0 has 10.0.0.1",
     ]
-    assert output.report_lines(Report(notes=("stored only",))) == ["stored only"]
+    assert output.report_lines(Report(notes=("stored, not active",))) == ["stored, not active"]
 
 
 def test_every_line_of_a_dry_run_says_so() -> None:

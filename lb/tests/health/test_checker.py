@@ -100,9 +100,9 @@ def service(server: Server, *backends: Backend, slow_start_s: int = 0) -> Servic
 
 @asynccontextmanager
 async def checking(
-    told: Told, *services: Service, ways: Loopback | None = None, previous: Mapping[Key, SavedHealth] | None = None
+    reported: Told, *services: Service, paths: Loopback | None = None, previous: Mapping[Key, SavedHealth] | None = None
 ) -> AsyncIterator[Checker]:
-    checker = Checker(told.note, ways or Loopback(), previous)
+    checker = Checker(reported.note, paths or Loopback(), previous)
     checker.watch(services)
     running = asyncio.create_task(checker.run())
     try:
@@ -114,16 +114,16 @@ async def checking(
 
 def test_a_backend_that_stops_answering_is_down_and_one_that_answers_again_is_up() -> None:
     async def run() -> None:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
-        async with checking(told, service(server)):
-            await told.until(lambda: str(A) in told.now(WEB))
-            assert not told.down()
+        async with checking(reported, service(server)):
+            await reported.until(lambda: str(A) in reported.now(WEB))
+            assert not reported.down()
             await server.down()
-            await told.until(lambda: told.down() == {str(A)})
-            assert told.now(WEB)[str(A)].why == "connection refused"
+            await reported.until(lambda: reported.down() == {str(A)})
+            assert reported.now(WEB)[str(A)].why == "connection refused"
             await server.up()
-            await told.until(lambda: not told.down())
+            await reported.until(lambda: not reported.down())
         await server.down()
 
     asyncio.run(run())
@@ -131,14 +131,14 @@ def test_a_backend_that_stops_answering_is_down_and_one_that_answers_again_is_up
 
 def test_a_slow_start_is_told_step_by_step() -> None:
     async def run() -> list[int]:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         was_down = {(WEB, str(A)): SavedHealth("nat tcp", Condition(down=True, why="it was"))}
-        async with checking(told, service(server, A, B, slow_start_s=2), previous=was_down):
-            await told.until(lambda: told.now(WEB).get(str(A), Condition(down=True)).share < 100)
-            await told.until(lambda: told.now(WEB)[str(A)].share == 100)
+        async with checking(reported, service(server, A, B, slow_start_s=2), previous=was_down):
+            await reported.until(lambda: reported.now(WEB).get(str(A), Condition(down=True)).share < 100)
+            await reported.until(lambda: reported.now(WEB)[str(A)].share == 100)
         await server.down()
-        shares = [each[WEB][str(A)].share for each in told.all if not each[WEB][str(A)].down]
+        shares = [each[WEB][str(A)].share for each in reported.all if not each[WEB][str(A)].down]
         return list(dict.fromkeys(shares))
 
     assert asyncio.run(run()) == [33, 66, 100]
@@ -146,25 +146,25 @@ def test_a_slow_start_is_told_step_by_step() -> None:
 
 def test_what_changes_together_is_told_together() -> None:
     async def run() -> list[Conditions]:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         port = server.port
         await server.down()
         server.port = port
         many = [Backend.parse(f"10.0.0.{n}:80") for n in range(10, 60)]
-        async with checking(told, service(server, *many)):
-            await told.until(lambda: len(told.down()) == len(many))
-        return told.all
+        async with checking(reported, service(server, *many)):
+            await reported.until(lambda: len(reported.down()) == len(many))
+        return reported.all
 
     assert len(asyncio.run(run())) < 10
 
 
 def test_conditions_that_could_not_be_put_in_force_are_told_again() -> None:
     async def run() -> None:
-        told, server = Told(refuse=1), Server()
+        reported, server = Told(refuse=1), Server()
         await server.up()
-        async with checking(told, service(server)):
-            await told.until(lambda: str(A) in told.now(WEB))
+        async with checking(reported, service(server)):
+            await reported.until(lambda: str(A) in reported.now(WEB))
         await server.down()
 
     asyncio.run(run())
@@ -172,17 +172,17 @@ def test_conditions_that_could_not_be_put_in_force_are_told_again() -> None:
 
 def test_backends_that_go_are_checked_no_longer_and_those_that_stay_stay_known() -> None:
     async def run() -> None:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         both = service(server, A, B)
-        async with checking(told, both) as checker:
-            await told.until(lambda: len(told.now(WEB)) == 2)
-            since = told.now(WEB)[str(A)]
+        async with checking(reported, both) as checker:
+            await reported.until(lambda: len(reported.now(WEB)) == 2)
+            since = reported.now(WEB)[str(A)]
             checker.watch([replace(both, backends=(A,))])
-            await told.until(lambda: len(told.now(WEB)) == 1)
-            assert told.now(WEB)[str(A)] == since
+            await reported.until(lambda: len(reported.now(WEB)) == 1)
+            assert reported.now(WEB)[str(A)] == since
             checker.watch([replace(both, options=Options())])
-            await told.until(lambda: told.all[-1] == {})
+            await reported.until(lambda: reported.all[-1] == {})
             assert len([task for task in asyncio.all_tasks() if "Checker._check" in repr(task.get_coro())]) == 0
         await server.down()
 
@@ -191,13 +191,13 @@ def test_backends_that_go_are_checked_no_longer_and_those_that_stay_stay_known()
 
 def test_a_backend_without_a_way_is_not_down_but_said_not_to_be_checked() -> None:
     async def run() -> Mapping[str, Condition]:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
-        ways = Loopback(faults={str(A): "no route"})
-        async with checking(told, service(server, A, B), ways=ways):
-            await told.until(lambda: str(B) in told.now(WEB))
+        paths = Loopback(faults={str(A): "no route"})
+        async with checking(reported, service(server, A, B), paths=paths):
+            await reported.until(lambda: str(B) in reported.now(WEB))
         await server.down()
-        return told.now(WEB)
+        return reported.now(WEB)
 
     found = asyncio.run(run())
     assert found[str(A)] == Condition(why="not checked: no route")
@@ -206,14 +206,16 @@ def test_a_backend_without_a_way_is_not_down_but_said_not_to_be_checked() -> Non
 
 def test_ways_that_cannot_be_found_are_looked_for_again() -> None:
     async def run() -> None:
-        told, server, ways = Told(), Server(), Loopback(error="netlink: no")
+        reported, server, paths = Told(), Server(), Loopback(error="netlink: no")
         await server.up()
-        async with checking(told, service(server), ways=ways):
-            await told.until(lambda: bool(told.all))
-            assert told.now(WEB) == {str(A): Condition(why="not checked: netlink: no")}
-            ways.error = ""
-            await told.until(lambda: told.now(WEB).get(str(A)) not in (None, Condition(why="not checked: netlink: no")))
-        assert ways.is_closed
+        async with checking(reported, service(server), paths=paths):
+            await reported.until(lambda: bool(reported.all))
+            assert reported.now(WEB) == {str(A): Condition(why="not checked: netlink: no")}
+            paths.error = ""
+            await reported.until(
+                lambda: reported.now(WEB).get(str(A)) not in (None, Condition(why="not checked: netlink: no"))
+            )
+        assert paths.is_closed
         await server.down()
 
     asyncio.run(run())
@@ -221,40 +223,40 @@ def test_ways_that_cannot_be_found_are_looked_for_again() -> None:
 
 def test_a_backend_that_was_down_stays_down_while_there_is_no_way_to_it() -> None:
     async def run() -> Condition:
-        told, server, ways = Told(), Server(), Loopback()
+        reported, server, paths = Told(), Server(), Loopback()
         await server.up()
         port = server.port
         await server.down()
         server.port = port
-        async with checking(told, service(server), ways=ways) as checker:
-            await told.until(lambda: told.down() == {str(A)})
-            ways.faults[str(A)] = "no route"
-            checker.look_for_ways()
-            await told.until(lambda: told.now(WEB)[str(A)].why == "not checked: no route")
-            assert told.down() == {str(A)}
-            ways.faults.clear()
+        async with checking(reported, service(server), paths=paths) as checker:
+            await reported.until(lambda: reported.down() == {str(A)})
+            paths.faults[str(A)] = "no route"
+            checker.update_paths()
+            await reported.until(lambda: reported.now(WEB)[str(A)].why == "not checked: no route")
+            assert reported.down() == {str(A)}
+            paths.faults.clear()
             await server.up()
-            checker.look_for_ways()
-            await told.until(lambda: not told.down())
+            checker.update_paths()
+            await reported.until(lambda: not reported.down())
         await server.down()
-        return told.now(WEB)[str(A)]
+        return reported.now(WEB)[str(A)]
 
     assert asyncio.run(run()).why == ""
 
 
 def test_a_search_for_ways_that_is_repeated_is_for_what_is_wanted_by_then() -> None:
     async def run() -> set[str]:
-        told, server, ways = Told(), Server(), Loopback(error="netlink: no")
+        reported, server, paths = Told(), Server(), Loopback(error="netlink: no")
         await server.up()
-        async with checking(told, service(server, A), ways=ways) as checker:
-            await told.until(lambda: bool(told.all))
-            ways.error = ""
+        async with checking(reported, service(server, A), paths=paths) as checker:
+            await reported.until(lambda: bool(reported.all))
+            paths.error = ""
             checker.watch([service(server, B)])
-            await told.until(lambda: told.now(WEB).keys() == {str(B)})
-            finds = ways.finds
-            while ways.finds == finds:
+            await reported.until(lambda: reported.now(WEB).keys() == {str(B)})
+            finds = paths.finds
+            while paths.finds == finds:
                 await asyncio.sleep(0.01)
-            await told.until(lambda: told.now(WEB).keys() == {str(B)})
+            await reported.until(lambda: reported.now(WEB).keys() == {str(B)})
             watched = {name for _, name in checker.remembered}
         await server.down()
         return watched
@@ -267,33 +269,33 @@ def test_a_search_for_ways_that_is_repeated_is_for_what_is_wanted_by_then() -> N
 
 def test_what_one_process_remembers_is_in_force_in_the_next_before_its_first_check() -> None:
     async def run() -> list[Conditions]:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         await server.down()
-        async with checking(told, service(server)) as checker:
-            await told.until(lambda: told.down() == {str(A)})
+        async with checking(reported, service(server)) as checker:
+            await reported.until(lambda: reported.down() == {str(A)})
             left = dict(checker.remembered)
-        before, told = told.all[-1], Told()
-        async with checking(told, service(server), previous=left) as checker:
+        before, reported = reported.all[-1], Told()
+        async with checking(reported, service(server), previous=left) as checker:
             while checker.checks_done < 2:
                 assert checker.conditions in ({}, before)  # at first nobody is watched
                 await asyncio.sleep(0)
             assert checker.conditions == before
-        return told.all
+        return reported.all
 
     assert asyncio.run(run()) == []  # nothing new
 
 
 def test_a_slow_start_goes_on_from_where_the_last_process_was() -> None:
     async def run() -> list[int]:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         half_way = Ramp(asyncio.get_running_loop().time() - 1, length_s=2, steps=4)
         starting = SavedHealth(words_of(service(server)), Condition(share=60, since=7), half_way)
-        async with checking(told, service(server), previous={(WEB, str(A)): starting}):
-            await told.until(lambda: str(A) in told.now(WEB) and told.now(WEB)[str(A)].share == 100)
+        async with checking(reported, service(server), previous={(WEB, str(A)): starting}):
+            await reported.until(lambda: str(A) in reported.now(WEB) and reported.now(WEB)[str(A)].share == 100)
         await server.down()
-        return [each[WEB][str(A)].share for each in told.all]
+        return [each[WEB][str(A)].share for each in reported.all]
 
     shares = asyncio.run(run())
     assert shares == sorted(shares)
@@ -302,11 +304,11 @@ def test_a_slow_start_goes_on_from_where_the_last_process_was() -> None:
 
 def test_what_is_too_old_to_hold_is_decided_by_one_check() -> None:
     async def run(age_s: float) -> int:
-        told, server = Told(), Server()
+        reported, server = Told(), Server()
         await server.up()
         was_down = SavedHealth(words_of(service(server)), Condition(down=True, why="it was", since=7), age_s=age_s)
-        async with checking(told, service(server), previous={(WEB, str(A)): was_down}) as checker:
-            await told.until(lambda: str(A) in told.now(WEB) and not told.down())
+        async with checking(reported, service(server), previous={(WEB, str(A)): was_down}) as checker:
+            await reported.until(lambda: str(A) in reported.now(WEB) and not reported.down())
             done = checker.checks_done
         await server.down()
         return done
@@ -317,12 +319,12 @@ def test_what_is_too_old_to_hold_is_decided_by_one_check() -> None:
 
 def test_only_services_with_a_check_are_watched() -> None:
     async def run() -> int:
-        told, ways = Told(), Loopback()
+        reported, paths = Told(), Loopback()
         plain = Service(Vip.parse("10.0.0.2:80"), backends=(A,))
-        async with checking(told, plain, ways=ways) as checker:
-            while not ways.finds:
+        async with checking(reported, plain, paths=paths) as checker:
+            while not paths.finds:
                 await asyncio.sleep(0)
-        assert told.all == []
+        assert reported.all == []
         return checker.checks_done
 
     assert asyncio.run(run()) == 0

@@ -103,9 +103,9 @@ def test_no_local_port_is_left_waiting() -> None:
         ("http status=200", ""),
         ("http status=300-399,500", "status 200"),
         ("http body='all good'", ""),
-        ("http body=bad", "the body does not contain bad"),
+        ("http body=bad", "response body does not contain bad"),
         ("http match='^all +good$'", ""),
-        ("http match='^good'", "the body does not match ^good"),
+        ("http match='^good'", "response body does not match ^good"),
     ],
 )
 def test_http_wants_a_status_and_a_body(answer: bytes, check: str, fault: str) -> None:
@@ -119,7 +119,7 @@ def test_http_reads_no_further_than_the_answer_goes() -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 2000 OK\r\n\r\n", b"x" * 40000])
 def test_what_is_not_http_is_a_failure(answer: bytes) -> None:
-    assert why_of("http", answering(answer)) == "the answer is not HTTP"
+    assert why_of("http", answering(answer)) == "response is not HTTP"
 
 
 def test_http_asks_by_method_path_and_host() -> None:
@@ -132,7 +132,7 @@ def test_http_asks_by_method_path_and_host() -> None:
 
 @pytest.mark.parametrize("check", ["http timeout=100ms", "https verify=off timeout=100ms"])
 def test_a_server_that_is_silent_is_given_up_at_the_timeout(check: str) -> None:
-    assert why_of(check, silence) == "no answer within 100ms"
+    assert why_of(check, silence) == "no response within 100ms"
 
 
 # TLS
@@ -206,7 +206,7 @@ class Echo(asyncio.DatagramProtocol):
         ("udp send=ping expect=pong", ""),
         ("udp send=ping", ""),
         ("udp send=0x00ff expect=0x00ff", ""),
-        ("udp send=ping expect=other timeout=100ms", "no answer within 100ms"),
+        ("udp send=ping expect=other timeout=100ms", "no response within 100ms"),
     ],
 )
 def test_udp_wants_the_answer_expected(check: str, fault: str) -> None:
@@ -243,7 +243,7 @@ def script(path: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"), [("exit 0", ""), ("exit 3", "exit code 3"), ("kill -TERM $$", "ended by signal 15")]
+    ("text", "fault"), [("exit 0", ""), ("exit 3", "exit code 3"), ("kill -TERM $$", "killed by signal 15")]
 )
 def test_a_script_says_it_by_its_exit_code(tmp_path: Path, text: str, fault: str) -> None:
     assert asyncio.run(why(script(tmp_path / "check", text), 0)) == fault
@@ -261,13 +261,13 @@ def test_a_script_knows_backend_and_vip_and_nothing_of_this_process(
 
 
 def test_a_script_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
-    assert asyncio.run(why(f"script {tmp_path}/missing", 0)) == f"{tmp_path}/missing: not there"
+    assert asyncio.run(why(f"script {tmp_path}/missing", 0)) == f"{tmp_path}/missing: not found"
 
 
 def test_a_script_is_killed_at_its_timeout_with_all_that_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     check = script(tmp_path / "check", f"sleep 600 & echo $! $$ > {pids}; wait").replace("5s", "500ms")
-    assert asyncio.run(why(check, 0)) == "no answer within 500ms"
+    assert asyncio.run(why(check, 0)) == "no response within 500ms"
     deadline = time.monotonic() + 5
     while not all(ended(int(pid)) for pid in pids.read_text().split()):
         assert time.monotonic() < deadline

@@ -206,10 +206,10 @@ def test_what_health_checks_have_left_behind_is_told_in_a_sentence() -> None:
     end = "until xdp-lb serve runs or --health off"
     slow = {str(ONE): DOWN, str(TWO): Condition(share=30)}
     assert left_behind(web, None) == left_behind(web, {str(ONE): UP}) == ""
-    assert left_behind(web, {str(ONE): DOWN}) == f"{web.vip}: {ONE} (down) stays as health checks left it, {end}"
-    assert left_behind(web, slow) == f"{web.vip}: {ONE} (down), {TWO} (at 30 %) stay as health checks left them, {end}"
+    assert left_behind(web, {str(ONE): DOWN}) == f"{web.vip}: {ONE} (down) keeps its last health state {end}"
+    assert left_behind(web, slow) == f"{web.vip}: {ONE} (down), {TWO} (at 30 %) keep their last health state {end}"
     many = tuple(Backend.parse(f"10.0.0.{n}:80") for n in range(2, 10))
-    assert " and 4 more stay as " in left_behind(service(*many), {str(b): DOWN for b in many[1:]})
+    assert " and 4 more keep their " in left_behind(service(*many), {str(b): DOWN for b in many[1:]})
 
 
 def test_nobody_is_left_behind_where_all_are_served_as_if_they_were_up() -> None:

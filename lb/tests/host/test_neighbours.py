@@ -227,15 +227,15 @@ def open_socket_to_a_full_table() -> IPRoute:
 def test_full_neighbour_table_is_reported() -> None:
     with pytest.raises(DataplaneError) as refusal:
         Network(open_socket_to_a_full_table).next_hops([BACKEND4])
-    assert str(refusal.value) == (f"neighbour {BACKEND4}: cannot be looked for: No buffer space available")
+    assert str(refusal.value) == (f"neighbour {BACKEND4}: cannot be resolved: No buffer space available")
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("unreachable", "No route to host"),
-        ("blackhole", "a blackhole route leads there"),
-        ("prohibit", "a prohibit route leads there"),
+        ("blackhole", "blackhole route"),
+        ("prohibit", "prohibit route"),
     ],
 )
 @pytest.mark.parametrize(("backend", "net"), [(ROUTED4, "10.9.0.0/16"), (ROUTED6, "fd00:9::/64")], ids=str)
@@ -261,7 +261,7 @@ def test_backend_on_this_host_is_refused(network: Network, backend: Any) -> None
 
 
 def test_broadcast_address_is_no_backend(network: Network) -> None:
-    with pytest.raises(NoRoute, match=r"^backend 10\.0\.0\.255: no route to one host"):
+    with pytest.raises(NoRoute, match=r"^backend 10\.0\.0\.255: not a unicast route"):
         network.next_hops([ip_address("10.0.0.255")])
 
 
@@ -270,7 +270,9 @@ def test_backend_behind_a_tunnel_device_is_refused(bed: Bed, network: Network) -
     tun = bed.here.link_lookup(ifname="tun0")[0]
     bed.here.link("set", index=tun, state="up")
     bed.here.addr("add", index=tun, address="10.8.0.1", prefixlen=24)
-    with pytest.raises(NoRoute, match=r"^backend 10\.8\.0\.2: is behind tun0, which is not an Ethernet interface"):
+    with pytest.raises(
+        NoRoute, match=r"^backend 10\.8\.0\.2: reached through tun0, which is not an Ethernet interface"
+    ):
         network.next_hops([ip_address("10.8.0.2")])
 
 
@@ -285,9 +287,9 @@ def test_unknown_interface_is_named(network: Network) -> None:
     assert network.interface_exists("near")
     assert not network.interface_exists("eth9")
     assert not network.interface_exists("a-name-longer-than-a-kernel-takes")
-    with pytest.raises(NotFound, match=r"^interface eth9: not there"):
+    with pytest.raises(NotFound, match=r"^interface eth9: does not exist"):
         network.addresses("eth9")
-    with pytest.raises(NotFound, match=r"^interface eth9: not there"):
+    with pytest.raises(NotFound, match=r"^interface eth9: does not exist"):
         network.add_address("eth9", SILENT4)
 
 
@@ -337,5 +339,5 @@ def test_vip_that_resembles_a_backend_does_not_become_the_source(bed: Bed, netwo
 
 def test_refusal_of_an_address_carries_the_kernels_words(bed: Bed, network: Network) -> None:
     Path("/proc/sys/net/ipv6/conf/near/disable_ipv6").write_text("1")
-    with pytest.raises(DataplaneError, match=f"^vip address {SILENT6}: cannot be put on near: "):
+    with pytest.raises(DataplaneError, match=f"^vip address {SILENT6}: cannot be added to near: "):
         network.add_address("near", SILENT6)

@@ -174,7 +174,7 @@ def test_status_tells_who_is_down_why_and_since_when(balancer: Balancer) -> None
     assert shown[6].startswith("  10.0.0.11:80: down since 2023-11-1")
     assert shown[6].endswith(": connection refused")
     assert shown[7].startswith("  10.0.0.12:80: up since 2023-11-1")
-    assert shown[7].endswith(": starts at 30 %")
+    assert shown[7].endswith(": slow start at 30 %")
 
 
 def test_status_as_json_tells_it_too_and_is_read_back(balancer: Balancer) -> None:

@@ -77,28 +77,29 @@ def test_text_has_only_what_is_not_the_default() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "health check (empty): not known: use tcp, http, https, udp or script"),
-        ("icmp", "health check icmp: not known: use tcp, http, https, udp or script"),
+        ("", "health check (empty): unknown: use tcp, http, https, udp or script"),
+        ("icmp", "health check icmp: unknown: use tcp, http, https, udp or script"),
         ("http 'x", "health check http 'x: no closing quotation"),
         (
             "tcp body=x",
-            "health check tcp: body=x: not known: there are port=, interval=, timeout=, rise=, fall=, jitter=",
+            "health check tcp: body=x: unknown option: known options are port=, interval=, timeout=, rise=, fall=,"
+            " jitter=",
         ),
         ("tcp fall=1 fall=2", "health check tcp: fall: given twice"),
         ("tcp fall=x", "health check tcp: fall x: not a number"),
         ("tcp fall=0", "health check: fall 0: out of range 1 to 1000"),
-        ("tcp interval=2h", "health check tcp: interval 2h: not a time such as 500ms or 2s"),
+        ("tcp interval=2h", "health check tcp: interval 2h: not a duration such as 500ms or 2s"),
         ("tcp interval=10ms", "health check: interval 0.01 s: out of range 0.1 to 3600 s"),
         ("tcp port=65536", "health check: port 65536: out of range 0 to 65535"),
         ("http status=20", "health check http: status: not from 100 to 599"),
         ("http match=[", "health check http: match: not a regular expression"),
         ("http method=get", "health check http: method: not a method in capital letters"),
         ("https verify=no", "health check https: verify no: not on or off"),
-        ("https", "health check https: host: missing: say which name the certificate has to be for, or verify=off"),
+        ("https", "health check https: host: missing: give the host name of the certificate, or verify=off"),
         ("udp send=0xf", "health check udp: send 0xf: not hexadecimal digits"),
         (
             "script check",
-            "health check script: check: not known: there are interval=, timeout=, rise=, fall=, jitter=",
+            "health check script: check: unknown option: known options are interval=, timeout=, rise=, fall=, jitter=",
         ),
         (
             "script",

@@ -117,7 +117,7 @@ def test_an_address_is_a_prefix_of_one() -> None:
         ({"affinity_s": -1}, "affinity -1: out of range 1 to 604800"),
         ({"affinity_s": 604801}, "affinity 604801: out of range 1 to 604800"),
         ({"syn_limit": -5}, "syn limit -5: out of range 1 to 1000000000"),
-        ({"syn_limit_of_source": 10**9 + 1}, "syn limit of a source 1000000001: out of range 1 to 1000000000"),
+        ({"syn_limit_of_source": 10**9 + 1}, "syn limit per source 1000000001: out of range 1 to 1000000000"),
         ({"mss": 87}, "mss 87: out of range 88 to 65495"),
         ({"mss": 65496}, "mss 65496: out of range 88 to 65495"),
         ({"gue_port": 0}, "gue port 0: out of range 1 to 65535"),
@@ -130,9 +130,9 @@ def test_an_address_is_a_prefix_of_one() -> None:
         ({"tunnel_sources": ("ff02::/16",)}, "tunnel source ff02::/16: not unicast"),
         (
             {"tunnel_sources": ("198.18.0.0/16", "198.19.0.0/16")},
-            "tunnel source: two prefixes of one family: give one each",
+            "tunnel source: two prefixes of one address family: give one per family",
         ),
-        ({"shoe_size": 47}, "option shoe_size: not known"),
+        ({"shoe_size": 47}, "option shoe_size: unknown"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(wrong: dict[str, Any], line: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from lb.errors import InvalidInput, LbError, NotFound
 from lb.model.rules import (
     LONGEST_S,
-    MOST_RULES,
+    MAX_RULES,
     Action,
     At,
     Clock,
@@ -60,7 +60,7 @@ def test_rate_is_an_interval_and_a_burst(text: str, said: str, interval_ns: int,
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("0/s", "rate 0/s: lets nothing through: use drop"),
+        ("0/s", "rate 0/s: passes no packets: use drop"),
         ("11M/s", "rate 11M/s: more than 10M/s"),
         *(
             (text, "such as 1000/s, 10k/s or 60/min")
@@ -108,7 +108,7 @@ def test_moved_rule_gets_the_number_asked_for(number: int, to: int, order: list[
 
 def test_number_that_is_not_there_is_refused() -> None:
     for number in (0, 5, -1):
-        with pytest.raises(NotFound, match=rf"^eth0: no rule {number}: there are 4: see xdp-lb filter list eth0$"):
+        with pytest.raises(NotFound, match=rf"^eth0: no rule {number}: the last is 4: see xdp-lb filter list eth0$"):
             RULES.numbered("eth0", number)
         with pytest.raises(LbError):
             RULES.moved(RULES.all[0], number)
@@ -124,8 +124,8 @@ def test_slot_of_a_deleted_rule_is_used_again() -> None:
 
 
 def test_there_is_a_most_of_rules() -> None:
-    with pytest.raises(InvalidInput, match=rf"there are {MOST_RULES} rules already"):
-        Rules(tuple(rule(slot) for slot in range(MOST_RULES))).free_slot()
+    with pytest.raises(InvalidInput, match=rf"limit of {MAX_RULES} rules reached"):
+        Rules(tuple(rule(slot) for slot in range(MAX_RULES))).free_slot()
 
 
 def test_rule_is_over_when_its_time_has_passed() -> None:

@@ -63,10 +63,10 @@ def test_a_backend_is_read_with_port_and_weight(text: str, said: str, weight: in
         ("10.0.0.1:70000", "vip 10.0.0.1:70000: port 70000: not a number from 0 to 65535"),
         ("10.0.0.1:", "vip 10.0.0.1:: port (empty): not a number"),
         ("10.0.0.1:+80", "vip 10.0.0.1:+80: port +80: not a number"),
-        ("10.0.0.1:80/sctp", "protocol sctp: not known: use tcp or udp"),
-        ("10.0.0.1:80/", "protocol : not known"),
+        ("10.0.0.1:80/sctp", "protocol sctp: unknown: use tcp or udp"),
+        ("10.0.0.1:80/", "protocol : unknown"),
         ("[fe80::1%eth0]:80", "address fe80::1%eth0: zones are not supported"),
-        ("127.0.0.1:80", "vip 127.0.0.1:80/tcp: not a unicast address that can be served"),
+        ("127.0.0.1:80", "vip 127.0.0.1:80/tcp: not a unicast address"),
         ("0.0.0.0:80", "vip 0.0.0.0:80/tcp: not a unicast address"),
         ("224.0.0.1:80", "vip 224.0.0.1:80/tcp: not a unicast address"),
         ("", "address (empty): not an IPv4 or IPv6 address"),
@@ -120,7 +120,7 @@ def test_the_order_of_backends_does_not_matter() -> None:
 
 def test_mode_dr_takes_a_backend_without_a_port_and_refuses_another_port() -> None:
     assert service("10.0.0.11", "10.0.0.12:80", mode=Mode.DR)
-    with pytest.raises(InvalidInput, match=r"mode dr keeps the port: leave it out or say 80"):
+    with pytest.raises(InvalidInput, match=r"mode dr does not translate ports: leave the port out or use 80"):
         service("10.0.0.11:8080", mode=Mode.DR)
 
 
@@ -136,7 +136,9 @@ def test_a_tunnel_takes_backends_of_both_families(mode: Mode) -> None:
 def test_a_backend_of_a_range_has_no_port_of_its_own_but_in_nat() -> None:
     assert [str(b) for b in service("10.0.0.11", vip="10.0.0.1:80-90", mode=Mode.DR).backends] == ["10.0.0.11:0"]
     assert [str(b) for b in service("10.0.0.11:8080", vip="10.0.0.1:80-90").backends] == ["10.0.0.11:8080"]
-    with pytest.raises(InvalidInput, match=r"backend 10\.0\.0\.11:80: mode dr keeps the port: leave it out$"):
+    with pytest.raises(
+        InvalidInput, match=r"backend 10\.0\.0\.11:80: mode dr does not translate ports: leave the port out$"
+    ):
         service("10.0.0.11:80", vip="10.0.0.1:80-90", mode=Mode.DR)
 
 
@@ -158,9 +160,9 @@ PREFIX = parse_network("10.7.0.0/16")
         ("10.0.0.1:80", Mode.NAT, {"tunnel_sources": (PREFIX,)}, "tunnel source: needs mode ipip or gue"),
         ("10.0.0.1:53/udp", Mode.NAT, {"mss": 1400}, "mss: needs a TCP service"),
         ("10.0.0.1:53/udp", Mode.NAT, {"syn_limit": 1}, "syn limit: needs a TCP service"),
-        ("10.0.0.1:53/udp", Mode.NAT, {"syn_limit_of_source": 1}, "syn limit of a source: needs a TCP service"),
-        ("10.0.0.1:80@eu", Mode.NAT, {}, "sources: missing: a set is for clients from certain prefixes"),
-        ("[2001:db8::1]:80", Mode.NAT, {"sources": (PREFIX,)}, "sources: not all of them IPv6"),
+        ("10.0.0.1:53/udp", Mode.NAT, {"syn_limit_of_source": 1}, "syn limit per source: needs a TCP service"),
+        ("10.0.0.1:80@eu", Mode.NAT, {}, "sources: missing: a member set requires source prefixes"),
+        ("[2001:db8::1]:80", Mode.NAT, {"sources": (PREFIX,)}, "sources: not all IPv6"),
         ("10.0.0.0/24:80", Mode.NAT, {"echo": True}, "echo: needs a VIP of one address"),
     ],
 )
@@ -215,12 +217,12 @@ def test_what_is_no_server_id_is_refused(text: str) -> None:
         (
             [("10.0.0.11", "0:aa"), ("10.0.0.12", "0:AA")],
             "10.0.0.1:443/udp",
-            "backend 10.0.0.12:443: server id 0:aa: is that of 10.0.0.11:443 too",
+            "backend 10.0.0.12:443: server id 0:aa: already used by 10.0.0.11:443",
         ),
         (
             [("10.0.0.11", "0:aabb"), ("10.0.0.12", "0:aa")],
             "10.0.0.1:443/udp",
-            "backend 10.0.0.11:443: server id 0:aabb: not as long as others of config 0",
+            "backend 10.0.0.11:443: server id 0:aabb: length differs from other IDs of config 0",
         ),
     ],
 )
@@ -301,7 +303,7 @@ def test_services_stand_in_the_order_of_their_vips() -> None:
 def test_a_vip_is_served_once_per_protocol() -> None:
     state = State((service(),))
     assert state.with_service(service(vip="10.0.0.1:80/udp"))
-    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already served"):
+    with pytest.raises(AlreadyExists, match=r"vip 10\.0\.0\.1:80/tcp: already exists"):
         state.with_service(service("10.0.0.11"))
 
 
@@ -314,14 +316,14 @@ def test_a_set_needs_its_vip() -> None:
     assert State((service(), near)).services == (service(), near)
     with pytest.raises(InvalidInput) as caught:
         State((near,))
-    assert str(caught.value) == "vip 10.0.0.1:80/tcp@near: there is no 10.0.0.1:80/tcp that it could be a set of"
+    assert str(caught.value) == "vip 10.0.0.1:80/tcp@near: member set of 10.0.0.1:80/tcp, which does not exist"
 
 
 def test_a_vip_that_has_sets_is_not_removed_before_them() -> None:
     state = State((service(), members("10.0.0.1:80@near", "10.7.0.0/16")))
     with pytest.raises(InvalidInput) as caught:
         state.without_service(WEB)
-    assert str(caught.value) == "vip 10.0.0.1:80/tcp: has the set 10.0.0.1:80/tcp@near: remove that first"
+    assert str(caught.value) == "vip 10.0.0.1:80/tcp: has the member set 10.0.0.1:80/tcp@near: remove it first"
     assert state.without_service(WEB_NEAR).without_service(WEB) == State()
 
 
@@ -329,7 +331,7 @@ def test_two_sets_cannot_be_for_the_same_clients() -> None:
     near, far = members("10.0.0.1:80@near", "10.7.0.0/16"), members("10.0.0.1:80@far", "10.8.0.0/16", "10.7.0.0/16")
     with pytest.raises(InvalidInput) as caught:
         State((service(), near, far))
-    assert str(caught.value) == "vip 10.0.0.1:80/tcp@near: source 10.7.0.0/16: is for 10.0.0.1:80/tcp@far already"
+    assert str(caught.value) == "vip 10.0.0.1:80/tcp@near: source 10.7.0.0/16: already used by 10.0.0.1:80/tcp@far"
     assert State((service(), near, members("10.0.0.1:80@far", "10.7.3.0/24")))
 
 
@@ -340,7 +342,7 @@ def test_two_sets_cannot_be_for_the_same_clients() -> None:
 def test_ranges_of_ports_do_not_cross(one: str, other: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         State((service(vip=one), service(vip=other)))
-    assert str(caught.value) == f"vip {other}/tcp: its ports cross those of {one}/tcp"
+    assert str(caught.value) == f"vip {other}/tcp: port range overlaps {one}/tcp"
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_ranges_may_lie_in_one_another_and_beside(one: str, other: str) -> None:
 
 
 def test_an_unknown_vip_is_refused_by_name() -> None:
-    with pytest.raises(NotFound, match=r"vip 10\.0\.0\.1:80/tcp: not served: see xdp-lb vip list"):
+    with pytest.raises(NotFound, match=r"vip 10\.0\.0\.1:80/tcp: no such service: see xdp-lb vip list"):
         State().service(WEB)
 
 

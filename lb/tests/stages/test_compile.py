@@ -96,4 +96,4 @@ def test_of_a_long_log_the_end_is_shown() -> None:
     log = "\n".join([f"{n}: (b7) r0 = {n}" for n in range(40)] + ["R1 invalid mem access", "processed 41 insns"])
     shown = compile._tail(log).splitlines()
     assert shown[-1] == "  R1 invalid mem access"
-    assert shown[1] == "  (29 lines of the log left out)"
+    assert shown[1] == "  (29 log lines omitted)"

@@ -57,5 +57,5 @@ def test_place_of_a_process_that_was_killed_is_taken_over(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["1.sock", "none/1.sock"])
 def test_stage_that_nobody_answers_for_is_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataplaneError, match="stage 1: its process does not tell its tables"):
+    with pytest.raises(DataplaneError, match="stage 1: cannot read tables from its process"):
         ask_tables(tmp_path / name, 1)

@@ -89,7 +89,7 @@ def test_histograms_are_told_by_their_declaration(text: str, kind: str | None) -
 @pytest.mark.parametrize(
     ("text", "function", "defines", "said"),
     [
-        (PLAIN, "other", (), "no function other(struct xdp_md *ctx) in it: --function names another"),
+        (PLAIN, "other", (), "no function other(struct xdp_md *ctx): use --function to name another"),
         ("int stages(void);", "stage", (), "no function stage"),
         (PLAIN, "stage(", (), "no function stage("),
         (PLAIN, "stage", ("1X=3",), "-D 1X=3: not NAME or NAME=VALUE"),

@@ -60,7 +60,7 @@ def test_lines_come_as_they_come_and_tables_at_the_end() -> None:
     assert re.fullmatch(
         rf"{clock} packets source=10\.0\.0\.1 bytes=60 tags=1,2\n"
         rf"{clock} hello 1\n"
-        rf"{clock} 2 events lost: they come faster than they are shown\n"
+        rf"{clock} 2 events lost: they arrive faster than they are shown\n"
         r"\d\d:\d\d:\d\d\nsources\n  KEY       VALUE\n  10\.0\.0\.1      3\n\n",
         out.getvalue(),
     )

@@ -290,7 +290,7 @@ def test_a_store_opened_for_reading_cannot_be_changed(path: Path) -> None:
     save(path, STATE)
     with Store.open(path, write=False) as store:
         store.load()
-        with pytest.raises(StoreError, match="cannot be written"), store.saving(OTHER):
+        with pytest.raises(StoreError, match="not writable"), store.saving(OTHER):
             pass
     assert load(path) == STATE
 
@@ -310,7 +310,7 @@ def test_a_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             Store.open(path, write=write)
         assert str(caught.value) == (
-            f"store {path}: written by a newer xdp-lb (schema 7, this one knows 3): upgrade xdp-lb"
+            f"store {path}: created by a newer xdp-lb (schema 7, supported: 3): upgrade xdp-lb"
         )
 
 
@@ -364,7 +364,7 @@ def test_a_migration_that_fails_leaves_the_old_store(path: Path) -> None:
         ("[]", "no attribute"),
         ('{"mss": 5}', "mss 5: out of range"),
         ('{"sources": ["10.0.0.1/8"]}', "has host bits set"),
-        ('{"shoe_size": 47}', "option shoe_size: not known"),
+        ('{"shoe_size": 47}', "option shoe_size: unknown"),
         ('{"tunnel_sources": ["198.18.0.0/16"]}', "needs mode ipip or gue"),
     ],
 )
@@ -381,7 +381,7 @@ def test_a_file_that_is_no_store_is_named_with_the_way_out(path: Path) -> None:
     for write in (False, True):
         with pytest.raises(StoreError) as caught:
             Store.open(path, write=write)
-        assert str(caught.value) == f"store {path}: not a store of xdp-lb: move the file away"
+        assert str(caught.value) == f"store {path}: not an xdp-lb store: move the file away"
 
 
 def test_a_damaged_store_is_named_with_the_way_out(path: Path) -> None:
@@ -542,7 +542,7 @@ def test_set_stays_until_its_rule_goes(path: Path) -> None:
         assert store.rule_set(7) == PREFIXES
         with store.saving_rules(RULES.without(RULES.all[:1]), {}):
             pass
-        with pytest.raises(StoreError, match="lacks the prefixes of rule 7"):
+        with pytest.raises(StoreError, match="prefixes of rule 7 missing"):
             store.rule_set(7)
 
 

@@ -209,7 +209,7 @@ def test_block_of_lines_for_a_file() -> None:
         "10.0.0.1:53/udp dr               0   0.5   240",
         "  10.0.0.19:53  active           0   0.5   240",
         "",
-        "NOT BALANCED    PKT/S PACKETS",
+        "REASON          PKT/S PACKETS",
         "drop_no_backend    10      25",
     ]
 
@@ -245,7 +245,7 @@ def test_screen_has_totals_services_reasons_and_keys() -> None:
     assert lines[4] == "10.0.0.1:80/tcp nat ~125        45  1238 1.20M    1233 2.40M █"
     assert lines[-4:] == [
         "",
-        "NOT BALANCED    PKT/S PACKETS",
+        "REASON          PKT/S PACKETS",
         "drop_no_backend    10      25",
         "q quit  s sort  space pause  arrows, PgUp, PgDn scroll",
     ]
@@ -298,7 +298,7 @@ def test_low_screen_leaves_the_reasons_to_the_totals() -> None:
 def test_reasons_that_have_no_room_are_counted() -> None:
     drops = {f"drop_{n}": n for n in range(1, 12)}
     lines = texts(measured(status(**drops), status(**drops)), Display(80, 24))
-    block = lines[lines.index("NOT BALANCED PKT/S PACKETS") :]
+    block = lines[lines.index("REASON  PKT/S PACKETS") :]
     assert [line.split()[0] for line in block[1:5]] == ["drop_11", "drop_10", "drop_9", "drop_8"]
     assert block[5] == "and 7 more"
 

@@ -1,8 +1,7 @@
-"""What is known of a captured packet beside its bytes: where it was seen, and what became of it.
+"""Metadata of a captured packet: where it was seen, and the verdict on it.
 
 Enters: a packet at a hook. Leaves: a PacketMetadata of 20 bytes, in the host's byte order, between the header of the
-packet's record and its bytes. Both lengths in the header count it, so that whoever only moves records need not know of
-it.
+packet's record and its bytes. Both lengths in the header include it, so code that only moves records can ignore it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ACTIONS = ("XDP_ABORTED", "XDP_DROP", "XDP_PASS", "XDP_TX", "XDP_REDIRECT")
 
 
 class CapturePoint(IntEnum):
-    """Where a packet was seen; FILE: in a file that somebody else has written."""
+    """Where a packet was seen; FILE: in a capture file written by another program."""
 
     XDP, XDP_EXIT, TC_IN, TC_OUT, FILE = range(5)
 
@@ -31,39 +30,39 @@ class CapturePoint(IntEnum):
 
     @property
     def direction(self) -> str | None:
-        """Of the packet, seen from the interface; what it becomes behind XDP the action says."""
+        """Of the packet, relative to the interface; `action` has the verdict of XDP."""
         return {CapturePoint.FILE: None, CapturePoint.TC_OUT: "out"}.get(self, "in")
 
 
 class PacketMetadata(ctypes.Structure):
-    """`action` is an enum xdp_action, NO_ACTION where none has been taken; `reason` is the balancer's, 0 where it has
-    not said any; `egress` is where it sends the packet."""
+    """`action`: enum xdp_action, NO_ACTION where there is none; `reason`: the balancer's, 0 for none; `egress`: the
+    interface it sends the packet to."""
 
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("ifindex", "place", "action", "reason", "egress"))
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("ifindex", "point", "action", "reason", "egress"))
 
 
-NOTE_SIZE = ctypes.sizeof(PacketMetadata)
-OF_A_FILE = bytes(PacketMetadata(place=CapturePoint.FILE, action=NO_ACTION))
+METADATA_SIZE = ctypes.sizeof(PacketMetadata)
+FILE_METADATA = bytes(PacketMetadata(point=CapturePoint.FILE, action=NO_ACTION))
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
-    """A packet of a record: `data` is what was captured of `length` bytes."""
+class CapturedPacket:
+    """The packet of a record: `data` is what was captured of `length` bytes."""
 
     seconds: int
     fraction: int
     length: int
-    note: PacketMetadata
+    metadata: PacketMetadata
     data: memoryview
 
 
-def noted(span: Span) -> Iterator[Noted]:
-    """The packets of records with notes."""
+def captured_packets(span: Span) -> Iterator[CapturedPacket]:
+    """The packets of records with metadata."""
     view = memoryview(span)
     for at, seconds, fraction in offsets(span):
         packet, length = unpacked(view, at)
-        note = PacketMetadata.from_buffer_copy(packet)
-        yield Noted(seconds, fraction, length - NOTE_SIZE & 0xFFFFFFFF, note, packet[NOTE_SIZE:])
+        metadata = PacketMetadata.from_buffer_copy(packet)
+        yield CapturedPacket(seconds, fraction, length - METADATA_SIZE & 0xFFFFFFFF, metadata, packet[METADATA_SIZE:])
 
 
 def action_words(action: int) -> str | None:

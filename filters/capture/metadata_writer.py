@@ -1,4 +1,4 @@
-"""Packet metadata written by the kernel: instructions that fill the fields of a record's note."""
+"""Packet metadata written by the kernel: instructions that fill a record's PacketMetadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from filters.compiler import cbpf, ebpf
 from filters.compiler.ebpf import R0, R1, R2, R10, Assembler, Label, Reg
 from filters.compiler.emit import CONTEXT
 from filters.compiler.hook import Field, Hook
-from filters.records.notes import NO_ACTION, CapturePoint, PacketMetadata
+from filters.records.metadata import NO_ACTION, CapturePoint, PacketMetadata
 from xdp.maps import Map
 
 _KEY = -20  # on the stack
@@ -16,9 +16,9 @@ _KEY = -20  # on the stack
 
 @dataclass(frozen=True, slots=True)
 class MetadataWriter:
-    """Writes notes. `verdicts`: the balancer's map of that name, with action, reason, egress of each CPU's packet."""
+    """`verdicts`: the balancer's map of that name: action, reason and egress of each CPU's packet."""
 
-    place: CapturePoint
+    point: CapturePoint
     verdicts: Map | None = None
 
     def emit(self, asm: Assembler, hook: Hook, record: Reg, at: int) -> None:
@@ -27,7 +27,7 @@ class MetadataWriter:
         assert isinstance(ifindex, Field)
         asm.load(R1, CONTEXT, ifindex.offset, 4)
         asm.store(record, at + PacketMetadata.ifindex.offset, R1, 4)
-        asm.store_immediate(record, at + PacketMetadata.place.offset, self.place, 4)
+        asm.store_immediate(record, at + PacketMetadata.point.offset, self.point, 4)
         asm.store_immediate(record, at + PacketMetadata.action.offset, NO_ACTION, 4)
         asm.store_immediate(record, at + PacketMetadata.reason.offset, 0, 4)
         asm.store_immediate(record, at + PacketMetadata.egress.offset, 0, 4)
@@ -47,7 +47,7 @@ class MetadataWriter:
         asm.jump_if(ebpf.JEQ, R0, 0, unknown)
         asm.load(R1, R0, verdict.action.offset, 4)
         if hook.returned is not None:
-            # It may be that of an earlier packet: this one a stage in front has dropped.
+            # It may be the verdict of an earlier packet, if a stage before the balancer dropped this one.
             asm.load(R2, CONTEXT, hook.returned, 4)
             asm.jump_if(ebpf.JNE, R1, R2, unknown)
             asm.store_immediate(R0, verdict.action.offset, NO_ACTION, 4)
