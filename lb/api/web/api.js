@@ -3,7 +3,7 @@
 const SILENCE_MS = 45000; // three heartbeats of the daemon
 
 export class Problem extends Error {
-  // `field`: the JSON Pointer of the value at fault in the body, or null. status 0: no answer at all.
+  // `field`: JSON Pointer of the invalid value in the body, or null. status 0: no response.
   constructor(status, detail, field = null) {
     super(detail);
     this.status = status;

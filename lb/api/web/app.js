@@ -1,5 +1,5 @@
-// The page: a prompt for a token; with one, a session that asks the daemon each second and shows what it says. The token is
-// kept by this tab of the browser alone (sessionStorage), and what has been shown is gone from the document at log out.
+// The page: a login form, and with a token a session that polls the daemon once a second. The token is kept in
+// sessionStorage of this tab only; logging out removes all data from the document.
 
 import { Api, Problem } from "./api.js";
 import { ChangeDialog } from "./change.js";
@@ -13,16 +13,21 @@ import { METRICS, clock, figure, plural, stateOf, tally, tallyWords, whole } fro
 const TOKEN = "xdp-lb token";
 const THEME = "xdp-lb theme";
 const SAMPLE_MS = 1000;
-const STATUS_MS = 10000; // what no event tells: slots in transition, neighbours
+const STATUS_MS = 10000; // for what has no events: slots in transition, neighbours
 const RETRY_MS = [1000, 2000, 5000, 10000];
 const SPANS_MS = [60000, 300000, 900000];
 const EVENTS_KEPT = 200;
 const BACKENDS_DRAWN = 8;
 const OPEN_AT_FIRST = 20; // backends, in all
-const GROUPS = { drops: "dropped", passes: "passed to the host", answered: "answered by the balancer", noted: "forwarded with a remark" };
+const GROUPS = {
+  drops: "dropped",
+  passes: "passed to the host",
+  answered: "answered by the balancer",
+  noted: "forwarded with a remark",
+};
 
 const byId = (id) => document.getElementById(id);
-const without = location.protocol === "http:"; // forwarded from the daemon's Unix socket, which asks for no token
+const without = location.protocol === "http:"; // forwarded from the daemon's Unix socket, which needs no token
 
 let session = null;
 
@@ -33,7 +38,7 @@ class Session {
     this.meter = new Meter();
     this.status = null;
     this.open = new Set();
-    this.scope = null; // the VIP that map and charts are about; null: all
+    this.scope = null; // the VIP shown in map and charts; null: all
     this.metric = "packets";
     this.spanMs = 900000;
     this.lastEvent = null;
@@ -45,7 +50,7 @@ class Session {
 
   build() {
     this.map = new TrafficMap((vip) => this.select(vip), (vip, name) => this.showBackend(vip, name));
-    this.list = new ServiceList((...wish) => this.dialog.open(...wish), (vip) => this.toggle(vip));
+    this.list = new ServiceList((...change) => this.dialog.open(...change), (vip) => this.toggle(vip));
     this.dialog = new ChangeDialog(this.api, (vip, said) => this.changed(vip, said), (problem) => end(problem.message));
     this.charts = [0, 1, 2, 3].map(() => new Chart());
     this.drops = new Keyed(byId("reasons"), reasonRow);
@@ -74,7 +79,7 @@ class Session {
     byId("main").replaceChildren();
   }
 
-  // Samples, one a second, or fewer where an answer takes long.
+  // One sample per second, or fewer if responses are slow.
   async keepOn(signal, work) {
     while (!signal.aborted) {
       const begun = performance.now();
@@ -108,13 +113,13 @@ class Session {
     if (!document.services.some((each) => each.vip === this.scope)) this.scope = null;
   }
 
-  // Whether there are services or backends that the status does not have.
+  // Whether services or backends differ from those in the status.
   isOutOfDate(stats) {
     const names = (services) => services.map((each) => `${each.vip} ${each.backends.map((b) => b.backend)}`).join();
     return names(stats.services) !== names(this.status.services);
   }
 
-  // That an answer came (null), or why not.
+  // Called after each request: null on success, else the problem.
   heard(problem) {
     if (problem && !(problem instanceof Problem)) throw problem;
     if (problem?.status === 401) end("The token is no longer valid.");
@@ -158,11 +163,11 @@ class Session {
     say(byId("said"), said);
     this.readMs = -Infinity;
     await this.sample(this.ending.signal);
-    // The button that was pressed may have gone, with its backend.
+    // The pressed button may be gone with its backend.
     if (document.activeElement === document.body) this.list.heading(vip)?.focus();
   }
 
-  // What is shown
+  // Rendering
 
   toggle(vip) {
     if (this.open.delete(vip)) this.scope = this.scope === vip ? null : this.scope;
@@ -199,7 +204,7 @@ class Session {
     this.showReasons();
   }
 
-  // What passes the filter: [{service, backends}].
+  // Matches of the filter: [{service, backends}].
   passing() {
     const text = byId("filter").value.trim().toLowerCase();
     const troubled = byId("troubled").checked;
@@ -262,13 +267,13 @@ function backendsPassing(service, text, troubled, loaded) {
   return troubled ? some.filter((each) => stateOf(each, loaded) !== "active" || each.share < 100) : some;
 }
 
-// As much of the span as there is something to draw in, in whole minutes.
+// The shortest span in whole minutes that covers the samples.
 function spanFor(window, mostMs) {
   const knownMs = window.length ? window.at(-1).time - window[0].time : 0;
   return SPANS_MS.find((each) => each >= knownMs || each >= mostMs);
 }
 
-// The busiest of the span one by one, the rest together.
+// The busiest backends as lines of their own, the rest summed up.
 function backendLines(service, window) {
   const busy = [...service.backends].filter(([, each]) => each.packets);
   const all = busy.map(([name, each]) => lineOf(name, each.packets.values, window));
@@ -318,7 +323,7 @@ function pause(ms, signal) {
   });
 }
 
-// Who is there
+// Login
 
 async function begin(token) {
   const api = new Api(token);

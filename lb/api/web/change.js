@@ -1,5 +1,5 @@
-// The dialog of a change: what it would do is asked for and shown first; then it may be made, on condition that the service
-// is still the one that was asked about.
+// The dialog of a change: shows the plan of a dry run first; the change is then applied only if the service is
+// unmodified (If-Match).
 
 import { pathOf } from "./api.js";
 import { h, say, set } from "./dom.js";
@@ -9,7 +9,7 @@ const TYPING_MS = 300;
 const MOST_WEIGHT = 65535;
 const STAYING = "connections older than the change stay on their backend.";
 
-// What each kind of change says, asks for and sends. `values`: of the fields.
+// Texts, fields and request of each kind of change. `values`: of the fields.
 const KINDS = {
   drain: {
     title: (vip, backend) => `Drain ${backend}`,
@@ -55,7 +55,7 @@ const KINDS = {
 };
 
 export class ChangeDialog {
-  // `onDone(vip, sentence)` once a change has been made; `onLost(problem)` where the token is worth nothing any more.
+  // `onDone(vip, sentence)` after a change; `onLost(problem)` if the token is no longer valid.
   constructor(api, onDone, onLost) {
     this.api = api;
     this.onDone = onDone;
@@ -84,7 +84,7 @@ export class ChangeDialog {
     this.inputs = new Map((this.kind.fields ?? []).map((field) => [field.name, new Field(field, () => this.typed())]));
     this.fields.replaceChildren(...[...this.inputs.values()].map((each) => each.element));
     this.unplanned("Reading the service…");
-    this.fields.inert = true; // what is typed now would be written over
+    this.fields.inert = true; // input now would be overwritten
     this.element.showModal();
     await this.guarded(async (signal) => {
       await this.read(signal);
@@ -124,7 +124,7 @@ export class ChangeDialog {
     return Object.fromEntries([...this.inputs].map(([name, input]) => [name, input.value]));
   }
 
-  // What it would do, for the values as they are now.
+  // Dry run with the current values.
   async ask(signal) {
     this.unplanned("Computing the plan…");
     const { document } = await this.send("?dry_run=true", signal);
@@ -164,7 +164,7 @@ export class ChangeDialog {
     this.onDone(this.vip, done(this.kind, this.vip, this.backend, this.values, document));
   }
 
-  // Does `work`; a newer one, or the end of the dialog, cuts it short.
+  // Runs `work`; a newer one, or closing the dialog, aborts it.
   async guarded(work) {
     this.running.abort();
     this.running = new AbortController();
@@ -198,7 +198,7 @@ export class ChangeDialog {
     await this.ask(signal);
   }
 
-  // Beside the field that it is about, or below.
+  // Next to the field concerned, or below.
   fault(problem) {
     for (const input of this.inputs?.values() ?? []) input.fault("");
     const steps = problem?.field?.split("/") ?? [];
@@ -229,7 +229,7 @@ function ring(plan) {
 function more(plan) {
   const found = [];
   if (plan.flows !== null) found.push(`${plural(plan.flows, "open connection")} on these slots.`);
-  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition after the change: ${STAYING}`);
+  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition afterwards: ${STAYING}`);
   return found.map((each) => h("p", {}, each));
 }
 
@@ -240,7 +240,7 @@ function done(kind, vip, backend, values, report) {
   return `${kind.title(vip, backend)}${what}, done${moved}.`;
 }
 
-// One input with its label and what is wrong with it.
+// One input with its label and error.
 class Field {
   constructor({ name, label, hint, number = false }, onInput) {
     this.number = number;
@@ -250,7 +250,8 @@ class Field {
     const described = { "aria-describedby": `${id}-fault ${id}-hint`, autocomplete: "off" };
     this.input = h("input", { id, name, ...kind, ...described, oninput: onInput });
     this.wrong = h("p", { id: `${id}-fault`, class: "error", role: "alert" });
-    const control = number ? [this.stepper(-1, "decrease", "−"), this.input, this.stepper(1, "increase", "+")] : [this.input];
+    const steppers = () => [this.stepper(-1, "decrease", "−"), this.input, this.stepper(1, "increase", "+")];
+    const control = number ? steppers() : [this.input];
     const small = hint ? h("small", { id: `${id}-hint` }, hint) : null;
     const heading = h("label", { for: id }, label);
     this.element = h("div", { class: "field" }, heading, h("div", { class: "control" }, ...control), small, this.wrong);

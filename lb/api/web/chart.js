@@ -1,11 +1,10 @@
-// Lines over time, drawn as SVG. Beside each stands its name with the figure now and the highest of the span, which is
-// also what there is to read without seeing the lines.
+// Lines over time as SVG. The legend has name, current and peak value of each, also for screen readers.
 
 import { Keyed, h, say, set, svg } from "./dom.js";
 import { figure } from "./words.js";
 
 const HEIGHT = 84;
-const GAP_MS = 5000; // between samples further apart than this, nothing is known
+const GAP_MS = 5000; // a longer gap between samples is not bridged
 const TOP = 6;
 const BOTTOM = 2;
 

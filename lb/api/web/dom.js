@@ -1,4 +1,4 @@
-// Elements, made and kept up to date without touching what has not changed: a focused control stays focused.
+// Creates elements, and updates them without touching what has not changed: a focused control keeps the focus.
 
 const SVG = "http://www.w3.org/2000/svg";
 

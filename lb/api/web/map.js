@@ -1,13 +1,13 @@
-// The map: clients -> VIPs -> backends, where a line is as wide as what goes along it. For the eye and the mouse alone:
-// all that it tells and does is in the table of services too.
+// The map: clients -> VIPs -> backends; the width of a line is its traffic. For mouse users only: the table of services
+// has the same data and actions.
 
 import { Keyed, say, set, svg } from "./dom.js";
 import { METRICS, STATES, figure, fitting, plural, stateOf, tally, tallyWords, whole, widthOf } from "./words.js";
 
 const MOST_SERVICES = 12;
-const MOST_BACKENDS = 30; // one by one; of more, those of the open service alone
+const MOST_BACKENDS = 30; // individually; of more, only those of the open service
 const MOST_OF_ONE = 20;
-const CHOOSE_MS = 15000; // the busiest are not chosen anew each second, lest the map jumps
+const CHOOSE_MS = 15000; // the busiest are not chosen again each second, to keep the map stable
 const NARROW = 560;
 const SIZE = 12; // px, of letters
 const WIDEST_LINE = 12;
@@ -23,7 +23,7 @@ export class TrafficMap {
     this.chosen = { key: null, atMs: 0, vips: new Set() };
   }
 
-  // `services`: those that pass the filter; `status`: the whole document; `open`: the VIP whose backends are wanted.
+  // `services`: the matches of the filter; `status`: the whole document; `open`: the VIP whose backends are shown.
   update(services, status, meter, metric, open, width) {
     const shown = this.choose(services, status, meter, metric, open);
     const rows = rowsOf(shown, services.length - shown.length, status, meter, metric, open);
@@ -37,7 +37,7 @@ export class TrafficMap {
     this.edgeViews.update(edges);
   }
 
-  // The open one, those with troubled backends, and the busiest; in the order in which they are served.
+  // The open service, those with unhealthy backends, and the busiest; in the order of the status.
   choose(services, { loaded }, meter, metric, open) {
     if (services.length <= MOST_SERVICES) return services;
     const key = `${services.map((each) => each.vip).join()} ${metric} ${open}`;
@@ -67,7 +67,7 @@ function summary(shown, services, status, meter, metric) {
   return `Map: clients, ${number}${some}, ${words}; ${rate}. The table below lists everything.`;
 }
 
-// What is shown of the backends of each service.
+// The nodes of each service's backends.
 function rowsOf(shown, left, status, meter, metric, open) {
   const all = shown.reduce((number, each) => number + each.backends.length, 0);
   const rows = shown.map((service) => {
@@ -115,7 +115,7 @@ function placesFor(width) {
   return { narrow, gap, client, vip: 0.47 * rest, backend: 0.53 * rest, row: narrow ? 36 : 26 };
 }
 
-// Backends one below the other, each VIP beside the middle of its own, the clients beside the middle of all.
+// Backends in a column, each VIP centred on its backends, the clients centred on all.
 function laidOut(rows, meter, metric, { narrow, gap, client, vip, backend, row }) {
   const most = Math.max(1e-9, ...rows.map((each) => each.rate));
   const nodes = [];
@@ -154,7 +154,7 @@ function laidOut(rows, meter, metric, { narrow, gap, client, vip, backend, row }
   return { nodes, edges, height };
 }
 
-// Where the line of that number leaves a node, from the middle of it: side by side, lest one hides the other.
+// Offset of a line from the middle of its node: side by side, so that none hides another.
 function fanned(number, lines, height) {
   return (number - (lines - 1) / 2) * Math.min(WIDEST_LINE, (height - 8) / lines);
 }

@@ -1,18 +1,18 @@
-// Counters, once a second -> rates, and what they were in the last quarter of an hour (pure).
+// Counters, sampled once a second -> rates, and their history of the last 15 minutes (pure).
 
 export const KEPT = 900; // samples
 
 const NONE = Object.freeze({ connections: 0, packets: 0, bits: 0, replyPackets: 0, replyBits: 0, retries: 0 });
 const COUNTERS = ["connections", "packets", "bytes", "reply_packets", "reply_bytes", "repeated_syns"];
 
-// The last values of one figure. What it was before it was first seen is taken for 0.
+// The last values of one figure; 0 before the first sample.
 class Series {
   constructor() {
     this.values = new Float32Array(KEPT);
   }
 }
 
-// A set of series with one clock: `times` has the moment of each sample, in ms.
+// A set of series with one clock: `times`: of the samples, in ms.
 export class Meter {
   constructor() {
     this.times = new Float64Array(KEPT);
@@ -23,7 +23,7 @@ export class Meter {
     this.reasons = new Map(); // name -> {group, packets, rate}
   }
 
-  // Counters that have fallen were begun anew, from zero.
+  // Counters that have decreased were reset to zero.
   take(stats, nowMs) {
     const seconds = this.takenMs ? (nowMs - this.takenMs) / 1000 : 0;
     const slot = this.samples % KEPT;
@@ -79,7 +79,7 @@ export class Meter {
   }
 }
 
-// One series for each figure of something.
+// One series per figure.
 class Histories {
   constructor() {
     this.series = {};

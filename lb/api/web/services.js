@@ -1,9 +1,9 @@
-// The table of services and, of those that are opened, their backends, with what can be done to them.
+// The table of services and the backends of expanded ones, with their actions.
 
 import { Keyed, h, say, set } from "./dom.js";
 import { STATES, figure, remark, stateOf, tally, tallyWords, whole } from "./words.js";
 
-// Heading, value, where there is room for it, and the mode that alone knows it: in the others backends answer directly.
+// Heading, value, width it needs, and the only mode that has it: in the others backends reply directly.
 const FIGURES = [
   ["conn/s", (rates) => rates.connections, ""],
   ["retry/s", (rates) => rates.retries, "wide"],
@@ -14,7 +14,7 @@ const FIGURES = [
 ];
 
 export class ServiceList {
-  // `act(kind, vip, backend)`: the wish to change something; `toggle(vip)`: to open or close a service.
+  // `act(kind, vip, backend)`: open a change dialog; `toggle(vip)`: expand or collapse a service.
   constructor(act, toggle) {
     this.list = h("ul", { class: "services" });
     this.empty = h("p", { class: "empty", hidden: true });
@@ -22,7 +22,7 @@ export class ServiceList {
     this.views = new Keyed(this.list, (item) => serviceView(item, act, toggle));
   }
 
-  // `shown`: [{service, backends}], what passes the filter.
+  // `shown`: [{service, backends}], the matches of the filter.
   update(shown, state) {
     set(this.empty, "hidden", shown.length > 0);
     say(this.empty, state.status.services.length ? "No services match the filter." : nothingServed(state));

@@ -1,9 +1,9 @@
-// Values -> the words and figures that are shown (pure).
+// Values -> displayed text and figures (pure).
 
 const PREFIXES = ["", "k", "M", "G", "T", "P"];
 const WHOLE = new Intl.NumberFormat("en");
 
-// What is known of a backend, the worst first. A shape beside each word: colour alone tells nobody.
+// States of a backend, the worst first. Each has a shape as well: colour alone is not accessible.
 export const STATES = {
   down: { shape: "✕", word: "down" },
   unresolved: { shape: "◇", word: "unresolved" },
@@ -52,12 +52,12 @@ export function ago(seconds) {
   return seconds < 129600 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} d`;
 }
 
-// As lb.metrics.backend_state: one that would be active, if its neighbour answered, is unresolved.
+// As lb.formats.prometheus.backend_state: active, but with an unresolved next hop, is unresolved.
 export function stateOf(backend, loaded) {
   return backend.state === "active" && loaded && !backend.resolved ? "unresolved" : backend.state;
 }
 
-// Why a backend is not simply active, in a few words; empty if it is.
+// Why a backend is not fully active; empty if it is.
 export function remark(backend, loaded, nowS) {
   if (backend.state === "down") return `${backend.why}, for ${ago(nowS - backend.since)}`;
   if (backend.share < 100) return `slow start: ${backend.share} % of its weight`;
@@ -65,7 +65,7 @@ export function remark(backend, loaded, nowS) {
   return backend.why || "";
 }
 
-// How many backends are in which state, the worst first: {state: number}.
+// Number of backends by state, the worst first: {state: number}.
 export function tally(backends, loaded) {
   const found = {};
   for (const state of Object.keys(STATES)) found[state] = 0;
@@ -86,7 +86,7 @@ export function widthOf(text, size, bold = false) {
   return canvas.measureText(text).width;
 }
 
-// Without its middle, where there is no room for all of it.
+// Shortened in the middle to fit.
 export function fitting(text, width, size, bold = false) {
   let short = text;
   for (let kept = text.length - 1; kept > 3 && widthOf(short, size, bold) > width; kept -= 1) {
@@ -96,7 +96,7 @@ export function fitting(text, width, size, bold = false) {
   return short;
 }
 
-// What a change does to the ring of a service; null: there is none.
+// Effect of a change on the ring of a service; null: no ring.
 export function planSentence(plan) {
   if (!plan) return "Not attached: the change is stored and takes effect at the next attach.";
   if (!plan.moved) return "No slot moves.";
@@ -104,7 +104,7 @@ export function planSentence(plan) {
   return `${moved}; the minimum is ${whole(plan.minimum)}.`;
 }
 
-// What differs between two documents of one service, as sentences.
+// Differences between two documents of one service, as sentences.
 export function differences(before, after) {
   const known = new Map(before.backends.map((each) => [each.backend, each]));
   const found = [];
