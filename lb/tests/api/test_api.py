@@ -404,7 +404,7 @@ def test_the_description_needs_nothing_from_elsewhere(http: httpx.Client) -> Non
 
 def test_the_examples_of_the_readme_work(running: Running, http: httpx.Client) -> None:
     """Those of the shell, one after the other, then that of Python."""
-    text = (Path(__file__).parents[2] / "README.md").read_text().partition("\n## API\n")[2]
+    text = (Path(__file__).parents[3] / "README.md").read_text().partition("\n## API\n")[2]
     shell, python = (text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("sh", "python"))
     assert shell.count("\napi ") == 4
     asked = shell.replace("/run/xdp-lb/default/api.sock", str(running.settings.socket)).replace("curl -sS", "curl -sSf")

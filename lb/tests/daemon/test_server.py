@@ -281,7 +281,7 @@ def test_the_unit_file_does_not_hide_the_program_from_itself(
 ) -> None:
     monkeypatch.setattr("sys.argv", [f"{place}/bin/xdp-lb"])
     monkeypatch.setattr("sys.base_prefix", "/usr")
-    monkeypatch.setattr("lb.cli.main.commands.serve.__file__", f"{place}/lib/serve.py")
+    monkeypatch.setattr("lb.cli.commands.serve.__file__", f"{place}/lib/serve.py")
     assert f"\nProtectHome={homes}\n" in CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
 
 
