@@ -6,12 +6,12 @@ Enters: a loaded object. Leaves: values of lb.explain.reasons, and map entries a
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+from lb.dataplane import clock
 from lb.dataplane.lookup import Key, NetworkKey, QuicKey, RangeKey, ServiceKey, SourceKey
 from lb.dataplane.lookup_maps import Table
 from lb.dataplane.members import address_words
@@ -52,8 +52,7 @@ class KernelTables:
 
     @property
     def now_ns(self) -> int:
-        """The clock of the programs: bpf_ktime_get_coarse_ns()."""
-        return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        return clock.now_ns()
 
     @property
     def seed(self) -> int:
