@@ -205,7 +205,7 @@ def test_interface_that_is_gone_runs_nothing(ipr: IPRoute, veth: int, program: P
     ipr.link("del", index=veth)
     assert attached(veth) is None
     detach(veth, program.fd)
-    with pytest.raises(NoSuchInterface, match=rf"^interface {veth}: is gone"):
+    with pytest.raises(NoSuchInterface, match=rf"^interface {veth}: no longer exists"):
         attach(veth, program.fd, program.id)
 
 
