@@ -125,8 +125,8 @@ def _needed(graph: Graph, own: dict[int, int], ends: frozenset[int]) -> dict[int
     """What every way from a block to acceptance needs; ways to rejection do not count."""
     needed: dict[int, int] = {}
     for number in sorted(graph, reverse=True):
-        ways = [needed[s] for s in graph[number].successors if not graph[s].rejects]
-        behind = min(ways, default=0) if number not in ends else 0
+        successor_bounds = [needed[s] for s in graph[number].successors if not graph[s].rejects]
+        behind = min(successor_bounds, default=0) if number not in ends else 0
         needed[number] = 0 if graph[number].rejects else max(own[number], behind)
     return needed
 

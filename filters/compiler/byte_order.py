@@ -60,10 +60,10 @@ def byte_orders(graph: Graph) -> Orders:
     webs = _Webs()
     for site, other in _meetings(graph):
         webs.join(site, other)
-    wishes: dict[Site, set[int]] = defaultdict(set)
-    for site, size in _wishes(graph):
-        wishes[webs.find(site)].add(size)
-    return Orders({site: _agreed(wishes[webs.find(site)]) for site in webs.sites()})
+    preferences: dict[Site, set[int]] = defaultdict(set)
+    for site, size in _preferences(graph):
+        preferences[webs.find(site)].add(size)
+    return Orders({site: _agreed(preferences[webs.find(site)]) for site in webs.sites()})
 
 
 def _agreed(sizes: set[int]) -> int:
@@ -90,7 +90,7 @@ def _meetings(graph: Graph) -> Iterator[tuple[Site, Site]]:
             reaching[successor] |= definitions
 
 
-def _wishes(graph: Graph) -> Iterator[tuple[Site, int]]:
+def _preferences(graph: Graph) -> Iterator[tuple[Site, int]]:
     """The sizes that sites ask for; a site that takes any asks for none."""
     for number, block in graph.items():
         yield (number, -1, DEFINITION), NATIVE

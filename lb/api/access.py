@@ -227,7 +227,7 @@ class Failures:
         failed = [at for at in self._failed.get(_network(address), ()) if now_s - at < self._period_s]
         return self._period_s - (now_s - failed[0]) if len(failed) >= self._rate else 0.0
 
-    def note(self, address: str, now_s: float) -> None:
+    def record(self, address: str, now_s: float) -> None:
         network = _network(address)
         failed = self._failed.pop(network, [])
         self._failed[network] = [*failed, now_s][-self._rate :]

@@ -34,18 +34,18 @@ async def explain(body: ExplainBody, features: TheFeatures) -> Response:
     return Response(await features.explainer(work), media_type=JSON)
 
 
-def _explained(body: ExplainBody, asked: ExplainService) -> Iterator[Document]:
+def _explained(body: ExplainBody, service: ExplainService) -> Iterator[Document]:
     if body.hex is not None:
-        yield asked.frame(body.frame(), body.interface, length=body.length)
+        yield service.frame(body.frame(), body.interface, length=body.length)
     elif body.pcap is None:
-        yield asked.flow(*body.flow(), body.interface)
+        yield service.flow(*body.flow(), body.interface)
     else:
-        yield from _captured(pcap_bytes(body.pcap), body, asked)
+        yield from _captured(pcap_bytes(body.pcap), body, service)
 
 
-def _captured(pcap: bytes, body: ExplainBody, asked: ExplainService) -> Iterator[Document]:
+def _captured(pcap: bytes, body: ExplainBody, service: ExplainService) -> Iterator[Document]:
     with part("pcap"), capture_of(pcap, "pcap") as capture:
-        found = explain_capture(asked, capture, body.number, body.interface)
+        found = explain_capture(service, capture, body.number, body.interface)
         for count, document in enumerate(found):
             if count == MAX_PACKETS:
                 raise InvalidInput(f"pcap: more than {MAX_PACKETS} packets: select one with number")

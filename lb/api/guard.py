@@ -124,7 +124,7 @@ class AccessMiddleware:
         secret = _bearer(scope)
         token = await self._access.call(lambda access: access.authenticate(secret))
         if token is None:
-            self._failures.note(peer.address, now_s)
+            self._failures.record(peer.address, now_s)
             await self._record(scope, "unknown", "401: invalid token")
             raise _unauthorized("invalid token: see xdp-lb token list", 'error="invalid_token"')
         return Caller(f"token {token.name}", token.role)

@@ -113,11 +113,11 @@ def _try_dataplane(services: Sequence[Service]) -> Dataplane | Refusal:
 
 
 def _dataplane(obj: BpfObject, services: Sequence[Service]) -> Dataplane:
-    made = xdp_features.verified(obj.program(PROGRAM).fd)
+    verified_program = xdp_features.verified(obj.program(PROGRAM).fd)
     config = obj.map(".rodata")[0].config
     return Dataplane(
-        instructions=made.instructions,
-        jited=made.jited,
+        instructions=verified_program.instructions,
+        jited=verified_program.jited,
         nat_ports=(config.nat_port_first, config.nat_port_first + config.nat_port_count - 1),
         map_bytes=sum(xdp_features.map_memory(obj.map(n), entries) for n, entries in _sizes(services).by_map().items()),
     )

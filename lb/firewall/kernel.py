@@ -369,9 +369,9 @@ class KernelFilters:
             return folder
         folder = self._pins.prepare()
         try:
-            for name, made in (("map_counters", counters(2 * MAX_RULES)), ("map_buckets", buckets(MAX_RULES))):
-                self._resources.callback(os.close, made.fd)
-                libbpf.pin(made.fd, os.fsencode(folder / name))
+            for name, map_ in (("map_counters", counters(2 * MAX_RULES)), ("map_buckets", buckets(MAX_RULES))):
+                self._resources.callback(os.close, map_.fd)
+                libbpf.pin(map_.fd, os.fsencode(folder / name))
         except BaseException:
             self._pins.discard(folder)
             raise

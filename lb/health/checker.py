@@ -249,7 +249,7 @@ class Checker:
         self.checks_done += 1
         health, service = watched.health, watched.service
         was_known = health.known
-        turned = health.note(
+        turned = health.record(
             outcome,
             asyncio.get_running_loop().time(),
             time.time(),

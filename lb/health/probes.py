@@ -110,7 +110,7 @@ class _Poller:
     def _wake(self) -> None:
         for number, events in self._epoll.poll(0):
             if exchange := self._exchanges.get(number):
-                exchange.note(events)
+                exchange.on_events(events)
 
 
 _pollers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Poller] = WeakKeyDictionary()
@@ -144,7 +144,7 @@ class _Exchange:
         self._timer.cancel()
         self.sock.close()
 
-    def note(self, events: int) -> None:
+    def on_events(self, events: int) -> None:
         self._events |= events
         self._go_on()
 
@@ -278,7 +278,7 @@ async def _answer(check: HealthCheck, read: Read) -> Outcome:
         return Outcome(f"status {code}")
     if not (check.body or check.match):
         return SUCCESS
-    return _judged(check, await _body(head, rest, read))
+    return _body_outcome(check, await _body(head, rest, read))
 
 
 async def _head(read: Read) -> tuple[bytes, bytes]:
@@ -297,13 +297,13 @@ async def _body(head: bytes, received: bytes, read: Read) -> bytes:
     """Up to MOST_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
     is_chunked = re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r$", head)
     length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r$", head)
-    most = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY
-    while len(received) < most and not (is_chunked and received.endswith(b"0\r\n\r\n")):
+    limit = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY
+    while len(received) < limit and not (is_chunked and received.endswith(b"0\r\n\r\n")):
         piece = await read()
         if not piece:
             break
         received += piece
-    return _unchunked(received) if is_chunked else received[:most]
+    return _unchunked(received) if is_chunked else received[:limit]
 
 
 def _unchunked(data: bytes) -> bytes:
@@ -316,7 +316,7 @@ def _unchunked(data: bytes) -> bytes:
     return body
 
 
-def _judged(check: HealthCheck, body: bytes) -> Outcome:
+def _body_outcome(check: HealthCheck, body: bytes) -> Outcome:
     text = body.decode(errors="replace")
     if check.body not in text:
         return Outcome(f"response body does not contain {check.body}")

@@ -108,7 +108,7 @@ class BackendHealth:
         """There is a condition to tell."""
         return self.known or self.down or self.ramp is not None
 
-    def note(self, outcome: Outcome, now_s: float, time_s: float, *, slow_start_s: float = 0, steps: int = 1) -> bool:
+    def record(self, outcome: Outcome, now_s: float, time_s: float, *, slow_start_s: float = 0, steps: int = 1) -> bool:
         """Whether the backend has gone up or down by this."""
         was_known, self.known = self.known, True
         if outcome.ok != self.down:

@@ -157,16 +157,18 @@ def compile_stage(bcc: Any, source: Source, ifindex: int, chain: Chain | None, m
     """1 to 2 s and 128 MB. Raises InvalidInput with clang's words or the verifier's, NotInstalled, DataplaneError."""
     text = wrapped(source, ifindex, chain, mark)
     flags = [f"-I{source.path.resolve().parent}", *(f"-D{define}" for define in source.defines)]
-    with headers() as notes, _said_on_stderr() as said:
+    with headers() as notes, _captured_stderr() as compiler_output:
         try:
             bpf = bcc.BPF(text=text.encode(), cflags=flags)
         except Exception as error:  # BCC knows no other
-            raise InvalidInput(f"{source.path}: compilation failed:\n{said() or error}") from error
+            raise InvalidInput(f"{source.path}: compilation failed:\n{compiler_output() or error}") from error
         try:
             function = bpf.load_func(PROGRAM.encode(), bcc.BPF.XDP, attach_type=_ATTACH_TYPE_XDP)
         except Exception as error:
-            raise DataplaneError(f"{source.path}: rejected by the kernel: {_tail(said()) or error}") from error
-        warnings = said()
+            raise DataplaneError(
+                f"{source.path}: rejected by the kernel: {_last_lines(compiler_output()) or error}"
+            ) from error
+        warnings = compiler_output()
     for line in (*notes, *warnings.splitlines()):
         print(line, file=sys.stderr)
     return Stage(bcc, bpf, function.fd, source)
@@ -176,7 +178,7 @@ def compile_stage(bcc: Any, source: Source, ifindex: int, chain: Chain | None, m
 
 
 @contextmanager
-def _said_on_stderr() -> Iterator[Callable[[], str]]:
+def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Keeps what C code writes to file descriptor 2; the function gives all of it."""
     sys.stderr.flush()
     shown = os.dup(2)
@@ -193,7 +195,7 @@ def _whole(fd: int) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
 
 
-def _tail(log: str) -> str:
+def _last_lines(log: str) -> str:
     """The last lines of a verifier's log that say something."""
     lines = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
     left_out = [f"({len(lines) - _LOG_LINES_SHOWN} log lines omitted)"] if len(lines) > _LOG_LINES_SHOWN else []

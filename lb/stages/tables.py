@@ -75,10 +75,10 @@ def _weight(value: Any) -> int:
 # Lines
 
 
-def lines(told: Document, *, colour: bool) -> list[str]:
+def lines(shown_table: Document, *, colour: bool) -> list[str]:
     """Of a document."""
-    body = _bars(told["histograms"]) if "histograms" in told else _rows(told["entries"], colour)
-    return [f"{told['table']}{'' if body else ': empty'}", *(f"  {line}" for line in body)]
+    body = _bars(shown_table["histograms"]) if "histograms" in shown_table else _rows(shown_table["entries"], colour)
+    return [f"{shown_table['table']}{'' if body else ': empty'}", *(f"  {line}" for line in body)]
 
 
 def _rows(entries: Sequence[Document], colour: bool) -> list[str]:

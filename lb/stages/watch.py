@@ -51,9 +51,9 @@ class Shown:
 class Watch:
     """Remembers what was shown last, and before that."""
 
-    def __init__(self, stage: Stage, trace: Trace | None, printer: Printer, asked: TableSocket | None = None) -> None:
-        """`asked`: where others ask for the tables."""
-        self._stage, self._trace, self._printer, self._asked = stage, trace, printer, asked
+    def __init__(self, stage: Stage, trace: Trace | None, printer: Printer, socket: TableSocket | None = None) -> None:
+        """`socket`: where others ask for the tables."""
+        self._stage, self._trace, self._printer, self._socket = stage, trace, printer, socket
         self._shown, self._earlier = Shown(), Shown()
         self._lost = 0
 
@@ -62,8 +62,8 @@ class Watch:
         due = time.monotonic() + interval_s
         while not ended():
             time.sleep(POLL_S)
-            if self._asked:
-                self._asked.answer(self.documents)
+            if self._socket:
+                self._socket.answer(self.documents)
             self._show_events()
             if time.monotonic() >= due:
                 self._show_tables(final=False)

@@ -456,7 +456,7 @@ def test_pins_of_another_version_are_refused_until_they_are_detached(attached: B
     pin.unlink()
     message = (
         f"the loaded programs are of another version of xdp-lb (pin {pin}: No such file or directory):"
-        " xdp-lb detach, then xdp-lb attach IFACE"
+        " run xdp-lb detach, then xdp-lb attach IFACE"
     )
     for words in (["status"], ["attach", "eth0"], ["backend", "drain", VIP, "10.99.2.11"], ["vip", "add", FREE]):
         done = command(attached, *words)

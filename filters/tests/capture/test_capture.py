@@ -1,4 +1,4 @@
-"""The capture tail through BPF_PROG_TEST_RUN: records byte for byte, accounts that add up, rings that wrap."""
+"""The capture action through BPF_PROG_TEST_RUN: records byte for byte, counters that add up, rings that wrap."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_snapshot_length_cuts_the_packet_but_not_its_length(rings: Rings, hook: 
     assert packets(rings) == [(UDP[:snaplen], len(UDP))] * 2
 
 
-def test_clock_is_told_anew_only_when_it_was_set(rings: Rings) -> None:
+def test_clock_offset_is_updated_only_when_the_clock_was_set(rings: Rings) -> None:
     told = [line.clock_offset_ns for line in rings._lines]
     for _ in range(10):
         rings.set_clock()

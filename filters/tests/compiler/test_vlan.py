@@ -54,7 +54,7 @@ def disagreements(instructions: tuple[Instruction, ...], samples: list[bytes]) -
     return found
 
 
-def test_filter_that_asks_for_the_tag_beside_the_frame_sees_what_is_there() -> None:
+def test_filter_that_asks_for_the_out_of_band_tag_sees_it() -> None:
     for question, answer in ((cbpf.VLAN_TAG_PRESENT, 1), (cbpf.VLAN_TAG, 0x2064), (cbpf.VLAN_TPID, 0x88A8)):
         asks = (Instruction(cbpf.LD | cbpf.ABS, k=cbpf.AD_OFF + question), Instruction(cbpf.RET | cbpf.A))
         with load_behind_a_tag(asks, bytes.fromhex("88a82064")) as program:
@@ -68,7 +68,7 @@ def test_frame_without_a_tag_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_expression_means_the_same_with_the_tag_beside_the_frame(expression: str) -> None:
+def test_expression_means_the_same_with_an_out_of_band_tag(expression: str) -> None:
     instructions = on_any_socket(compile_expression(expression), TC_IN)
     made = [f[:12] + tag + f[16:] for f in frames(instructions, 12) if len(f) > 32 for tag in (TAGGED[0][12:16],)]
     assert disagreements(instructions, TAGGED + made) == []
@@ -116,9 +116,7 @@ def without_index(i: Instruction) -> Instruction:
 
 @FUZZ
 @given(program=programs(), seed=st.integers(0, 1000))
-def test_any_valid_program_means_the_same_with_the_tag_beside_the_frame(
-    program: tuple[Instruction, ...], seed: int
-) -> None:
+def test_any_valid_program_means_the_same_with_an_out_of_band_tag(program: tuple[Instruction, ...], seed: int) -> None:
     direct = tuple(without_index(i) for i in program)
     made = [frame[:12] + TAGGED[seed % 2][12:16] + frame[16:] for frame in frames(direct, 8, seed) if len(frame) > 38]
     assert disagreements(direct, made) == [], cbpf.disassemble(direct)

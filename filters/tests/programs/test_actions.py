@@ -1,4 +1,4 @@
-"""Conditions and tails of a firewall in the kernel: sets, deadlines, limits, sections, going on to other programs."""
+"""Conditions and actions of a firewall in the kernel: sets, deadlines, limits, sections, tail calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules and their tails in the kernel: verdicts, counters, order, refusals; and what a finished filter looks like."""
+"""Rules and their actions in the kernel: verdicts, counters, order, refusals; and what a finished filter looks like."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_first_rule_that_ends_a_packet_decides(hook: Hook) -> None:
         ]
 
 
-def test_what_no_rule_ends_goes_to_the_tail_behind_them() -> None:
+def test_what_no_rule_ends_goes_to_the_final_action() -> None:
     with loaded(XDP, ("tcp", [Pass()]), otherwise=Drop()) as program:
         assert [verdict(program, name) for name in ("tcp syn", "udp")] == [PASS, DROP]
 
@@ -96,7 +96,7 @@ def as_pairs(*totals: Counter) -> list[tuple[int, int]]:
     return [(total.packets, total.bytes) for total in totals]
 
 
-def test_tail_of_ones_own_finds_the_accepted_length_and_the_context() -> None:
+def test_custom_action_finds_the_accepted_length_and_the_context() -> None:
     @dataclass(frozen=True)
     class ReturnLengthAndIndex:
         def emit(self, asm: Assembler, hook: Hook) -> None:

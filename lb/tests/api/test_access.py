@@ -126,11 +126,11 @@ def test_ten_failures_a_minute_are_looked_at_and_no_more() -> None:
     failures = Failures(rate=10, period_s=60)
     for n in range(10):
         assert failures.wait_s("192.0.2.1", float(n)) == 0
-        failures.note("192.0.2.1", float(n))
+        failures.record("192.0.2.1", float(n))
     assert failures.wait_s("192.0.2.1", 10.0) == 50
     assert failures.wait_s("192.0.2.2", 10.0) == 0
     assert failures.wait_s("192.0.2.1", 60.0) == 0  # the first is forgotten
-    failures.note("192.0.2.1", 60.0)
+    failures.record("192.0.2.1", 60.0)
     assert failures.wait_s("192.0.2.1", 60.5) == 0.5
 
 
@@ -145,14 +145,14 @@ def test_ten_failures_a_minute_are_looked_at_and_no_more() -> None:
 )
 def test_addresses_of_one_network_are_one(failed: str, asks: str, is_one: bool) -> None:
     failures = Failures(rate=1)
-    failures.note(failed, 0.0)
+    failures.record(failed, 0.0)
     assert bool(failures.wait_s(asks, 0.0)) is is_one
 
 
 def test_an_attacker_with_many_addresses_takes_up_little() -> None:
     failures = Failures(rate=1, remembered=3)
     for n in range(10):
-        failures.note(f"192.0.2.{n}", 0.0)
+        failures.record(f"192.0.2.{n}", 0.0)
     assert [n for n in range(10) if failures.wait_s(f"192.0.2.{n}", 0.0)] == [7, 8, 9]
 
 

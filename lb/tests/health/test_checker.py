@@ -73,7 +73,7 @@ class Told:
     refuse: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def note(self, conditions: Conditions) -> None:
+    async def record(self, conditions: Conditions) -> None:
         if self.refuse:
             self.refuse -= 1
             raise DataplaneError("the kernel refused")
@@ -102,7 +102,7 @@ def service(server: Server, *backends: Backend, slow_start_s: int = 0) -> Servic
 async def checking(
     reported: Told, *services: Service, paths: Loopback | None = None, previous: Mapping[Key, SavedHealth] | None = None
 ) -> AsyncIterator[Checker]:
-    checker = Checker(reported.note, paths or Loopback(), previous)
+    checker = Checker(reported.record, paths or Loopback(), previous)
     checker.watch(services)
     running = asyncio.create_task(checker.run())
     try:

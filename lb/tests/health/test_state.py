@@ -24,7 +24,7 @@ def after(outcomes: str, health: BackendHealth | None = None) -> BackendHealth:
     """`+` is a success, `-` a failure, one a second."""
     health = health or BackendHealth(CHECK)
     for second, sign in enumerate(outcomes):
-        health.note(SUCCESS if sign == "+" else REFUSED, second, 1000 + second, slow_start_s=10, steps=10)
+        health.record(SUCCESS if sign == "+" else REFUSED, second, 1000 + second, slow_start_s=10, steps=10)
     return health
 
 
@@ -49,14 +49,14 @@ def test_rise_and_fall_decide(outcomes: str, down: bool) -> None:
 
 def test_a_turn_is_told_once() -> None:
     health = BackendHealth(CHECK)
-    turns = [health.note(REFUSED if sign == "-" else SUCCESS, 0, 0) for sign in "+----+++"]
+    turns = [health.record(REFUSED if sign == "-" else SUCCESS, 0, 0) for sign in "+----+++"]
     assert turns == [False, False, False, True, False, False, True, False]
 
 
 def test_condition_says_why_and_since_when() -> None:
     health = after("+---")
     assert health.condition(3) == Condition(down=True, why="connection refused", since=1003)
-    health.note(Outcome("status 503"), 4, 1004)
+    health.record(Outcome("status 503"), 4, 1004)
     assert health.condition(4) == Condition(down=True, why="status 503", since=1003)
     assert after("+---++").condition(5) == Condition(share=9, since=1005)
 

@@ -94,6 +94,6 @@ def test_a_bcc_that_does_not_load_says_why(bcc: Path) -> None:
 
 def test_of_a_long_log_the_end_is_shown() -> None:
     log = "\n".join([f"{n}: (b7) r0 = {n}" for n in range(40)] + ["R1 invalid mem access", "processed 41 insns"])
-    shown = compile._tail(log).splitlines()
+    shown = compile._last_lines(log).splitlines()
     assert shown[-1] == "  R1 invalid mem access"
     assert shown[1] == "  (29 log lines omitted)"
