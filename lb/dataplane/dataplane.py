@@ -229,7 +229,7 @@ class KernelDataplane:
         elif service.vip not in self._assigned:
             self._remember(allocation, service, numbers)
         if slots := self.maps.rings.differing_slots(allocation, service, numbers):
-            found.append(f"{slots} of its {allocation.ring_size} slots {'was' if slots == 1 else 'were'} changed")
+            found.append(f"{slots} of {allocation.ring_size} slots {'was' if slots == 1 else 'were'} modified")
         return found
 
     def _remember(self, allocation: Allocation, service: Service, numbers: Mapping[MemberKey, int]) -> None:

@@ -48,7 +48,7 @@ class Running:
 
     def _has_started(self) -> bool:
         assert self.process.poll() is None, self.errors
-        return "Ctrl-C ends it" in self.errors
+        return "Ctrl-C stops it" in self.errors
 
     @property
     def documents(self) -> Documents:

@@ -172,7 +172,7 @@ def test_host_that_will_not_take_the_packets_is_warned_of(bed: Bed, backend: Hos
     warnings = attach(bed, backend, "eth0", "--vip", f"{bed.vip4},10.7.0.0/16")["warnings"]
     why = "not an address of this host, so its packets are not accepted"
     assert [line for line in warnings if "tx off" not in line] == [
-        f"{bed.vip4}: {why}: give --setup-vip",
+        f"{bed.vip4}: {why}: use --setup-vip",
         f"10.7.0.0/16: {why}: ip route add local 10.7.0.0/16 dev lo",
     ]
 

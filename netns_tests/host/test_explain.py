@@ -328,7 +328,7 @@ def test_packets_of_a_file_are_told_one_by_one_or_the_nth_alone(bed: Bed, tmp_pa
         ["only 54 of 1000 bytes were captured: the result is for the truncated packet"],
     ]
     assert second["packet"]["hex"] == segment(bed, 5).hex()
-    assert "no packet 4: there are 3\n" in bed.xdp_lb("explain", "--pcap", str(file), "-n", "4", check=False).stderr
+    assert "no packet 4: the file has 3\n" in bed.xdp_lb("explain", "--pcap", str(file), "-n", "4", check=False).stderr
 
 
 @pytest.mark.parametrize("between", ["", " ", ":"])

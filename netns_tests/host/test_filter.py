@@ -564,7 +564,7 @@ def test_kernel_that_refuses_half_way_leaves_the_old_rules_in_force(
 
 KILLED = """
 import os, signal, sys
-from lb import store
+from lb.store import store
 from lb.cli.main import main
 store.Store.saving_rules = (lambda saving: lambda *words: Killing(saving(*words)))(store.Store.saving_rules)
 

@@ -90,7 +90,7 @@ def test_two_arms_carry_nat_where_the_kernel_forwards_nothing(bed: MakeBed, fami
         start_http(b, backend)
     way = Way(b, "nat", family)
     said = b.xdp_lb("attach", "eth0", "--vip", way.http_service, "--backends", ",".join(addresses(b.backends, family)))
-    assert "eth1: attached too" in said.stdout
+    assert "eth1: also attached" in said.stdout
     assert set(load(b.client, way.http_url, connections=20, requests=200).backends) == {"b1", "b2"}
     assert not b.client.pings(addresses(b.backends, family)[0], timeout_s=0.3)
 
