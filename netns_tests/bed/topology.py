@@ -299,6 +299,8 @@ class Bed:
         with backend.netlink() as ip:
             ip.addr("add", index=1, address=self.vip4, prefixlen=32)
             ip.addr("add", index=1, address=self.vip6, prefixlen=128)
+        # The kernel adds an IPv6 address to its routes a moment later, on a workqueue.
+        wait_until(lambda: backend.pings(self.vip6, timeout_s=0.2), f"{self.vip6} on {backend.label}")
 
     def xdp_lb(self, *words: str, check: bool = True, on: Host | None = None) -> subprocess.CompletedProcess[str]:
         """Run the real command on the (or that) balancer, its state and its pins kept in the bed's directory.

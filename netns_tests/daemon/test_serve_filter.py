@@ -99,7 +99,7 @@ def commands(bed: Bed) -> list[tuple[str, ...]]:
         ("filter", "add", "eth0", "drop", "udp port 53", "--dry-run"),
         ("filter", "add", "eth0", "drop", "udp port 53"),
         ("filter", "add", "eth0", "limit", "1k/s", "tcp[tcpflags] == tcp-syn", "--position", "1", "--json"),
-        ("filter", "add", "eth0", "count", "--set", "bad.txt", "--for", "2d12h", "--no-selftest"),
+        ("filter", "add", "eth0", "count", "--set", "bad.txt", "--for", "2d12h30m", "--no-selftest"),
         ("filter", "add", "eth1", "pass", "tcp port 4711", "--at", "tc-out"),
         ("filter", "add", "eth0", "drop", "tcp", "--position", "1"),
         ("filter", "add", "eth0", "drop", "--set", "worse.txt"),
