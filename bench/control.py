@@ -1,10 +1,10 @@
 """The control plane on real kernel maps: how long changes take, and what the state takes up.
 
 In come numbers of services and of backends in each; out go, for each pair, the seconds that applying a whole lb.toml
-takes, the latencies of single changes and how many of them a second makes, and the memory of maps and process; and
-how many health checks a second one core does. Calls go to the library's Balancer, and to a daemon's socket, with its
-store on disk and its maps in a network namespace made for it. The same machines stand behind all services; the network
-answers for them at once, being permanent neighbours.
+takes, the latencies of single changes and how many of them a second makes, and the memory of maps and process; and how
+many health checks a second one core does; and how long commands take to start (bench.starts). Calls go to the
+library's Balancer, and to a daemon's socket, with its store on disk and its maps in a network namespace made for it.
+The same machines stand behind all services; the network answers for them at once, being permanent neighbours.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import click
 from bench import report
 from bench.line import known
 from bench.report import BenchError, Result
+from bench.starts import measure_starts
 from lb.client.client import Client
 from lb.client.connect import daemon_listens
 from lb.control.balancer import Balancer
@@ -285,6 +286,15 @@ async def check_all(services: list[Service], seconds: float) -> tuple[int, float
     return result
 
 
+def measure_commands(runs: int) -> Iterator[Result]:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{PREFIX}-{os.getpid()}-starts-") as name,
+        namespace() as host,
+        attached(host, Path(name)) as (_, paths),  # only changes need the lock that is held here
+    ):
+        yield from measure_starts(host, paths, runs)
+
+
 def memory_of_maps(paths: Paths) -> int:
     """What the kernel accounts for all maps, in bytes."""
     generation = Pins(paths.run_dir, paths.netns).current()
@@ -332,10 +342,13 @@ def scales(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> li
 @click.option(
     "--checks", type=click.IntRange(1, 20000), default=5000, show_default=True, help="Backends that are checked."
 )
-def command(wanted: list[Scale], changes: int, checks: int) -> Iterator[Result]:
-    """Changes a second, latencies and memory of the control plane, by the size of the state; health checks a second."""
+@click.option("--starts", type=click.IntRange(1, 1000), default=10, show_default=True, help="Of each command.")
+def command(wanted: list[Scale], changes: int, checks: int, starts: int) -> Iterator[Result]:
+    """Changes a second, latencies and memory of the control plane, by the size of the state; health checks a second;
+    the start of commands."""
     for scale in wanted:
         yield from measure(scale, changes)
         yield from measure_api(scale, changes)
     for kind in ("tcp", "http"):
         yield from measure_checks(kind, checks, CHECK_SECONDS)
+    yield from measure_commands(starts)

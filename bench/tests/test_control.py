@@ -59,7 +59,7 @@ def test_a_ring_size_that_is_no_prime_is_one_line() -> None:
 
 
 def test_control_measures_time_latencies_and_memory() -> None:
-    figures = bench("control", "--scale", "2x3", "--changes", "2", "--checks", "2")
+    figures = bench("control", "--scale", "2x3", "--changes", "2", "--checks", "2", "--starts", "1")
     cases = [(str(figure["case"]), figure["unit"]) for figure in figures]
     assert [case for case in cases if "path=checks" not in case[0]] == [
         *cases_of("path=library services=2 backends=3"),
@@ -67,6 +67,10 @@ def test_control_measures_time_latencies_and_memory() -> None:
         ("path=library services=2 backends=3 metric=rss", "bytes"),
         *cases_of("path=api services=2 backends=3"),
         ("path=api services=2 backends=3 metric=rss", "bytes"),
+        *[
+            (f"path=start command={command}", "ms")
+            for command in ("help", "vip-list", "backend-list", "status", "metrics", "filter-list", "stage-list")
+        ],
     ]
     assert all(isinstance(figure["value"], int | float) and figure["value"] > 0 for figure in figures)
     assert not [name for name in remaining_namespaces() if "control" in name]
