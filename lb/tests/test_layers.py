@@ -96,8 +96,13 @@ def sources(root: Path, *, tests: bool) -> Iterator[tuple[str, Path]]:
                 yield module_name(path, root), path
 
 
-def imports(path: Path, root: Path) -> Iterator[tuple[int, str, str]]:
-    """Line, module and name (or nothing) of each import of the project's own modules."""
+@cache
+def imports(path: Path, root: Path) -> list[tuple[int, str, str]]:
+    """Line, module and name (or nothing) of each import."""
+    return list(_imports(path, root))
+
+
+def _imports(path: Path, root: Path) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -110,6 +115,7 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, str, str]]:
                     yield node.lineno, node.module, alias.name
 
 
+@cache
 def is_module(root: Path, name: str) -> bool:
     place = root.joinpath(*name.split("."))
     return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
@@ -146,6 +152,7 @@ def reexports(root: Path) -> list[str]:
     return found
 
 
+@cache
 def own_names_imported_by(path: Path, root: Path) -> set[str]:
     """At the top level: what a function imports is a name of its own."""
     top = {node.lineno for node in parsed(path).body if isinstance(node, ast.ImportFrom)}
