@@ -46,9 +46,9 @@ from xdp import libbpf
 from xdp.pins import Pins
 
 SCALES = ((10, 20), (100, 100), (1000, 100))
-MOST_BACKENDS = 250
+MAX_BACKENDS = 250
 CHECK_SECONDS = 10.0
-MACHINES = [str(ip_address("10.98.0.2") + number) for number in range(MOST_BACKENDS + 1)]  # the last is the one added
+MACHINES = [str(ip_address("10.98.0.2") + number) for number in range(MAX_BACKENDS + 1)]  # the last is the one added
 LB_ADDRESS = "10.98.0.1/16"
 FIRST_VIP = ip_address("10.96.0.1")
 
@@ -81,8 +81,8 @@ class Scale:
     def parse(cls, text: str) -> Scale:
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         scale = cls(*map(int, match.groups())) if match else None
-        if scale is None or not scale.services or not 1 < scale.backends <= MOST_BACKENDS:
-            raise click.BadParameter(f"{text}: not SERVICESxBACKENDS, with 2 to {MOST_BACKENDS} backends.")
+        if scale is None or not scale.services or not 1 < scale.backends <= MAX_BACKENDS:
+            raise click.BadParameter(f"{text}: not SERVICESxBACKENDS, with 2 to {MAX_BACKENDS} backends.")
         return scale
 
     @property

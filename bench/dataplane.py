@@ -31,7 +31,7 @@ from bench.timing import timed
 FLOWS_OVER_BACKENDS = 1 << 14  # nat has ports for no more than 31,744 towards a single backend
 PLOTTED_FLOWS = (1, 1 << 8, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
 PLOTTED_BACKENDS = (1, 10, 100, 1000)
-MOST_FLOWS = 1 << 20  # twice that is two thirds of the ports that nat has towards so many backends
+MAX_FLOWS = 1 << 20  # twice that is two thirds of the ports that nat has towards so many backends
 
 
 def measure(scenario: Scenario, flow_counts: Sequence[int], repeat: int, rounds: int) -> Iterator[Result]:
@@ -66,9 +66,9 @@ def powers_of_two(context: click.Context, parameter: click.Parameter, values: tu
 @click.option(
     "--flows",
     "flow_counts",
-    type=click.IntRange(1, MOST_FLOWS),
+    type=click.IntRange(1, MAX_FLOWS),
     multiple=True,
-    default=(1, 1 << 16, MOST_FLOWS),
+    default=(1, 1 << 16, MAX_FLOWS),
     show_default=True,
     callback=powers_of_two,
     help="How many flows take turns; may be repeated.",

@@ -33,11 +33,11 @@ OBJECT = Path(__file__).with_name("generator.bpf.o")
 FRAME_SIZES = {4: 60, 6: 74}  # 64 bytes on the wire, with the frame check sequence that a card adds; IPv6 takes more
 LIVE_FRAMES = 2  # BPF_F_TEST_XDP_LIVE_FRAMES, <linux/bpf.h>
 FIRST_CALL = 1 << 12  # frames
-MOST_A_CALL = 1 << 24
+MAX_PER_CALL = 1 << 24
 CALL_S = 0.25  # a call costs the kernel some 30 ms beside what it sends, and cannot be ended early
 UNFINISHED_CLIENTS = {4: "0.0.0.0", 6: CLIENTS[6]}  # the last word of the address is still 0
-MOST_FLOWS = 1 << 20
-MOST_SECONDS = 600
+MAX_FLOWS = 1 << 20
+MAX_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Generator:
 
 def lasting(seconds: float, like: Sent) -> int:
     """How many packets take that long if they go like those."""
-    return min(MOST_A_CALL, max(1, int(like.rate * seconds)))
+    return min(MAX_PER_CALL, max(1, int(like.rate * seconds)))
 
 
 def next_hop_mac(address: str, ifindex: int) -> str:
@@ -167,9 +167,9 @@ def an_address(_: click.Context, __: click.Parameter, value: str) -> str:
 @click.option("--mac", "destination", help="The next hop's MAC address; without it, what the routes say.")
 @click.option("--packet", type=click.Choice(PACKETS), default="ack", show_default=True)
 @click.option(
-    "--flows", type=click.IntRange(1, MOST_FLOWS), default=1 << 16, show_default=True, callback=report.power_of_two
+    "--flows", type=click.IntRange(1, MAX_FLOWS), default=1 << 16, show_default=True, callback=report.power_of_two
 )
-@click.option("--seconds", type=click.FloatRange(0, MOST_SECONDS, min_open=True), default=1.0, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0, MAX_SECONDS, min_open=True), default=1.0, show_default=True)
 @click.option("--rate", type=click.FloatRange(0, min_open=True), default=math.inf, help="At most, in packets/s.")
 def command(
     interface: str,

@@ -160,7 +160,7 @@ def loaded(scenario: Scenario, entries: int) -> Iterator[Rig]:
             recorded_syns_per_s=EVERY_SYN,
         )
         resize(obj, scenario, entries)
-        obj.load()
+        obj.load(Rig.program, f"{Rig.program}_floor")
         fill_ring(obj, replace(scenario, transition=0))
         fill_members(obj, scenario)
         add_service(obj, scenario)

@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 from xdp.errors import NotSupported
@@ -199,6 +199,7 @@ object_next_map = _function("bpf_object__next_map", c_void_p, _optional, c_void_
 object_next_program = _function("bpf_object__next_program", c_void_p, _optional, c_void_p, c_void_p)
 btf_raw_data = _function("btf__raw_data", c_void_p, _check_pointer, c_void_p, POINTER(c_uint32))
 
+program_set_autoload = _function("bpf_program__set_autoload", c_int, _check_int, c_void_p, c_bool)
 program_fd = _function("bpf_program__fd", c_int, _check_int, c_void_p)
 program_name = _function("bpf_program__name", c_char_p, None, c_void_p)
 program_test_run = _function("bpf_prog_test_run_opts", c_int, _check_int, c_int, POINTER(TestRunOpts))

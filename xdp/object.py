@@ -405,15 +405,20 @@ class BpfObject(Loaded):
         self._check_shape(name, fd, self.path.name)
         libbpf.map_reuse_fd(self._map_handles[name], fd)
 
-    def load(self) -> None:
-        """Creates the maps, loads the programs. Raises LoadError with the end of the verifier's log, NotPermitted."""
+    def load(self, *only: str) -> None:
+        """Creates the maps, loads the programs: all, or these. Raises LoadError with the end of the verifier's log,
+        NotPermitted."""
+        programs = self._program_handles()
+        wanted = {name: programs[name] for name in only or programs}
+        for name, handle in programs.items():
+            libbpf.program_set_autoload(handle, name in wanted)
         with libbpf.messages() as said:
             try:
                 libbpf.object_load(self._handle)
             except OSError as error:
                 raise _load_error(self.path, error, said) from error
         self._map_fds = {name: libbpf.map_fd(handle) for name, handle in self._map_handles.items()}
-        self._program_fds = {name: libbpf.program_fd(handle) for name, handle in self._program_handles().items()}
+        self._program_fds = {name: libbpf.program_fd(handle) for name, handle in wanted.items()}
 
     def adopt(self, directory: str) -> None:
         """Takes programs and maps from what pin() left. Raises LoadError if it is of another version or incomplete."""

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
 from lb.api import explain, filters, page, services, stages, status
-from lb.api.common import ALWAYS, JSON, TheOwner, problems
+from lb.api.common import ALWAYS, JSON, TheThread, problems
 from lb.api.errors import HANDLERS
 from lb.api.models import balancer as models
 from lb.api.models.common import ProblemAnswer
@@ -25,7 +25,7 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(owner: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
+def create_app(thread: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
     """`unready` says why the daemon is not ready, or nothing. `features`: the kernel that filters, explanations and
     stages are of; None: there is none."""
     app = FastAPI(
@@ -37,7 +37,7 @@ def create_app(owner: BalancerThread, unready: Callable[[], str], features: Feat
         redirect_slashes=False,
         exception_handlers=HANDLERS,
     )
-    app.state.owner, app.state.features = owner, features
+    app.state.thread, app.state.features = thread, features
     routers = [
         services.router,
         status.router,
@@ -54,10 +54,10 @@ def create_app(owner: BalancerThread, unready: Callable[[], str], features: Feat
     return app
 
 
-async def _metrics(owner: TheOwner) -> Response:
+async def _metrics(thread: TheThread) -> Response:
     """For Prometheus: what the kernel counts, and what the daemon does."""
-    kernel = await owner.call(lambda balancer: exposition(balancer.status()))
-    return Response(kernel + owner.metrics.exposition(), media_type=CONTENT_TYPE)
+    kernel = await thread.call(lambda balancer: exposition(balancer.status()))
+    return Response(kernel + thread.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 async def _healthz() -> Response:
@@ -66,11 +66,11 @@ async def _healthz() -> Response:
 
 
 def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[Response]]:
-    async def readyz(owner: TheOwner) -> Response:
+    async def readyz(thread: TheThread) -> Response:
         """The kernel has what is stored. `problem`: why it is not by the installed program."""
         if reason := unready():
             raise Problem(503, reason, headers={"Retry-After": "1"})
-        problem = {"problem": owner.refused} if owner.refused else {}
+        problem = {"problem": thread.refused} if thread.refused else {}
         return Response(json_bytes.encode({"status": "ready"} | problem), media_type=JSON)
 
     return readyz

@@ -34,9 +34,9 @@ CHANGES = ALWAYS | problems(409, 412)
 READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
 
 
-async def _owner(request: Request) -> BalancerThread:
-    owner: BalancerThread = request.app.state.owner
-    return owner
+async def _thread(request: Request) -> BalancerThread:
+    thread: BalancerThread = request.app.state.thread
+    return thread
 
 
 async def _features(request: Request) -> FeatureThreads:
@@ -44,7 +44,7 @@ async def _features(request: Request) -> FeatureThreads:
     return features
 
 
-TheOwner = Annotated[BalancerThread, Depends(_owner)]
+TheThread = Annotated[BalancerThread, Depends(_thread)]
 TheFeatures = Annotated[FeatureThreads, Depends(_features)]
 
 
@@ -79,6 +79,6 @@ def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> 
     return Response(body(), media_type=JSON, headers={"ETag": etag})
 
 
-async def status_response(owner: BalancerThread, describe: Callable[[Status], object]) -> Response:
+async def status_response(thread: BalancerThread, describe: Callable[[Status], object]) -> Response:
     """A document of the status, which may be large: it is made in the balancer's thread."""
-    return Response(await owner.call(lambda balancer: json_bytes.encode(describe(balancer.status()))), media_type=JSON)
+    return Response(await thread.call(lambda balancer: json_bytes.encode(describe(balancer.status()))), media_type=JSON)

@@ -67,7 +67,7 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    # starlette raises the error again behind this, for lb.api.guard to log
+    # starlette raises the error again behind this, for lb.api.middleware to log
     return _response(request, Problem(500, "internal error: see the daemon's log"))
 
 

@@ -1,8 +1,8 @@
 """Filter rules in the REST API: /v1/filters, /v1/filter-restore and /v1/filter-test.
 
-Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.firewall.documents. A change is answered
-once the kernel has it, published as an event, and refused where it would drop the connection of the request: over TCP
-its own; on the Unix socket the SSH connection that the client names.
+Enters: requests that lb.api.middleware has admitted. Leaves: the documents of lb.firewall.documents. A change is
+answered once the kernel has it, published as an event, and refused where it would drop the connection of the request:
+over TCP its own; on the Unix socket the SSH connection that the client names.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ async def _change(
 
     report, etag = await request.app.state.features.change_filters(checked, own_connection)
     request.scope["state"]["change"] = _summary(report)
-    _tell(request.app.state.owner, report)
+    _tell(request.app.state.thread, report)
     return Response(json_bytes.encode(report_document(report)), media_type=JSON, headers={"ETag": etag} if etag else {})
 
 
@@ -117,12 +117,12 @@ def _summary(report: FilterReport) -> str:
     return "; ".join([*lines[:SENTENCES], *more])
 
 
-def _tell(owner: BalancerThread, report: FilterReport) -> None:
+def _tell(thread: BalancerThread, report: FilterReport) -> None:
     if report.dry_run or not report.changes:
         return
     for change, summary in islice(zip(report.changes, report_lines(report), strict=True), KEPT):
         head = {"interface": change.rule.interface, "number": change.number, "change": change.what}
-        owner.events.publish("filter", head | {"summary": summary})
+        thread.events.publish("filter", head | {"summary": summary})
 
 
 # Rules

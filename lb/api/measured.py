@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lb.api.guard import App, Message, Receive, Send
+from lb.api.middleware import App, Message, Receive, Send
 from lb.runtime.metrics import DaemonMetrics
 
 NO_ROUTE = "none"  # paths of the clients' own making are no labels

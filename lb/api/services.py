@@ -1,7 +1,7 @@
 """Services, backends and interfaces in the REST API under /v1.
 
-Enters: requests that lb.api.guard has admitted. Leaves: the documents of lb.formats.documents with entity tags, and
-errors as problems. A change is answered once the kernel has it. Described at /openapi.json.
+Enters: requests that lb.api.middleware has admitted. Leaves: the documents of lb.formats.documents with entity tags,
+and errors as problems. A change is answered once the kernel has it. Described at /openapi.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lb.api.common import (
     DryRun,
     IfMatch,
     IfNoneMatch,
-    TheOwner,
+    TheThread,
     check_unchanged,
     content,
     status_response,
@@ -67,18 +67,18 @@ async def _change(
     if_match: str | None = None,
 ) -> Response:
     """Do `work` if the service, or (None) all services, match `if_match`; returns its report."""
-    owner: BalancerThread = request.app.state.owner
+    thread: BalancerThread = request.app.state.thread
 
     def checked(balancer: Balancer) -> Report:
         if if_match is not None:
-            now = owner.snapshot.following(balancer.state)
+            now = thread.snapshot.following(balancer.state)
             found = now.services.get(vip) if vip else now
             check_unchanged(if_match, found.etag if found else None, f"vip {vip}" if vip else "the configuration")
         return work(balancer)
 
-    done = await owner.change(checked)
+    done = await thread.change(checked)
     request.scope["state"]["change"] = done.summary
-    rendered = owner.snapshot.services.get(vip) if vip else owner.snapshot
+    rendered = thread.snapshot.services.get(vip) if vip else thread.snapshot
     headers = {"ETag": rendered.etag} if rendered else {}
     return Response(done.body, media_type=JSON, headers=headers)
 
@@ -99,21 +99,21 @@ def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -
 
 
 @router.get("/services", response_model=list[models.ServiceAnswer], responses=READS)
-async def list_services(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+async def list_services(thread: TheThread, if_none_match: IfNoneMatch = None) -> Response:
     """All services, as they are desired."""
-    now = owner.snapshot
+    now = thread.snapshot
     return content(lambda: now.body, now.etag, if_none_match)
 
 
 @router.get("/services/{vip}", response_model=models.ServiceAnswer, responses=READS)
-async def get_service(vip: VipInPath, owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
-    found = _rendered(owner, vip)
+async def get_service(vip: VipInPath, thread: TheThread, if_none_match: IfNoneMatch = None) -> Response:
+    found = _rendered(thread, vip)
     return content(lambda: found.body, found.etag, if_none_match)
 
 
-def _rendered(owner: BalancerThread, vip: Vip) -> RenderedService:
-    owner.snapshot.state.service(vip)  # raises NotFound
-    return owner.snapshot.services[vip]
+def _rendered(thread: BalancerThread, vip: Vip) -> RenderedService:
+    thread.snapshot.state.service(vip)  # raises NotFound
+    return thread.snapshot.services[vip]
 
 
 @router.put("/services/{vip}", response_model=models.ReportAnswer, responses=CHANGES)
@@ -177,8 +177,8 @@ async def delete_service(
 
 
 @router.get("/services/{vip}/backends", response_model=list[models.BackendAnswer], responses=ALWAYS)
-async def list_backends(vip: VipInPath, owner: TheOwner) -> Response:
-    service = _rendered(owner, vip).service
+async def list_backends(vip: VipInPath, thread: TheThread) -> Response:
+    service = _rendered(thread, vip).service
     return Response(json_bytes.encode([backend_document(b) for b in service.backends]), media_type=JSON)
 
 
@@ -228,9 +228,9 @@ async def delete_backend(
 
 
 @router.get("/config", response_model=models.ConfigAnswer, responses=READS)
-async def get_config(owner: TheOwner, if_none_match: IfNoneMatch = None) -> Response:
+async def get_config(thread: TheThread, if_none_match: IfNoneMatch = None) -> Response:
     """What PUT takes."""
-    now = owner.snapshot
+    now = thread.snapshot
     return content(lambda: json_bytes.object_of({"services": now.body}), now.etag, if_none_match)
 
 
@@ -267,8 +267,8 @@ async def plan(request: Request, body: models.ConfigBody, own_address: OwnAddres
 
 
 @router.get("/interfaces", response_model=list[models.InterfaceAnswer], responses=ALWAYS)
-async def list_interfaces(owner: TheOwner) -> Response:
-    return await status_response(owner, lambda status: [interface_document(i) for i in status.interfaces])
+async def list_interfaces(thread: TheThread) -> Response:
+    return await status_response(thread, lambda status: [interface_document(i) for i in status.interfaces])
 
 
 @router.post("/interfaces", response_model=models.ReportAnswer, responses=CHANGES)

@@ -47,7 +47,7 @@ async def stop_stages(
     request.scope["state"]["change"] = "; ".join(sentences) or "no stages"
     for stage, summary in zip(ended, sentences, strict=True):
         event = {"number": stage["number"], "interface": stage["interface"], "change": "stopped", "summary": summary}
-        request.app.state.owner.events.publish("stage", event)
+        request.app.state.thread.events.publish("stage", event)
     return Response(json_bytes.encode(ended), media_type=JSON)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from lb.api.common import ALWAYS, JSON, TheOwner, status_response
-from lb.api.guard import Caller
+from lb.api.common import ALWAYS, JSON, TheThread, status_response
+from lb.api.middleware import Caller
 from lb.api.models import balancer as models
 from lb.formats import json_bytes
 from lb.formats.documents import counters_document, status_document
@@ -18,15 +18,15 @@ router = APIRouter(prefix="/v1")
 
 
 @router.get("/status", response_model=models.StatusAnswer, responses=ALWAYS)
-async def status(owner: TheOwner) -> Response:
+async def status(thread: TheThread) -> Response:
     """Interfaces, services and counters, as the kernel has them."""
-    return await status_response(owner, status_document)
+    return await status_response(thread, status_document)
 
 
 @router.get("/stats", response_model=models.StatsAnswer, responses=ALWAYS)
-async def stats(owner: TheOwner) -> Response:
+async def stats(thread: TheThread) -> Response:
     """The counters alone."""
-    return await status_response(owner, _stats_document)
+    return await status_response(thread, _stats_document)
 
 
 def _stats_document(now: Status) -> dict[str, Any]:
@@ -51,12 +51,12 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/events", response_class=StreamingResponse, responses=ALWAYS | EVENTS)
 async def events(
-    owner: TheOwner,
+    thread: TheThread,
     last_event_id: Annotated[str | None, Header(description="ID of the last event received: continue after it")] = None,
 ) -> StreamingResponse:
     """Server-sent events: change, attach, detach, health, drift, upgrade, filter, stage; missed: some are gone."""
     return StreamingResponse(
-        owner.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        thread.events.follow(last_event_id), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )
 
 

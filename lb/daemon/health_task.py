@@ -41,25 +41,25 @@ class HealthTask:
         self._found: Found | None = None  # by an earlier run
         self._fault = ""
 
-    async def run(self, owner: BalancerThread) -> None:
+    async def run(self, thread: BalancerThread) -> None:
         found = await asyncio.to_thread(self._file.read) if self._found is None else self._found
         reported = conditions_of(found)
 
         async def put_in_force(conditions: Conditions) -> None:
             nonlocal reported
             await self._remember(checker.remembered)
-            await owner.call(lambda balancer: balancer.writer.set_conditions(conditions))
+            await thread.call(lambda balancer: balancer.writer.set_conditions(conditions))
             for document in turns(reported, conditions):
-                owner.events.publish("health", document)
+                thread.events.publish("health", document)
             reported = conditions
 
         paths = self._paths()
         checker = Checker(put_in_force, paths, previous=found)
-        await owner.call(lambda balancer: balancer.writer.set_conditions(reported))
+        await thread.call(lambda balancer: balancer.writer.set_conditions(reported))
         with self._listen() as host:
             async with asyncio.TaskGroup() as group:
                 group.create_task(checker.run())
-                group.create_task(_follow(owner, checker))
+                group.create_task(_follow(thread, checker))
                 group.create_task(_follow_host(host, paths, checker))
                 group.create_task(self._stay_fresh())
 
@@ -80,11 +80,11 @@ class HealthTask:
             await asyncio.sleep(ALIVE_S)
 
 
-async def _follow(owner: BalancerThread, checker: Checker) -> None:
+async def _follow(thread: BalancerThread, checker: Checker) -> None:
     watched = None
     while True:
-        if owner.snapshot.state is not watched:
-            watched = owner.snapshot.state
+        if thread.snapshot.state is not watched:
+            watched = thread.snapshot.state
             checker.watch(watched.services)
         await asyncio.sleep(LOOK_S)
 

@@ -1,6 +1,6 @@
 """HTTP on open sockets: uvicorn with time limits and the peer made known.
 
-Enters: an ASGI application and listening sockets. Leaves: requests with the lb.api.guard.Peer of the connection in
+Enters: an ASGI application and listening sockets. Leaves: requests with the lb.api.middleware.Peer of the connection in
 `scope["state"]["peer"]`, and in `["abort"]` a function that closes it at once.
 """
 
@@ -21,7 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lb.api.guard import Peer
+from lb.api.middleware import Peer
 from lb.errors import DaemonError, InvalidInput
 from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.host.ssh import Connection

@@ -47,27 +47,27 @@ class ReconcileTask:
         self._reported: frozenset[str] = frozenset()
         self._next_hops_begin = 0
 
-    async def run(self, owner: BalancerThread) -> None:
+    async def run(self, thread: BalancerThread) -> None:
         with self._listen() as host:
             check_at = time.monotonic()
             while True:
                 changes = await host.next(max(0.0, check_at - time.monotonic()))
                 began = time.monotonic()
                 if changes.everything or began >= check_at:
-                    await self._check(owner, all_next_hops=changes.everything)
+                    await self._check(thread, all_next_hops=changes.everything)
                     check_at = time.monotonic() + self._period_s
                 else:
-                    await self._follow(owner, changes)
+                    await self._follow(thread, changes)
                 await asyncio.sleep(time.monotonic() - began)  # uses at most half of a CPU
 
-    async def _check(self, owner: BalancerThread, *, all_next_hops: bool) -> None:
+    async def _check(self, thread: BalancerThread, *, all_next_hops: bool) -> None:
         """A full check; of very many next hops, which notifications cover as well, a part each time. A fault that was
         repaired is reported again if it recurs."""
-        found = Results(owner)
+        found = Results(thread)
         await found.add(_host)
-        for service in owner.snapshot.state.services:
+        for service in thread.snapshot.state.services:
             await found.add(_service(service.vip))
-        addresses = list(dict.fromkeys(b.address for s in owner.snapshot.state.services for b in s.backends))
+        addresses = list(dict.fromkeys(b.address for s in thread.snapshot.state.services for b in s.backends))
         await found.add_next_hops(addresses if all_next_hops else self._part_of(addresses))
         self._report(found)
         self._reported = frozenset(found.unrepaired)
@@ -78,12 +78,12 @@ class ReconcileTask:
         self._next_hops_begin = begin + NEXT_HOPS_PER_CHECK
         return addresses[begin : begin + NEXT_HOPS_PER_CHECK]
 
-    async def _follow(self, owner: BalancerThread, changes: Changes) -> None:
-        found = Results(owner)
+    async def _follow(self, thread: BalancerThread, changes: Changes) -> None:
+        found = Results(thread)
         if changes.links:
             await found.add(_host)
         await found.add_next_hops(
-            await owner.call(lambda balancer: changes.concerned(balancer.repairs.installed_next_hops()))
+            await thread.call(lambda balancer: changes.concerned(balancer.repairs.installed_next_hops()))
         )
         self._report(found)
         self._reported |= frozenset(found.unrepaired)
@@ -100,20 +100,20 @@ class ReconcileTask:
                 "unmended": _shortened(new),
                 "summary": "; ".join(_shortened(messages)),
             }
-            found.owner.events.publish("drift", document)
+            found.thread.events.publish("drift", document)
 
 
 class Results:
     """Results of a full or partial check: messages of what was repaired, and of what cannot be."""
 
-    def __init__(self, owner: BalancerThread) -> None:
-        self.owner = owner
+    def __init__(self, thread: BalancerThread) -> None:
+        self.thread = thread
         self.repaired: list[str] = []
         self.unrepaired: dict[str, None] = {}
 
     async def add(self, work: Callable[[Balancer], Report]) -> None:
         try:
-            report = (await self.owner.change(work)).report
+            report = (await self.thread.change(work)).report
         except LbError as error:
             report = Report(warnings=(str(error),))
         self.repaired += report.notes

@@ -20,12 +20,12 @@ def notify(message: str) -> None:
         manager.sendto(message.encode(), address)
 
 
-async def feed_watchdog(owner: BalancerThread) -> None:
+async def feed_watchdog(thread: BalancerThread) -> None:
     """The daemon is alive while both the event loop and the balancer's thread get on."""
     period_us = os.environ.get("WATCHDOG_USEC", "")
     if not period_us.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
     while True:
-        await owner.call(lambda balancer: None)
+        await thread.call(lambda balancer: None)
         notify("WATCHDOG=1")
         await asyncio.sleep(int(period_us) / 2e6)

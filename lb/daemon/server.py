@@ -25,8 +25,8 @@ import structlog
 
 from lb.api.access import Access
 from lb.api.app import create_app
-from lb.api.guard import AccessMiddleware, AccessThread
 from lb.api.measured import Measured
+from lb.api.middleware import AccessMiddleware, AccessThread
 from lb.control.balancer import Balancer
 from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.daemon.sd_notify import feed_watchdog, notify
@@ -47,7 +47,7 @@ STARTING = "starting: writing the stored configuration to the kernel"
 class Task(Protocol):
     """A background task."""
 
-    async def run(self, owner: BalancerThread) -> None: ...
+    async def run(self, thread: BalancerThread) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Daemon:
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.unready = STARTING
-        self.owner: BalancerThread | None = None
+        self.thread: BalancerThread | None = None
         self._opener = opener
         self._settings = settings
         self._tasks = tasks
@@ -97,26 +97,26 @@ class Daemon:
         """Runs until `stop`. Raises LbError if it cannot start."""
         wanted = config.read(self._settings.config) if self._settings.config else None
         async with AsyncExitStack() as stack:
-            self.owner = owner = await stack.enter_async_context(BalancerThread.open(self._opener))
+            self.thread = thread = await stack.enter_async_context(BalancerThread.open(self._opener))
             access = AccessThread(lambda: Access.open(self._settings.access))
             stack.callback(access.close)
-            self._listen(owner, access, stack)
+            self._listen(thread, access, stack)
             running = [asyncio.create_task(each.run_until_exit()) for each in self._listeners]
-            background = asyncio.create_task(self._run_tasks(owner, wanted))
+            background = asyncio.create_task(self._run_tasks(thread, wanted))
             await self._ending.wait()
             notify("STOPPING=1")
-            owner.events.close()
+            thread.events.close()
             background.cancel()
             for listener in self._listeners:
                 listener.should_exit = True
             await asyncio.gather(background, *running, return_exceptions=True)
 
-    def _listen(self, owner: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
+    def _listen(self, thread: BalancerThread, access: AccessThread, stack: AsyncExitStack) -> None:
         """Accepts connections from here on; requests wait until the balancer is free."""
         features = FeatureThreads(self._settings.paths) if self._settings.paths else None
         if features:
             stack.callback(features.close)
-        app = Measured(AccessMiddleware(create_app(owner, lambda: self.unready, features), access), owner.metrics)
+        app = Measured(AccessMiddleware(create_app(thread, lambda: self.unready, features), access), thread.metrics)
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
         self._listeners.append(Listener(app, [local]))
@@ -127,56 +127,56 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _run_tasks(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
-        await self._upgrade(owner)
-        await self._reconcile(owner, wanted)
+    async def _run_tasks(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+        await self._upgrade(thread)
+        await self._reconcile(thread, wanted)
         self._on_ready()
         notify("READY=1")
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._reconcile_again(owner, wanted))
-            group.create_task(self._reload_on_request(owner))
-            group.create_task(feed_watchdog(owner))
+            group.create_task(self._reconcile_again(thread, wanted))
+            group.create_task(self._reload_on_request(thread))
+            group.create_task(feed_watchdog(thread))
             for task in self._tasks:
-                group.create_task(_restarting(task, owner))
+                group.create_task(_restarting(task, thread))
 
-    async def _upgrade(self, owner: BalancerThread) -> None:
+    async def _upgrade(self, thread: BalancerThread) -> None:
         """Once: what the verifier rejects now, it will reject again."""
-        notes = await owner.upgrade()
+        notes = await thread.upgrade()
         for note in notes:
-            (log.error if owner.refused else log.info)(note)
+            (log.error if thread.refused else log.info)(note)
 
-    async def _reconcile(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
         """Apply the store to the kernel, and the configuration file to the store."""
         try:
-            _log_report("reconciled", (await owner.change(lambda balancer: balancer.repairs.reconcile())).report)
+            _log_report("reconciled", (await thread.change(lambda balancer: balancer.repairs.reconcile())).report)
             if wanted is not None:
-                _log_report("configured", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
+                _log_report("configured", (await thread.change(lambda balancer: balancer.apply(wanted))).report)
             self.unready = ""
         except LbError as error:
             if self.unready != str(error):
                 log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
-    async def _reconcile_again(self, owner: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile_again(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
         """Until it succeeds."""
         while self.unready:
             await asyncio.sleep(AGAIN_S)
-            await self._reconcile(owner, wanted)
+            await self._reconcile(thread, wanted)
 
-    async def _reload_on_request(self, owner: BalancerThread) -> None:
+    async def _reload_on_request(self, thread: BalancerThread) -> None:
         while True:
             await self._reloading.wait()
             self._reloading.clear()
             notify("RELOADING=1")
-            await self._reload(owner)
+            await self._reload(thread)
             notify("READY=1")
 
-    async def _reload(self, owner: BalancerThread) -> None:
+    async def _reload(self, thread: BalancerThread) -> None:
         try:
             self._reload_certificate()
             if self._settings.config:
                 wanted = config.read(self._settings.config)
-                _log_report("reloaded", (await owner.change(lambda balancer: balancer.apply(wanted))).report)
+                _log_report("reloaded", (await thread.change(lambda balancer: balancer.apply(wanted))).report)
         except LbError as error:
             log.error("reload failed: configuration unchanged", reason=str(error))
 
@@ -204,10 +204,10 @@ def _name(listening: socket.socket) -> str:
     return name if isinstance(name, str) else f"{name[0]} port {name[1]}"
 
 
-async def _restarting(task: Task, owner: BalancerThread) -> None:
+async def _restarting(task: Task, thread: BalancerThread) -> None:
     while True:
         try:
-            await task.run(owner)
+            await task.run(thread)
             return
         except Exception:
             log.exception("task failed: restarting", task=type(task).__name__, after_s=AGAIN_S)

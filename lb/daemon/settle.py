@@ -19,14 +19,14 @@ class SettleTask:
     def __init__(self, period_s: float = PERIOD_S) -> None:
         self._period_s = period_s
 
-    async def run(self, owner: BalancerThread) -> None:
+    async def run(self, thread: BalancerThread) -> None:
         while True:
-            for vip in await owner.call(lambda balancer: balancer.writer.dataplane.due()):
+            for vip in await thread.call(lambda balancer: balancer.writer.dataplane.due()):
                 began = time.monotonic()
-                await _settle(owner, vip)
+                await _settle(thread, vip)
                 await asyncio.sleep(time.monotonic() - began)  # requests come in between
             await asyncio.sleep(self._period_s)
 
 
-async def _settle(owner: BalancerThread, vip: Vip) -> None:
-    await owner.call(lambda balancer: balancer.writer.settle(vip))
+async def _settle(thread: BalancerThread, vip: Vip) -> None:
+    await thread.call(lambda balancer: balancer.writer.settle(vip))

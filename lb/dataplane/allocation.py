@@ -17,10 +17,10 @@ from lb.model.vip import Vip
 
 # What maps hold at least. Rings: 64 services of the default size, 4 MiB. A translated flow has two entries, together
 # about 260 bytes for IPv4.
-LEAST_SERVICES = 256
-LEAST_SLOTS = 1 << 20
-LEAST_MEMBERS = 1 << 13
-LEAST_SERVER_IDS = 1 << 10
+MIN_SERVICES = 256
+MIN_SLOTS = 1 << 20
+MIN_MEMBERS = 1 << 13
+MIN_SERVER_IDS = 1 << 10
 TRACKED_FLOWS = 1 << 17
 NAT_FLOWS = 1 << 18
 FRAGMENTED_DATAGRAMS = 1 << 14
@@ -53,10 +53,10 @@ class Sizes:
         """Room for twice what they need; the tables of mode nat only where a service uses them."""
         nat = {s.vip.address.version for s in services if s.mode is Mode.NAT}
         return cls(
-            services=_room(LEAST_SERVICES, len(services)),
-            slots=_room(LEAST_SLOTS, sum(s.ring_size for s in services)),
-            members=_room(LEAST_MEMBERS, sum(member_block_size(len(s.backends)) for s in services)),
-            server_ids=_room(LEAST_SERVER_IDS, server_ids(services)),
+            services=_room(MIN_SERVICES, len(services)),
+            slots=_room(MIN_SLOTS, sum(s.ring_size for s in services)),
+            members=_room(MIN_MEMBERS, sum(member_block_size(len(s.backends)) for s in services)),
+            server_ids=_room(MIN_SERVER_IDS, server_ids(services)),
             nat4=NAT_FLOWS if 4 in nat else 1,
             nat6=NAT_FLOWS if 6 in nat else 1,
         )

@@ -18,7 +18,7 @@ from lb.dataplane.members import address_words
 from lb.model.state import Service
 from lb.model.vip import Vip
 
-MOST_EPOCHS = 2**32 - 1
+MAX_EPOCHS = 2**32 - 1
 
 
 class Table:
@@ -142,7 +142,7 @@ class LookupMaps:
         """Tells the programs what they need not look for, and to forget what they know."""
         if self._exact_writes != self._announced_writes:
             self._announced_writes = self._exact_writes
-            self._control.epoch = self._control.epoch % MOST_EPOCHS + 1
+            self._control.epoch = self._control.epoch % MAX_EPOCHS + 1
         self._control.wide_services = self._wide_services
         self._control.echo_addresses = self._echo_addresses
 

@@ -21,8 +21,8 @@ from lb.model.options import Network, Options
 from lb.model.state import Backend, Service
 from lb.model.vip import Address
 
-MOST_MTU = 65535  # of IP
-MOST_VARIED_BITS = 32
+MAX_MTU = 65535  # of IP
+MAX_VARIED_BITS = 32
 ONE_SOURCE = 64
 
 MemberKey = tuple[bytes, int]  # address, port: what tells one backend from another
@@ -51,7 +51,7 @@ def _free_bits(prefix: Network | None) -> int:
     no prefix at all by a number that means none of the bits as well."""
     if prefix is None:
         return 0
-    return min(prefix.max_prefixlen - prefix.prefixlen, MOST_VARIED_BITS) or ONE_SOURCE
+    return min(prefix.max_prefixlen - prefix.prefixlen, MAX_VARIED_BITS) or ONE_SOURCE
 
 
 def _new_uid() -> int:
@@ -127,9 +127,7 @@ class MemberTable:
     def _member(self, backend: Backend, hop: NextHop, options: Options) -> Any:
         flags = self._alive | (self._resolved if hop.dst_mac else 0) | self._ip6 * (backend.address.version == 6)
         source = options.tunnel_source(backend.address.version)
-        member = self._struct(
-            port=backend.port, flags=flags, mtu=min(hop.mtu, MOST_MTU), source_bits=_free_bits(source)
-        )
+        member = self._struct(port=backend.port, flags=flags, mtu=min(hop.mtu, MAX_MTU), source_bits=_free_bits(source))
         member.address[:] = address_words(backend.address)
         member.source[:] = address_words(source.network_address if source else hop.source)
         member.hop.ifindex = hop.ifindex

@@ -44,7 +44,7 @@ PROGRAM, BEHIND_STAGES, CARRY = "xdp_lb", "xdp_balance", "xdp_carry"
 REFUSED = "upgrade to the installed program failed, the running program is kept"
 LOST = "{0}: the attached program has lost its pins and is not of this version ({1}): run ip link set dev {0} xdp off"
 WRITTEN_MAPS = ("services", "members", "counters", "rings", *TABLES)  # by lb.dataplane.service_maps
-MOST_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than this, whatever becomes of the process
+MAX_CATCHING_UP_NS = 2_000_000_000  # packets of no flow wait no longer than this, whatever becomes of the process
 
 
 class Programs:
@@ -256,7 +256,7 @@ class Programs:
         killed behind it, the next one goes on for."""
         control = new.variable("control")
         if succession.has_to_catch_up:
-            control.whole_ns = clock.now_ns() + MOST_CATCHING_UP_NS
+            control.whole_ns = clock.now_ns() + MAX_CATCHING_UP_NS
         Stages(old).relay(new.program(BEHIND_STAGES).fd)
         self._pinned_in = generation
         self.use(new)

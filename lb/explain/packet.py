@@ -19,7 +19,7 @@ from lb.model.options import GUE_PORT
 from lb.model.vip import Address, join_port, split_port
 
 ETHERNET_SIZE = 14
-LEAST_FRAME, MOST_FRAME = ETHERNET_SIZE, 3520 - 64  # what BPF_PROG_TEST_RUN takes in one piece, room left for a mark
+MIN_FRAME, MAX_FRAME = ETHERNET_SIZE, 3520 - 64  # what BPF_PROG_TEST_RUN takes in one piece, room left for a mark
 HOPS = 64
 WINDOW = 64240
 
@@ -130,9 +130,9 @@ def parse_hex(text: str) -> bytes:
 
 def check_size(frame: bytes) -> bytes:
     """The frame, if the kernel takes it for a test run. Raises InvalidInput."""
-    if not LEAST_FRAME <= len(frame) <= MOST_FRAME:
+    if not MIN_FRAME <= len(frame) <= MAX_FRAME:
         raise InvalidInput(
-            f"packet of {len(frame)} bytes: out of range {LEAST_FRAME} to {MOST_FRAME}, including the Ethernet header"
+            f"packet of {len(frame)} bytes: out of range {MIN_FRAME} to {MAX_FRAME}, including the Ethernet header"
         )
     return frame
 

@@ -294,7 +294,7 @@ async def _head(read: Read) -> tuple[bytes, bytes]:
 
 
 async def _body(head: bytes, received: bytes, read: Read) -> bytes:
-    """Up to MOST_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
+    """Up to MAX_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
     is_chunked = re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r$", head)
     length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r$", head)
     limit = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY

@@ -54,7 +54,7 @@ class Ramp:
 
 def steps_of(service: Service, weight: int) -> int:
     """In how many steps a backend of that weight starts: so many that none moves more than a hundredth of the ring, but
-    at least LEAST_STEPS and not so many that two are closer than LEAST_STEP_S."""
+    at least MIN_STEPS and not so many that two are closer than MIN_STEP_S."""
     total = sum(b.weight for b in service.backends if not b.draining)
     wanted = max(MIN_STEPS, round(weight / max(total, 1) / SLOTS_PER_STEP))
     return max(1, min(wanted, int(service.options.slow_start_s / MIN_STEP_S)))

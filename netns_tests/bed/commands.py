@@ -359,7 +359,7 @@ def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | No
 
 
 def _fork_orphan() -> int:
-    """The pid of a grandchild that has lost its parent, or 0 in it."""
+    """The pid of a grandchild that has lost its parent, or 0 in it. OSError where there was none to have."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -370,9 +370,11 @@ def _fork_orphan() -> int:
         os._exit(0)
     os.close(writer)
     os.waitpid(child, 0)
-    pid = int.from_bytes(os.read(reader, 8), "big")
+    written = os.read(reader, 8)
     os.close(reader)
-    return pid
+    if not written:  # never a 0 for the other side: a signal to it would go to this whole process group
+        raise ChildProcessError("the child has not forked")
+    return int.from_bytes(written, "big")
 
 
 # A command

@@ -146,8 +146,8 @@ WRITERS = (
 
 
 if __name__ == "__main__":
+    from lb.cli.main import main  # before all calls are watched, which takes time
+
     signal_at(int(sys.argv[1]), sys.argv[2].split(","))
     del sys.argv[1:3]
-    from lb.cli.main import main
-
     main()

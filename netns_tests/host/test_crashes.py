@@ -1,7 +1,7 @@
 """SIGKILL at any moment of a change, while clients keep asking: the old or the new state is in force, nothing fails.
 
-A command runs under a driver (netns_tests.bed.killed) that counts what Python calls in the modules that write, from
-the first step of the change to its last, and ends the process at a given one: every run is killed at the same place.
+A command is started under a driver (netns_tests.bed.killed) that counts what Python calls in the modules that write,
+from the first step of the change to its last, and ends the process at a given one: each dies at the same place.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from lb.store.store import Store
 from netns_tests.bed.servers import REPOSITORY, start_http
 from netns_tests.bed.topology import Bed
 from netns_tests.bed.traffic import connections, curl, go_on, loading
-
-pytestmark = pytest.mark.usefixtures("console_script")
 
 POINTS = 4  # spread evenly over a change, its ends included
 WEB = "10.99.1.100:80"

@@ -65,7 +65,7 @@ VIPS = {4: (packets.VIP4, "203.0.113.2", packets.LB4), 6: (packets.VIP6, "2001:d
 SERVICE_PORTS = ((80, 0), (80, 0), (53, 0), (1100, 0), (0, 0), (1000, 1999), (1100, 1101))
 PREFIX_BITS = {4: (None, None, None, 24, 16), 6: (None, None, None, 64, 32)}
 # All clients but the last, and the second alone.
-MOST_CLIENTS, ONE_CLIENT = (
+MAX_CLIENTS, ONE_CLIENT = (
     {4: ("192.0.2.0", 25), 6: ("2001:db8:1::", 64)},
     {4: ("192.0.2.77", 32), 6: ("2001:db8:1::77", 128)},
 )
@@ -541,7 +541,7 @@ class World:
         )
 
     def _set_sources(self, service: Service, number: int, offer: Offer) -> None:
-        most, one = ((address(text), bits) for text, bits in (MOST_CLIENTS[offer.family], ONE_CLIENT[offer.family]))
+        most, one = ((address(text), bits) for text, bits in (MAX_CLIENTS[offer.family], ONE_CLIENT[offer.family]))
         sources = {most: number} if "only" in offer.sources else {}
         if "set" in offer.sources:
             sources[one] = len(self.services)

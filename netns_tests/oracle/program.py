@@ -289,5 +289,5 @@ def loaded_program(settings: Settings) -> Iterator[LoadedProgram]:
         for name, entries in MAP_SIZES.items():
             bpf.resize(name, entries)
         bpf.resize("rings", SLOTS * 4 // bpf.types.struct("slot_words").words.size)
-        bpf.load()
+        bpf.load("xdp_lb")
         yield LoadedProgram(bpf)

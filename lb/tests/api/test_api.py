@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lb.api.access import Access
-from lb.api.guard import LARGEST_BODY
+from lb.api.middleware import LARGEST_BODY
 from lb.formats.prometheus import CONTENT_TYPE
 from lb.tests.fakes.daemon import Running, serving
 from lb.tests.fakes.host import Host
@@ -282,7 +282,7 @@ def test_a_body_has_to_say_that_it_is_json(http: httpx.Client) -> None:
 
 
 def test_a_body_that_is_too_large_is_refused(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lb.api.guard.LARGEST_LOCAL_BODY", LARGEST_BODY)
+    monkeypatch.setattr("lb.api.middleware.LARGEST_LOCAL_BODY", LARGEST_BODY)
     headers = {"Content-Type": "application/json"}
     refused = http.put(WEB, content=b" " * (LARGEST_BODY + 1), headers=headers)
     assert problem(refused, 413)["detail"] == "request body larger than 1048576 bytes"

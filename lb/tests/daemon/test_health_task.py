@@ -1,4 +1,4 @@
-"""The daemon's health checks, with its real owner thread: servers on the loopback interface, the kernel in memory."""
+"""The health task, with the real balancer thread: servers on the loopback interface, the kernel in memory."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class Host:
 
     @asynccontextmanager
     async def daemon(self) -> AsyncIterator[BalancerThread]:
-        async with BalancerThread.open(partial(self.balancer, in_daemon=True)) as owner:
-            await owner.change(lambda balancer: balancer.repairs.reconcile())
+        async with BalancerThread.open(partial(self.balancer, in_daemon=True)) as thread:
+            await thread.change(lambda balancer: balancer.repairs.reconcile())
             task = HealthTask(self.find_ways, self.file, self.listen)
-            running = asyncio.create_task(task.run(owner))
+            running = asyncio.create_task(task.run(thread))
             try:
-                yield owner
+                yield thread
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
@@ -107,19 +107,19 @@ def serve(host: Host, options: Options = NOTHING) -> None:
         balancer.attach([Interface("eth0")], [Service(WEB, backends=(A, B), ring_size=251, options=options)])
 
 
-async def states(owner: BalancerThread) -> list[str]:
-    status = await owner.call(lambda balancer: balancer.status())
+async def states(thread: BalancerThread) -> list[str]:
+    status = await thread.call(lambda balancer: balancer.status())
     return [backend.state for backend in status.services[0].backends]
 
 
-async def until(owner: BalancerThread, condition: Callable[[list[str]], bool]) -> None:
+async def until(thread: BalancerThread, condition: Callable[[list[str]], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition(await states(owner)):
+        while not condition(await states(thread)):
             await asyncio.sleep(0.01)
 
 
-def health_events(owner: BalancerThread) -> list[dict[str, Any]]:
-    texts = (event.text.decode() for event in owner.events._kept)
+def health_events(thread: BalancerThread) -> list[dict[str, Any]]:
+    texts = (event.text.decode() for event in thread.events._kept)
     return [json.loads(text.split("data: ")[1]) for text in texts if "event: health\n" in text]
 
 
@@ -131,15 +131,15 @@ def test_a_check_that_is_asked_for_later_is_heeded_and_its_findings_are_events(t
         await server.wait_closed()
         host = Host(tmp_path)
         serve(host)
-        async with host.daemon() as owner:
-            assert await states(owner) == ["active", "active"]
+        async with host.daemon() as thread:
+            assert await states(thread) == ["active", "active"]
             options = Options(health=HealthCheck.parse(f"tcp interval=100ms port={port}"), fail_closed=True)
-            done = await owner.change(lambda balancer: balancer.set_options(WEB, options))
-            await until(owner, lambda found: found == ["down", "down"])
+            done = await thread.change(lambda balancer: balancer.set_options(WEB, options))
+            await until(thread, lambda found: found == ["down", "down"])
             server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
-            await until(owner, lambda found: found == ["active", "active"])
+            await until(thread, lambda found: found == ["active", "active"])
             async with asyncio.timeout(10):
-                while len(reported := health_events(owner)) < 4:
+                while len(reported := health_events(thread)) < 4:
                     await asyncio.sleep(0.01)
         server.close()
         await server.wait_closed()
@@ -165,13 +165,13 @@ def test_a_backend_that_was_down_gets_nothing_from_the_start_of_the_next_daemon_
     """Also where the maps are written anew, as after a detach; and nobody is told of it a second time."""
 
     async def first(host: Host) -> None:
-        async with host.daemon() as owner:
-            await until(owner, lambda found: found == ["down", "down"])
+        async with host.daemon() as thread:
+            await until(thread, lambda found: found == ["down", "down"])
 
     async def second(host: Host) -> tuple[list[str], list[dict[str, Any]]]:
-        async with BalancerThread.open(host.balancer) as owner:
-            await owner.change(lambda balancer: balancer.repairs.reconcile())
-            return await states(owner), health_events(owner)
+        async with BalancerThread.open(host.balancer) as thread:
+            await thread.change(lambda balancer: balancer.repairs.reconcile())
+            return await states(thread), health_events(thread)
 
     host = Host(tmp_path)
     serve(host, checked(refused_port()))
@@ -184,17 +184,17 @@ def test_a_backend_that_was_down_gets_nothing_from_the_start_of_the_next_daemon_
 
 def test_conditions_go_on_from_daemon_to_daemon_and_turns_are_told_once(tmp_path: Path) -> None:
     async def first(host: Host) -> None:
-        async with host.daemon() as owner:
-            await until(owner, lambda found: found == ["down", "down"])
+        async with host.daemon() as thread:
+            await until(thread, lambda found: found == ["down", "down"])
 
     async def second(host: Host, port: int) -> tuple[list[str], list[dict[str, Any]]]:
-        async with host.daemon() as owner:
-            before = await states(owner)
+        async with host.daemon() as thread:
+            before = await states(thread)
             server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
-            await until(owner, lambda found: found == ["active", "active"])
+            await until(thread, lambda found: found == ["active", "active"])
             server.close()
             await server.wait_closed()
-            return before, health_events(owner)
+            return before, health_events(thread)
 
     host, port = Host(tmp_path), refused_port()
     serve(host, checked(port))
@@ -207,8 +207,8 @@ def test_conditions_go_on_from_daemon_to_daemon_and_turns_are_told_once(tmp_path
 
 def test_a_change_without_a_daemon_leaves_conditions_in_force_and_says_so(tmp_path: Path) -> None:
     async def run(host: Host) -> None:
-        async with host.daemon() as owner:
-            await until(owner, lambda found: found == ["down", "down"])
+        async with host.daemon() as thread:
+            await until(thread, lambda found: found == ["down", "down"])
 
     host = Host(tmp_path)
     serve(host, checked(refused_port()))
@@ -228,8 +228,8 @@ def test_a_change_without_a_daemon_leaves_conditions_in_force_and_says_so(tmp_pa
 
 def test_findings_that_cannot_be_stored_are_in_force_all_the_same(tmp_path: Path) -> None:
     async def run(host: Host) -> None:
-        async with host.daemon() as owner:
-            await until(owner, lambda found: found == ["down", "down"])
+        async with host.daemon() as thread:
+            await until(thread, lambda found: found == ["down", "down"])
 
     host = Host(tmp_path)
     (tmp_path / "run").write_text("not a folder")
@@ -241,8 +241,8 @@ def test_findings_that_cannot_be_stored_are_in_force_all_the_same(tmp_path: Path
 
 def test_ways_are_looked_for_again_when_the_network_is_another_one(tmp_path: Path) -> None:
     async def run(host: Host) -> None:
-        async with host.daemon() as owner:
-            await until(owner, lambda found: found == ["down", "down"])
+        async with host.daemon() as thread:
+            await until(thread, lambda found: found == ["down", "down"])
             (paths,), (quiet,) = host.paths, host.quiets
             before = paths.finds
             quiet.changes.put_nowait(Changes(links={7}))  # which concerns nobody

@@ -1,4 +1,4 @@
-"""The daemon's reconciliation, with its real owner thread, over a kernel and a network in memory; and which backends
+"""The daemon's reconciliation, with its real balancer thread, over a kernel and a network in memory; and which backends
 changes of the host's network concern."""
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Bed:
 
     @asynccontextmanager
     async def running(self, period_s: float) -> AsyncIterator[BalancerThread]:
-        async with BalancerThread.open(self.serving) as owner:
+        async with BalancerThread.open(self.serving) as thread:
             listen: Callable[[], AbstractContextManager[Told]] = lambda: nullcontext(self.told)  # noqa: E731
-            running = asyncio.create_task(ReconcileTask(listen, period_s).run(owner))
+            running = asyncio.create_task(ReconcileTask(listen, period_s).run(thread))
             try:
-                yield owner
+                yield thread
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
@@ -178,8 +178,8 @@ def test_the_interface_that_a_way_leads_through_now_is_attached_for_nat_replies(
 # The task
 
 
-def drifts(owner: BalancerThread) -> list[dict[str, Any]]:
-    texts = (event.text.decode() for event in owner.events._kept)
+def drifts(thread: BalancerThread) -> list[dict[str, Any]]:
+    texts = (event.text.decode() for event in thread.events._kept)
     return [json.loads(text.split("data: ")[1]) for text in texts if "event: drift\n" in text]
 
 
@@ -191,11 +191,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 def test_what_has_changed_is_repaired_at_the_next_look_and_told(bed: Bed) -> None:
     async def run() -> list[dict[str, Any]]:
-        async with bed.running(period_s=0.05) as owner:
-            await owner.call(lambda _: bed.dataplane.rings[WEB].words.__setitem__(3, 0))
-            await until(lambda: drifts(owner))
-            assert await owner.call(lambda balancer: balancer.repairs.reconcile().notes) == ()
-            return drifts(owner)
+        async with bed.running(period_s=0.05) as thread:
+            await thread.call(lambda _: bed.dataplane.rings[WEB].words.__setitem__(3, 0))
+            await until(lambda: drifts(thread))
+            assert await thread.call(lambda balancer: balancer.repairs.reconcile().notes) == ()
+            return drifts(thread)
 
     with capture_logs() as said:
         (drift,) = asyncio.run(run())
@@ -206,16 +206,16 @@ def test_what_has_changed_is_repaired_at_the_next_look_and_told(bed: Bed) -> Non
 
 def test_what_cannot_be_repaired_is_told_once_and_again_when_it_comes_back(bed: Bed) -> None:
     async def run() -> list[dict[str, Any]]:
-        async with bed.running(period_s=0.02) as owner:
+        async with bed.running(period_s=0.02) as thread:
             for times in (1, 2):
-                await owner.call(lambda _: taken(bed))
-                await until(lambda times=times: len(drifts(owner)) == 2 * times - 1)  # type: ignore[misc]
+                await thread.call(lambda _: taken(bed))
+                await until(lambda times=times: len(drifts(thread)) == 2 * times - 1)  # type: ignore[misc]
                 await looks(bed, 3)
-                assert len(drifts(owner)) == 2 * times - 1
+                assert len(drifts(thread)) == 2 * times - 1
                 bed.dataplane.foreign.clear()
-                await until(lambda times=times: len(drifts(owner)) == 2 * times)  # type: ignore[misc]
+                await until(lambda times=times: len(drifts(thread)) == 2 * times)  # type: ignore[misc]
                 await looks(bed, 2)
-            return drifts(owner)
+            return drifts(thread)
 
     with capture_logs() as said:
         found = asyncio.run(run())
@@ -237,15 +237,15 @@ async def looks(bed: Bed, count: int) -> None:
 
 def test_a_change_of_the_host_is_followed_at_once(bed: Bed) -> None:
     async def run() -> list[dict[str, Any]]:
-        async with bed.running(period_s=1000) as owner:
+        async with bed.running(period_s=1000) as thread:
             await looks(bed, 1)
             lead_elsewhere(bed.network, dst_mac=b"\x02\0\0\0\0\x78")
             bed.told.queue.put_nowait(Changes(neighbours={(1, A.address.packed): None}))
-            await until(lambda: drifts(owner))
-            await owner.call(lambda _: bed.dataplane.detach("eth0"))
+            await until(lambda: drifts(thread))
+            await thread.call(lambda _: bed.dataplane.detach("eth0"))
             bed.told.queue.put_nowait(Changes(links={9}))
-            await until(lambda: len(drifts(owner)) == 2)
-            return drifts(owner)
+            await until(lambda: len(drifts(thread)) == 2)
+            return drifts(thread)
 
     assert [each["summary"] for each in asyncio.run(run())] == [
         "backend 10.0.0.11: next hop is now 02:00:00:00:00:78 on eth0",

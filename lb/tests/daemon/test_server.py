@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from lb.api import access as access_module
-from lb.api import guard
+from lb.api import middleware
 from lb.api.access import Access, Role
 from lb.cli.main import cli
 from lb.client.client import Client
@@ -182,12 +182,12 @@ class Counting:
     seen: list[State] = field(default_factory=list)
     cancelled: bool = False
 
-    async def run(self, owner: BalancerThread) -> None:
+    async def run(self, thread: BalancerThread) -> None:
         self.runs += 1
         if self.runs <= self.failures:
             raise ZeroDivisionError("in a task")
-        self.seen.append(await owner.call(lambda balancer: balancer.state))
-        owner.events.publish("health", {"backend": "10.0.0.11:80", "state": "down"})
+        self.seen.append(await thread.call(lambda balancer: balancer.state))
+        thread.events.publish("health", {"backend": "10.0.0.11:80", "state": "down"})
         try:
             await asyncio.Event().wait()
         finally:
@@ -218,8 +218,8 @@ def test_all_work_on_the_balancer_is_done_by_one_thread(host: Host, tmp_path: Pa
         threads.add(threading.current_thread().name)
 
     async def work() -> None:
-        async with BalancerThread.open(opener) as owner:
-            calls = [owner.call(lambda balancer: threads.add(threading.current_thread().name)) for _ in range(9)]
+        async with BalancerThread.open(opener) as thread:
+            calls = [thread.call(lambda balancer: threads.add(threading.current_thread().name)) for _ in range(9)]
             await asyncio.gather(*calls)
 
     asyncio.run(work())
@@ -480,8 +480,8 @@ def test_an_address_that_is_taken_is_one_line(remote: Remote, tmp_path_factory: 
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "HEAD_S", 0.2)
     monkeypatch.setattr(listener, "HANDSHAKE_S", 0.2)
-    monkeypatch.setattr(guard, "BODY_S", 0.2)
-    monkeypatch.setattr(guard, "SEND_S", 0.2)
+    monkeypatch.setattr(middleware, "BODY_S", 0.2)
+    monkeypatch.setattr(middleware, "SEND_S", 0.2)
 
 
 def ends(connection: socket.socket) -> bytes:
@@ -550,9 +550,9 @@ def test_a_reader_who_reads_nothing_is_cut_off(
 
 def has_gone(connections: set[Any], daemon: Running) -> bool:
     """Else there is more for it, published in the event loop's own thread."""
-    owner = daemon.daemon.owner
-    assert owner
-    daemon.call(lambda: owner.events.publish("change", {"summary": "x" * 100_000}))
+    thread = daemon.daemon.thread
+    assert thread
+    daemon.call(lambda: thread.events.publish("change", {"summary": "x" * 100_000}))
     return not connections
 
 

@@ -33,13 +33,13 @@ def test_a_transition_whose_time_is_over_is_ended_without_a_further_change_and_n
             yield Balancer(store, dataplane, MemoryNetwork({"eth0": ["10.0.0.254/24"]}))
 
     async def run() -> None:
-        async with BalancerThread.open(opened) as owner:
+        async with BalancerThread.open(opened) as thread:
             services = [Service(vip, backends=(A, B), ring_size=251) for vip in (WEB, OTHER)]
-            await owner.change(lambda b: b.attach([Interface("eth0")], services))
+            await thread.change(lambda b: b.attach([Interface("eth0")], services))
             for vip in (WEB, OTHER):
-                await owner.change(lambda b, vip=vip: b.drain_backend(vip, B))  # type: ignore[misc]
+                await thread.change(lambda b, vip=vip: b.drain_backend(vip, B))  # type: ignore[misc]
             assert in_transition(dataplane) == {WEB, OTHER}
-            running = asyncio.create_task(SettleTask(period_s=0.01).run(owner))
+            running = asyncio.create_task(SettleTask(period_s=0.01).run(thread))
             dataplane.overdue.add(WEB)
             async with asyncio.timeout(10):
                 while WEB in in_transition(dataplane):

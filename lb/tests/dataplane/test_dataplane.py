@@ -504,10 +504,10 @@ def test_two_hundred_services_are_served_side_by_side(kernel: Kernel) -> None:
 
 @pytest.fixture
 def small_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocation, "LEAST_SERVICES", 4)
-    monkeypatch.setattr(allocation, "LEAST_SLOTS", 1024)
-    monkeypatch.setattr(allocation, "LEAST_MEMBERS", 128)
-    monkeypatch.setattr(allocation, "LEAST_SERVER_IDS", 2)
+    monkeypatch.setattr(allocation, "MIN_SERVICES", 4)
+    monkeypatch.setattr(allocation, "MIN_SLOTS", 1024)
+    monkeypatch.setattr(allocation, "MIN_MEMBERS", 128)
+    monkeypatch.setattr(allocation, "MIN_SERVER_IDS", 2)
 
 
 @pytest.fixture
@@ -597,7 +597,7 @@ def test_growth_that_the_kernel_refuses_leaves_the_old_maps_in_force(
     grown: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, old = grown.generation, grown.running()
-    monkeypatch.setattr(allocation, "LEAST_SLOTS", 1 << 35)
+    monkeypatch.setattr(allocation, "MIN_SLOTS", 1 << 35)
     with pytest.raises(DataplaneError, match=r"lb\.bpf\.o: rejected by the kernel"):
         grown.dataplane.load([service(vip, A) for vip in vips(9)])
     assert (grown.generation, grown.running()) == (first, old)

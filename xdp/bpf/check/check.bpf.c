@@ -15,8 +15,8 @@
 #include "encap.h"
 #include "ip.h"
 
-#define MOST_TARGETS 65536 /* IPv4 and IPv6 addresses end with the number of the target */
-#define MOST_FLOWS 65536
+#define MAX_TARGETS 65536 /* IPv4 and IPv6 addresses end with the number of the target */
+#define MAX_FLOWS 65536
 #define L3 sizeof(struct ethhdr)
 #define ICMP_CHECKSUM 2 /* where it lies in the header, in both families */
 #define ICMP_HEADER 8
@@ -63,14 +63,14 @@ const volatile struct check_config check_config = {};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, MOST_TARGETS);
+	__uint(max_entries, MAX_TARGETS);
 	__type(key, __u32);
 	__type(value, struct check_target);
 } check_targets SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MOST_FLOWS);
+	__uint(max_entries, MAX_FLOWS);
 	__type(key, struct check_flow);
 	__type(value, __u32);
 } check_flows SEC(".maps");
@@ -154,7 +154,7 @@ static __always_inline void target_address(__u32 number, __be32 *words, int fami
 
 static __always_inline __u32 target_number(const __be32 *words, int family)
 {
-	return bpf_ntohl(words[family == AF_INET ? 0 : 3]) & (MOST_TARGETS - 1);
+	return bpf_ntohl(words[family == AF_INET ? 0 : 3]) & (MAX_TARGETS - 1);
 }
 
 /* Out */

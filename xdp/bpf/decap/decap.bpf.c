@@ -9,21 +9,15 @@
 #include "decap.h"
 #include "checksum.h"
 #include "second_chance.h"
+#include "vlan_tag.h"
 
 #define GO_ON DECAPSULATED
-
-#define MAX_TAGS 2
 
 enum ecn { /* RFC 3168 */
 	NOT_ECT,
 	ECT_1,
 	ECT_0,
 	CE,
-};
-
-struct vlan_tag {
-	__be16 control;
-	__be16 ethertype;
 };
 
 struct tunnel {
@@ -61,7 +55,7 @@ static __always_inline __be16 find_ethertype(struct tunnel *tunnel)
 	ethertype = eth->h_proto;
 #pragma unroll
 	for (int tags = 0; tags < MAX_TAGS; tags++, tag++) {
-		if (ethertype != bpf_htons(ETH_P_8021Q) && ethertype != bpf_htons(ETH_P_8021AD))
+		if (!is_tag(ethertype))
 			break;
 		if ((void *)(tag + 1) > tunnel->end)
 			return 0;

@@ -23,7 +23,7 @@ struct source_key6 {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct source_key4);
 	__type(value, __u32);
 } sources4 SEC(".maps");
@@ -31,7 +31,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct source_key6);
 	__type(value, __u32);
 } sources6 SEC(".maps");

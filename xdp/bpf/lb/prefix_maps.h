@@ -6,7 +6,7 @@
 #include <linux/types.h>
 #include <bpf/bpf_helpers.h>
 
-#define MOST_PREFIXES (1 << 20) /* of a trie, which takes memory for those that it has */
+#define MAX_PREFIXES (1 << 20) /* of a trie, which takes memory for those that it has */
 
 /* VIP prefixes and port ranges: the longest prefix of the address, and then, under it, of the port. */
 struct network_key4 {
@@ -22,7 +22,7 @@ struct network_key6 {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct network_key4);
 	__type(value, __u32);
 } networks4 SEC(".maps");
@@ -30,7 +30,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct network_key6);
 	__type(value, __u32);
 } networks6 SEC(".maps");
@@ -54,7 +54,7 @@ struct range_key6 {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct range_key4);
 	__type(value, __u32);
 } ranges4 SEC(".maps");
@@ -62,7 +62,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MOST_PREFIXES);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct range_key6);
 	__type(value, __u32);
 } ranges6 SEC(".maps");

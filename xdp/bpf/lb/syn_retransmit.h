@@ -10,7 +10,7 @@
 #include "maps.h"
 #include "ring.h"
 
-#define MOST_OUTER_BYTES 0xff /* of a tunnel's headers; one less than a power of two */
+#define MAX_OUTER_BYTES 0xff /* of a tunnel's headers; one less than a power of two */
 
 /* Flow, sequence number and member make the hash: where a client uses a port anew, the sequence number is another one. */
 static __always_inline int seen_before(__u64 hash)
@@ -31,7 +31,7 @@ static __always_inline int seen_before(__u64 hash)
 static __always_inline int is_syn_retransmit(struct xdp_md *ctx, const struct member *member, const struct flow_key *flow,
 					     __u32 outer_bytes, int family)
 {
-	void *ip = (void *)(long)ctx->data + sizeof(struct ethhdr) + (outer_bytes & MOST_OUTER_BYTES);
+	void *ip = (void *)(long)ctx->data + sizeof(struct ethhdr) + (outer_bytes & MAX_OUTER_BYTES);
 	struct tcphdr *tcp = ip + ip_header_size(family);
 
 	if ((void *)(tcp + 1) > frame_end(ctx))

@@ -7,18 +7,11 @@
 
 #include "config.h"
 #include "packet.h"
-
-#define TAG_SIZE 4
-#define MOST_TAGS 2
+#include "vlan_tag.h"
 
 struct tags {
-	__u32 words[MOST_TAGS]; /* as they lie in the frame, after the source address; 0: there is none */
+	__u32 words[MAX_TAGS]; /* as they lie in the frame, after the source address; 0: there is none */
 };
-
-static __always_inline int is_tag(__be16 ethertype)
-{
-	return ethertype == bpf_htons(ETH_P_8021Q) || ethertype == bpf_htons(ETH_P_8021AD);
-}
 
 /* The frame's addresses and nothing else move, by so many tags towards its end (or, < 0, towards its start). */
 static __always_inline __u32 *move_addresses(struct xdp_md *ctx, int tags)
@@ -28,10 +21,10 @@ static __always_inline __u32 *move_addresses(struct xdp_md *ctx, int tags)
 	if ((void *)(frame + 3) > frame_end(ctx))
 		return NULL;
 	__builtin_memcpy(addresses, frame, sizeof(addresses));
-	if (bpf_xdp_adjust_head(ctx, tags * TAG_SIZE))
+	if (bpf_xdp_adjust_head(ctx, tags * (int)sizeof(struct vlan_tag)))
 		return NULL;
 	frame = (void *)(long)ctx->data;
-	if ((void *)(frame + 3 + MOST_TAGS) > frame_end(ctx))
+	if ((void *)(frame + 3 + MAX_TAGS) > frame_end(ctx))
 		return NULL;
 	__builtin_memcpy(frame, addresses, sizeof(addresses));
 	return frame;
@@ -43,7 +36,7 @@ SLOW_PATH int remove_vlan_tags(struct xdp_md *ctx, struct tags *tags)
 	__u32 *frame = (void *)(long)ctx->data;
 	int two;
 
-	if (!tags || (void *)(frame + 4 + 2 * MOST_TAGS) > frame_end(ctx))
+	if (!tags || (void *)(frame + 4 + 2 * MAX_TAGS) > frame_end(ctx))
 		return -1;
 	two = is_tag((__be16)frame[4]);
 	if (two && is_tag((__be16)frame[5]))
