@@ -333,6 +333,7 @@ class Model:
         if service is None:
             return self._to_client(packet)
         self._check_source(packet)
+        self._check_is_no_vip(packet)
         service = self._admit(service, packet)
         if service.mode == "nat":
             return self._to_member(service, packet, ingress_ifindex)
@@ -345,7 +346,11 @@ class Model:
         source, _ = addresses_at(packet.frame, ETHERNET_HEADER_SIZE, packet.version)
         if packet.frame[0] & 1:
             raise Ends("PASS_GROUP_MAC")
-        if is_martian(source) or packet.flow.source in {packet.flow.destination, *self._vips()}:
+        if is_martian(source) or packet.flow.source == packet.flow.destination:
+            raise Ends("DROP_MARTIAN_SOURCE")
+
+    def _check_is_no_vip(self, packet: Packet) -> None:
+        if addresses_at(packet.frame, ETHERNET_HEADER_SIZE, packet.version)[0] in self._vips():
             raise Ends("DROP_MARTIAN_SOURCE")
 
     def _vips(self) -> Iterator[bytes]:
@@ -368,6 +373,7 @@ class Model:
             return
         try:
             self._check_source(packet)
+            self._check_is_no_vip(packet)
         except Ends:
             return
         frame[:] = echo_reply(frame)
@@ -567,6 +573,7 @@ class Model:
         service = self._service_of_fragment(packet)
         if service is None:
             raise Ends(self._refused(packet.frame, "DROP_FRAGMENT"))
+        self._check_is_no_vip(packet)
         way = self._way(service, packet)
         return FirstFragment(service, service.number_of(way.member), way.member.uid, way.hash32)
 

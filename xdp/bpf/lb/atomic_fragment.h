@@ -9,17 +9,25 @@
 
 #define IP6_MORE bpf_htons(0x0001)
 
-static __always_inline int is_atomic_fragment(struct xdp_md *ctx)
+static __always_inline int has_fragment_header(struct xdp_md *ctx)
+{
+	struct ipv6hdr *ip = (void *)(long)ctx->data + sizeof(struct ethhdr);
+
+	return (void *)(ip + 1) <= frame_end(ctx) && ip->nexthdr == IPPROTO_FRAGMENT;
+}
+
+SLOW_PATH int is_atomic_fragment(struct xdp_md *ctx)
 {
 	struct ipv6hdr *ip = (void *)(long)ctx->data + sizeof(struct ethhdr);
 	struct fragment_header *fragment = (void *)(ip + 1);
 
-	return (void *)(fragment + 1) <= frame_end(ctx) && ip->nexthdr == IPPROTO_FRAGMENT &&
-	       bpf_ntohs(ip->payload_len) >= sizeof(*fragment) && !(fragment->offset & (IP6_OFFSET | IP6_MORE));
+	if ((void *)(fragment + 1) > frame_end(ctx) || (void *)(ip + 1) + bounded_length(ip->payload_len) > frame_end(ctx))
+		return 0;
+	return bpf_ntohs(ip->payload_len) >= sizeof(*fragment) && !(fragment->offset & (IP6_OFFSET | IP6_MORE));
 }
 
 /* Moves what is in front of it towards the end, the last word first. Nonzero: nothing has changed. */
-static __always_inline int cut_fragment_header(struct xdp_md *ctx)
+SLOW_PATH int cut_fragment_header(struct xdp_md *ctx)
 {
 	__u16 *words = (void *)(long)ctx->data;
 	struct ipv6hdr *ip = (void *)words + sizeof(struct ethhdr);

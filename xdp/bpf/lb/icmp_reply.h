@@ -7,6 +7,7 @@
 #include "maps.h"
 #include "packet.h"
 #include "service.h"
+#include "source.h"
 
 #define ANSWER_TTL 64
 
@@ -67,7 +68,7 @@ static __always_inline enum reason answer_echo_in(struct xdp_md *ctx, struct flo
 
 	if ((void *)(icmp + 1) > end || icmp->type != request || icmp->code)
 		return PASS_ICMP;
-	if (!exact_service(flow_destination(flow, family), 0, protocol, family))
+	if (!exact_service(flow_destination(flow, family), 0, protocol, family) || source_is_vip(ctx, family))
 		return PASS_ICMP;
 	swap_ethernet(data, data);
 	if (family == AF_INET)

@@ -69,12 +69,11 @@ SLOW_PATH int refuse(struct xdp_md *ctx, int why, int family)
 	return family == AF_INET ? refuse_in(ctx, why, AF_INET) : refuse_in(ctx, why, AF_INET6);
 }
 
-/* The header of a fragment that is all of its packet (RFC 6946), where the packet is a service's. 0: it is gone. */
-SLOW_PATH int remove_fragment_header(struct xdp_md *ctx)
+/* Of a fragment that is all of its packet (RFC 6946), where the packet is a service's. */
+static __always_inline void remove_fragment_header(struct xdp_md *ctx)
 {
-	if (!is_atomic_fragment(ctx) || refuse(ctx, DROP_FRAGMENT, AF_INET6) != DROP_FRAGMENT)
-		return -1;
-	return cut_fragment_header(ctx);
+	if (is_atomic_fragment(ctx) && refuse(ctx, DROP_FRAGMENT, AF_INET6) == DROP_FRAGMENT)
+		cut_fragment_header(ctx);
 }
 
 /* In mode nat the packet has arrived, for all that its sender can know: what goes on to the member is another one. */
@@ -102,7 +101,7 @@ static __always_inline enum reason find_service_of_packet(struct xdp_md *ctx, st
 	why = check_source(pkt, family);
 	if (why)
 		return why;
-	if ((*service)->options & OPTIONS_OF_ADMISSION) {
+	if ((*service)->options & OPTIONS_OF_ADMISSION || may_be_vip(ip_source(pkt->ip, family), family)) {
 		number = admit(ctx, *service, pkt->flow, opens_connection(pkt), family);
 		if (number < 0)
 			return -number;
@@ -161,14 +160,13 @@ static __always_inline enum reason handle_without_flow(struct xdp_md *ctx, struc
 
 static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pkt, int family)
 {
-	enum reason why = parse(ctx, pkt, family);
 	struct service *service = NULL;
 	struct member *member = NULL;
+	enum reason why;
 
-	if (family == AF_INET6 && why == DROP_FRAGMENT) {
+	if (family == AF_INET6 && has_fragment_header(ctx))
 		remove_fragment_header(ctx);
-		why = parse(ctx, pkt, family);
-	}
+	why = parse(ctx, pkt, family);
 	if (!why)
 		why = find_service_of_packet(ctx, pkt, &service, family);
 	else if (why == PASS_FRAGMENT || why == DROP_FRAGMENT)
