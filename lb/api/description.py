@@ -1,7 +1,7 @@
 """What /openapi.json says beyond paths and types: what fields mean, an example of each, groups, and who may ask.
 
-Enters: the document as FastAPI makes it. Leaves: the same, complete. A field of one name means one thing wherever it is;
-the few exceptions are listed under SCHEMA.FIELD.
+Enters: the document as FastAPI makes it. Leaves: the same, complete. A field of one name means one thing wherever it
+is; the few exceptions are listed under SCHEMA.FIELD.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TAGS: dict[str, tuple[str, tuple[str, ...]]] = {
 BEARER = {
     "type": "http",
     "scheme": "bearer",
-    "description": "Over TLS: a token of xdp-lb token create. Role read: GET, explain, dry runs; write: everything. On the "
+    "description": "Over TLS: a token of xdp-lb token create. Role read: GET and explain; write: everything. On the "
     "Unix socket no token is needed: the mode of its file says who may connect.",
 }
 WITHOUT_TOKEN = ("/healthz", "/readyz")
