@@ -5,11 +5,11 @@ environment, working directory and standard streams. Leaves: a child of this pro
 `ip netns exec NAMESPACE SCRIPT WORD...` would, with a pid, an exit status, descriptors, locks and signals of its own.
 
 The server does nothing but import, so that nothing comes to a command that a fresh interpreter would not have: it
-calls no function of the package and has one thread, and no descriptors but its streams and a socket. It forks twice and
-its child ends at once, by which the command becomes a child of the process that asked for it, a subreaper.
+calls no function of the package and has one thread, and no descriptors but its streams and a socket. What it forks are
+children of the process that asks, its siblings.
 
-What an interpreter finds only when it starts (PYTHONPATH, LD_PRELOAD, a locale) cannot be changed in a fork:
-`Server.can_run` says of which commands this is no substitute.
+What an interpreter finds only when it starts (PYTHONPATH, LD_PRELOAD, a locale) cannot be changed in a fork: a server
+is for one such environment, and `Server.can_run` says of which commands it is no substitute.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ READ_AT_START = ("LD_", "PYTHON", "LC_", "LANG")
 OPTIONS = {"stdin", "stdout", "stderr", "env", "cwd", "text"}
 
 # include/uapi/linux: prctl.h, sched.h, mount.h
-PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
-CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+PR_SET_NAME = 15
+CLONE_PARENT, CLONE_NEWNS, CLONE_NEWNET = 0x00008000, 0x00020000, 0x40000000
+SYS_CLONE3 = 435  # on every architecture
 MS_RDONLY, MS_REC, MS_SLAVE, MNT_DETACH = 0x1, 0x4000, 0x80000, 0x2
 
 Main = Callable[[], Any]
@@ -96,7 +97,6 @@ class Server:
         self._connection = self._process = None
 
     def _connect(self) -> socket.socket:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._connection, theirs = socket.socketpair()
         code = f"from {__name__} import end, serve; end(serve({theirs.fileno()}))"
         with theirs:
@@ -324,7 +324,7 @@ def serve(descriptor: int) -> Main:
     connection.set_inheritable(False)
     while (request := _request(connection)) is not None:
         words, streams = request
-        pid = _fork_orphan()
+        pid = _fork_sibling()
         if pid == 0:
             connection.detach()
             return become(words, streams, mains)
@@ -358,23 +358,28 @@ def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | No
     return json.loads(body), streams
 
 
-def _fork_orphan() -> int:
-    """The pid of a grandchild that has lost its parent, or 0 in it. OSError where there was none to have."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        pid = os.fork()
-        if pid == 0:
-            return 0
-        os.write(writer, pid.to_bytes(8, "big"))
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    written = os.read(reader, 8)
-    os.close(reader)
-    if not written:  # never a 0 for the other side: a signal to it would go to this whole process group
-        raise ChildProcessError("the child has not forked")
-    return int.from_bytes(written, "big")
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args, <linux/sched.h>"""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls")
+    )
+
+
+def _fork_sibling() -> int:
+    """As os.fork(), but a child of this process's parent."""
+    arguments = _CloneArgs(flags=CLONE_PARENT)
+    python = ctypes.pythonapi  # nothing else of Python runs between these calls
+    python.PyOS_BeforeFork()
+    pid: int = ctypes.PyDLL(None).syscall(SYS_CLONE3, ctypes.byref(arguments), ctypes.sizeof(arguments))
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError("clone3: no child")
+    return pid
 
 
 # A command
