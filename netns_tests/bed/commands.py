@@ -59,11 +59,12 @@ def scripts() -> dict[str, EntryPoint]:
 
 
 class Server:
-    """Started with the first command that it is asked for."""
+    """Started with the first command that it is asked for, in this environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._programs = {*scripts(), *MODULES}
-        self._started_in = _read_at_start(os.environ)
+        self._environment = dict(environment)
+        self._started_in = _read_at_start(environment)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,10 +99,12 @@ class Server:
 
     def _connect(self) -> socket.socket:
         self._connection, theirs = socket.socketpair()
-        code = f"from {__name__} import end, serve; end(serve({theirs.fileno()}))"
+        # The modules of the package are those that a script of this environment has, not the working directory's.
+        code = f"import sys; del sys.path[0]; from {__name__} import end, serve; end(serve({theirs.fileno()}))"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
+                env=self._environment,
                 cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -399,7 +402,7 @@ def become(request: Mapping[str, Any], streams: Sequence[int], mains: Mapping[st
     os.environ.update(request["environment"])
     time.tzset()
     sys.argv = request["argv"]
-    sys.path[0] = request["cwd"] if request["program"] in MODULES else str(Path(sys.argv[0]).parent)
+    sys.path.insert(0, request["cwd"] if request["program"] in MODULES else str(Path(sys.argv[0]).parent))
     ctypes.CDLL(None).prctl(PR_SET_NAME, request["name"].encode())
     return mains[request["program"]]
 

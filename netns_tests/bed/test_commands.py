@@ -213,6 +213,17 @@ def test_what_a_fork_cannot_do_is_started(server: Server, argv: list[str], optio
     assert not server.can_run(argv, options)
 
 
+def test_a_server_for_other_modules_runs_those(bed: Bed, tmp_path: Path) -> None:
+    about = tmp_path / "xdp_lb-9.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: xdp-lb\nVersion: 9.9\n")
+    (about / "entry_points.txt").write_text("[console_scripts]\nxdp-lb = lb.cli.main:main\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with contextlib.closing(Server(environment)) as made:
+        started, forked = both(bed, made, str(XDP_LB), "--version", env=environment)
+    assert forked == started == (0, "xdp-lb 9.9\n", "")
+
+
 def test_a_server_that_has_ended_is_told(bed: Bed) -> None:
     with contextlib.closing(Server()) as made, serving(made):
         bed.xdp_lb("--version")
