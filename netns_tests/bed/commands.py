@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, distribution
 from io import TextIOWrapper
 from pathlib import Path
@@ -41,7 +42,7 @@ MODULES = ("netns_tests.bed.echo", "netns_tests.bed.load")  # which tests start 
 NAMESPACES = Path("/run/netns")
 # Of the environment, what is read once: by the dynamic linker, by Python as it starts, for the encoding of streams.
 READ_AT_START = ("LD_", "PYTHON", "LC_", "LANG")
-OPTIONS = {"stdin", "stdout", "stderr", "env", "cwd", "text"}
+OPTIONS = {"stdin", "stdout", "stderr", "env", "cwd", "text", "encoding"}
 
 # include/uapi/linux: prctl.h, sched.h, mount.h
 PR_SET_NAME = 15
@@ -176,8 +177,10 @@ class Command(subprocess.Popen[str]):
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         text: bool = True,
+        encoding: str | None = None,
     ) -> None:
         self.args = argv
+        self.encoding = encoding or locale.getencoding()
         self.returncode: int | None = None  # as it is until the end
         program, words = _program(argv)
         request = {
@@ -190,9 +193,10 @@ class Command(subprocess.Popen[str]):
             "cpus": list(os.sched_getaffinity(0)),
         }
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            self.stdin, near = _stream(ours, theirs, stdin, 0)
-            self.stdout, out = _stream(ours, theirs, stdout, 1)
-            self.stderr, errors = (None, out) if stderr == subprocess.STDOUT else _stream(ours, theirs, stderr, 2)
+            stream = partial(_stream, ours, theirs, self.encoding)
+            self.stdin, near = stream(stdin, 0)
+            self.stdout, out = stream(stdout, 1)
+            self.stderr, errors = (None, out) if stderr == subprocess.STDOUT else stream(stderr, 2)
             self.pid = server.start(request, [near, out, errors])
             ours.pop_all()
         self._waiting = threading.Lock()
@@ -235,7 +239,7 @@ class Command(subprocess.Popen[str]):
         for stream in (self.stdout, self.stderr):
             if stream:
                 stream.close()
-        return printed
+        return tuple(data if data is None else _text(data, self.encoding) for data in printed)
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
@@ -248,7 +252,7 @@ class Command(subprocess.Popen[str]):
         self.send_signal(signal.SIGKILL)
 
 
-def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[str | None, ...] | None:
+def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[bytes | None, ...] | None:
     """To the end of each; None if that has not come in time."""
     read = {number: b"" for number, pipe in enumerate(pipes) if pipe}
     with selectors.DefaultSelector() as readable:
@@ -264,11 +268,11 @@ def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[str | Non
                 read[key.data] += data
                 if not data:
                     readable.unregister(key.fileobj)
-    return tuple(_text(read[number]) if number in read else None for number in range(len(pipes)))
+    return tuple(read.get(number) for number in range(len(pipes)))
 
 
-def _text(data: bytes) -> str:
-    return data.decode(locale.getencoding()).replace("\r\n", "\n").replace("\r", "\n")
+def _text(data: bytes, encoding: str) -> str:
+    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _left(deadline: float | None) -> float | None:
@@ -276,7 +280,7 @@ def _left(deadline: float | None) -> float | None:
 
 
 def _stream(
-    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, wanted: Any, number: int
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, encoding: str, wanted: Any, number: int
 ) -> tuple[TextIO | None, int]:
     """This end of a pipe, if one is wanted, and the command's descriptor; what to close of either is left behind."""
     if wanted is None:
@@ -290,7 +294,7 @@ def _stream(
     reader, writer = os.pipe()
     near, far, mode = (writer, reader, "w") if number == 0 else (reader, writer, "r")
     theirs.callback(os.close, far)
-    return cast(TextIO, ours.enter_context(open(near, mode))), far
+    return cast(TextIO, ours.enter_context(open(near, mode, encoding=encoding))), far
 
 
 def _program(argv: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -161,6 +161,14 @@ def test_input_is_read(bed: Bed, server: Server) -> None:
     assert started[0] == 0, started
 
 
+def test_text_is_of_the_encoding_that_is_asked_for(bed: Bed, server: Server) -> None:
+    words = (str(XDP_LB), "vip", "list", "--\xe9")
+    for encoding in ("utf-8", "latin-1"):
+        started, forked = both(bed, server, *words, encoding=encoding)
+        assert forked == started
+        assert ("\xe9" in started[2]) is (encoding == "utf-8")
+
+
 def test_environment_is_the_callers(bed: Bed, how: str) -> None:
     assert VIP in bed.xdp_lb("vip", "list").stdout
     elsewhere = {"XDP_LB_STATE_DIR": "/nowhere", "XDP_LB_RUN_DIR": "/nowhere"}
