@@ -15,8 +15,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version as installed_version
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 from weakref import finalize
@@ -361,7 +360,9 @@ class BpfObject(Loaded):
 
     @cached_property
     def version(self) -> str:  # type: ignore[override]
-        return installed_version("xdp-lb")
+        from importlib.metadata import version  # 30 ms, for what loads a program
+
+        return version("xdp-lb")
 
     @cached_property
     def types(self) -> Btf:  # type: ignore[override]
@@ -446,10 +447,16 @@ class BpfObject(Loaded):
 def fingerprint(path: Path) -> str:
     """The SHA-256 of an object file. Raises LoadError."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = path.stat()
+        return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror}") from error
+
+
+@lru_cache
+def _sha256(path: Path, *_as_it_is: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(path: Path) -> int:

@@ -48,9 +48,17 @@ def _mount_namespace(pid: int) -> str | None:
         return None
 
 
+_known_home: tuple[int, str | None] = (0, None)
+
+
 def _home() -> int:
-    """The oldest ancestor whose mount namespace we may look at."""
-    return [pid for pid in _ancestors() if _mount_namespace(pid)][-1]
+    """The oldest ancestor whose mount namespace we may look at; searched for again only when that one has ended."""
+    global _known_home
+    pid, namespace = _known_home
+    if namespace is None or _mount_namespace(pid) != namespace:
+        pid = [pid for pid in _ancestors() if _mount_namespace(pid)][-1]
+        _known_home = pid, _mount_namespace(pid)
+    return pid
 
 
 def _is_mounted(path: Path, pid: int) -> bool:

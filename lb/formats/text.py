@@ -221,11 +221,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, colour: b
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        grid.add_column(
-            column.heading,
-            justify="right" if column.number else "left",
-            no_wrap=True,
-        )
+        heading = Text(column.heading)  # a str would be searched for emoji, which takes the table of them
+        grid.add_column(heading, justify="right" if column.number else "left", no_wrap=True)
     for row in rows:
         grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     out = io.StringIO()

@@ -47,3 +47,12 @@ def test_lists_of_what_is_stored_need_neither_the_kernel_nor_the_daemon(words: l
         f"with suppress(SystemExit): cli({words!r}, obj=HostConnector())"
     )
     assert not imported_by(code) & (HEAVY - {"sqlite3"} | {"xdp.libbpf", "lb.dataplane.dataplane"})
+
+
+def test_a_table_needs_no_list_of_emoji() -> None:
+    code = "from lb.formats.text import Column, table\ntable([Column('VIP')], [['10.0.0.1:80/tcp']], colour=True)"
+    assert "rich._emoji_codes" not in imported_by(code)
+
+
+def test_what_is_loaded_is_read_without_the_metadata_of_the_package() -> None:
+    assert "importlib.metadata" not in imported_by("import lb.dataplane.dataplane")

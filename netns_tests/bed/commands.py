@@ -5,11 +5,11 @@ environment, working directory and standard streams. Leaves: a child of this pro
 `ip netns exec NAMESPACE SCRIPT WORD...` would, with a pid, an exit status, descriptors, locks and signals of its own.
 
 The server does nothing but import, so that nothing comes to a command that a fresh interpreter would not have: it
-calls no function of the package and has one thread, and no descriptors but its streams and a socket. It forks twice and
-its child ends at once, by which the command becomes a child of the process that asked for it, a subreaper.
+calls no function of the package and has one thread, and no descriptors but its streams and a socket. What it forks are
+children of the process that asks, its siblings.
 
-What an interpreter finds only when it starts (PYTHONPATH, LD_PRELOAD, a locale) cannot be changed in a fork:
-`Server.can_run` says of which commands this is no substitute.
+What an interpreter finds only when it starts (PYTHONPATH, LD_PRELOAD, a locale) cannot be changed in a fork: a server
+is for one such environment, and `Server.can_run` says of which commands it is no substitute.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, distribution
 from io import TextIOWrapper
 from pathlib import Path
@@ -41,11 +42,12 @@ MODULES = ("netns_tests.bed.echo", "netns_tests.bed.load")  # which tests start 
 NAMESPACES = Path("/run/netns")
 # Of the environment, what is read once: by the dynamic linker, by Python as it starts, for the encoding of streams.
 READ_AT_START = ("LD_", "PYTHON", "LC_", "LANG")
-OPTIONS = {"stdin", "stdout", "stderr", "env", "cwd", "text"}
+OPTIONS = {"stdin", "stdout", "stderr", "env", "cwd", "text", "encoding"}
 
 # include/uapi/linux: prctl.h, sched.h, mount.h
-PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
-CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+PR_SET_NAME = 15
+CLONE_PARENT, CLONE_NEWNS, CLONE_NEWNET = 0x00008000, 0x00020000, 0x40000000
+SYS_CLONE3 = 435  # on every architecture
 MS_RDONLY, MS_REC, MS_SLAVE, MNT_DETACH = 0x1, 0x4000, 0x80000, 0x2
 
 Main = Callable[[], Any]
@@ -58,11 +60,12 @@ def scripts() -> dict[str, EntryPoint]:
 
 
 class Server:
-    """Started with the first command that it is asked for."""
+    """Started with the first command that it is asked for, in this environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._programs = {*scripts(), *MODULES}
-        self._started_in = _read_at_start(os.environ)
+        self._environment = dict(environment)
+        self._started_in = _read_at_start(environment)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -96,12 +99,13 @@ class Server:
         self._connection = self._process = None
 
     def _connect(self) -> socket.socket:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._connection, theirs = socket.socketpair()
-        code = f"from {__name__} import end, serve; end(serve({theirs.fileno()}))"
+        # The modules of the package are those that a script of this environment has, not the working directory's.
+        code = f"import sys; del sys.path[0]; from {__name__} import end, serve; end(serve({theirs.fileno()}))"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
+                env=self._environment,
                 cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -173,8 +177,10 @@ class Command(subprocess.Popen[str]):
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         text: bool = True,
+        encoding: str | None = None,
     ) -> None:
         self.args = argv
+        self.encoding = encoding or locale.getencoding()
         self.returncode: int | None = None  # as it is until the end
         program, words = _program(argv)
         request = {
@@ -187,9 +193,10 @@ class Command(subprocess.Popen[str]):
             "cpus": list(os.sched_getaffinity(0)),
         }
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            self.stdin, near = _stream(ours, theirs, stdin, 0)
-            self.stdout, out = _stream(ours, theirs, stdout, 1)
-            self.stderr, errors = (None, out) if stderr == subprocess.STDOUT else _stream(ours, theirs, stderr, 2)
+            stream = partial(_stream, ours, theirs, self.encoding)
+            self.stdin, near = stream(stdin, 0)
+            self.stdout, out = stream(stdout, 1)
+            self.stderr, errors = (None, out) if stderr == subprocess.STDOUT else stream(stderr, 2)
             self.pid = server.start(request, [near, out, errors])
             ours.pop_all()
         self._waiting = threading.Lock()
@@ -232,7 +239,7 @@ class Command(subprocess.Popen[str]):
         for stream in (self.stdout, self.stderr):
             if stream:
                 stream.close()
-        return printed
+        return tuple(data if data is None else _text(data, self.encoding) for data in printed)
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
@@ -245,7 +252,7 @@ class Command(subprocess.Popen[str]):
         self.send_signal(signal.SIGKILL)
 
 
-def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[str | None, ...] | None:
+def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[bytes | None, ...] | None:
     """To the end of each; None if that has not come in time."""
     read = {number: b"" for number, pipe in enumerate(pipes) if pipe}
     with selectors.DefaultSelector() as readable:
@@ -261,11 +268,11 @@ def _read_all(*pipes: IO[str] | None, deadline: float | None) -> tuple[str | Non
                 read[key.data] += data
                 if not data:
                     readable.unregister(key.fileobj)
-    return tuple(_text(read[number]) if number in read else None for number in range(len(pipes)))
+    return tuple(read.get(number) for number in range(len(pipes)))
 
 
-def _text(data: bytes) -> str:
-    return data.decode(locale.getencoding()).replace("\r\n", "\n").replace("\r", "\n")
+def _text(data: bytes, encoding: str) -> str:
+    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _left(deadline: float | None) -> float | None:
@@ -273,7 +280,7 @@ def _left(deadline: float | None) -> float | None:
 
 
 def _stream(
-    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, wanted: Any, number: int
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, encoding: str, wanted: Any, number: int
 ) -> tuple[TextIO | None, int]:
     """This end of a pipe, if one is wanted, and the command's descriptor; what to close of either is left behind."""
     if wanted is None:
@@ -287,7 +294,7 @@ def _stream(
     reader, writer = os.pipe()
     near, far, mode = (writer, reader, "w") if number == 0 else (reader, writer, "r")
     theirs.callback(os.close, far)
-    return cast(TextIO, ours.enter_context(open(near, mode))), far
+    return cast(TextIO, ours.enter_context(open(near, mode, encoding=encoding))), far
 
 
 def _program(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -324,7 +331,7 @@ def serve(descriptor: int) -> Main:
     connection.set_inheritable(False)
     while (request := _request(connection)) is not None:
         words, streams = request
-        pid = _fork_orphan()
+        pid = _fork_sibling()
         if pid == 0:
             connection.detach()
             return become(words, streams, mains)
@@ -358,23 +365,28 @@ def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | No
     return json.loads(body), streams
 
 
-def _fork_orphan() -> int:
-    """The pid of a grandchild that has lost its parent, or 0 in it. OSError where there was none to have."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        pid = os.fork()
-        if pid == 0:
-            return 0
-        os.write(writer, pid.to_bytes(8, "big"))
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    written = os.read(reader, 8)
-    os.close(reader)
-    if not written:  # never a 0 for the other side: a signal to it would go to this whole process group
-        raise ChildProcessError("the child has not forked")
-    return int.from_bytes(written, "big")
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args, <linux/sched.h>"""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls")
+    )
+
+
+def _fork_sibling() -> int:
+    """As os.fork(), but a child of this process's parent."""
+    arguments = _CloneArgs(flags=CLONE_PARENT)
+    python = ctypes.pythonapi  # nothing else of Python runs between these calls
+    python.PyOS_BeforeFork()
+    pid: int = ctypes.PyDLL(None).syscall(SYS_CLONE3, ctypes.byref(arguments), ctypes.sizeof(arguments))
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError("clone3: no child")
+    return pid
 
 
 # A command
@@ -394,7 +406,7 @@ def become(request: Mapping[str, Any], streams: Sequence[int], mains: Mapping[st
     os.environ.update(request["environment"])
     time.tzset()
     sys.argv = request["argv"]
-    sys.path[0] = request["cwd"] if request["program"] in MODULES else str(Path(sys.argv[0]).parent)
+    sys.path.insert(0, request["cwd"] if request["program"] in MODULES else str(Path(sys.argv[0]).parent))
     ctypes.CDLL(None).prctl(PR_SET_NAME, request["name"].encode())
     return mains[request["program"]]
 

@@ -161,6 +161,14 @@ def test_input_is_read(bed: Bed, server: Server) -> None:
     assert started[0] == 0, started
 
 
+def test_text_is_of_the_encoding_that_is_asked_for(bed: Bed, server: Server) -> None:
+    words = (str(XDP_LB), "vip", "list", "--\xe9")
+    for encoding in ("utf-8", "latin-1"):
+        started, forked = both(bed, server, *words, encoding=encoding)
+        assert forked == started
+        assert ("\xe9" in started[2]) is (encoding == "utf-8")
+
+
 def test_environment_is_the_callers(bed: Bed, how: str) -> None:
     assert VIP in bed.xdp_lb("vip", "list").stdout
     elsewhere = {"XDP_LB_STATE_DIR": "/nowhere", "XDP_LB_RUN_DIR": "/nowhere"}
@@ -211,6 +219,17 @@ def _listeners(bed: Bed) -> list[str]:
 def test_what_a_fork_cannot_do_is_started(server: Server, argv: list[str], options: dict[str, Any]) -> None:
     assert server.can_run([str(XDP_LB), "status"], {"text": True})
     assert not server.can_run(argv, options)
+
+
+def test_a_server_for_other_modules_runs_those(bed: Bed, tmp_path: Path) -> None:
+    about = tmp_path / "xdp_lb-9.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: xdp-lb\nVersion: 9.9\n")
+    (about / "entry_points.txt").write_text("[console_scripts]\nxdp-lb = lb.cli.main:main\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with contextlib.closing(Server(environment)) as made:
+        started, forked = both(bed, made, str(XDP_LB), "--version", env=environment)
+    assert forked == started == (0, "xdp-lb 9.9\n", "")
 
 
 def test_a_server_that_has_ended_is_told(bed: Bed) -> None:

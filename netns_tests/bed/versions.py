@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from types import FrameType
 
@@ -75,6 +76,7 @@ class Version:
         about = folder / f"xdp_lb-{number}.dist-info"
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: xdp-lb\nVersion: {number}\n")
+        (about / "entry_points.txt").write_text(distribution("xdp-lb").read_text("entry_points.txt") or "")
         for name, replacements in patches.items():
             _patch(folder / "xdp" / "bpf" / "lb" / name, replacements)
         _compile(folder / "xdp", "bpf/lb/lb.bpf.o")

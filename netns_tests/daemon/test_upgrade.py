@@ -25,12 +25,11 @@ from lb.client.client import Client
 from lb.client.connect import daemon_listens
 from lb.model.state import Backend
 from lb.model.vip import Vip
+from netns_tests.bed.commands import Server, serving
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, wait_until
 from netns_tests.bed.traffic import HttpConnection, RunningLoad, connections, go_on, loading
 from netns_tests.bed.versions import ALIKE, GROWN, REFUSED, XDP_LB, Version
-
-pytestmark = pytest.mark.usefixtures("console_script")
 
 NAT, DIRECT = "10.99.1.100:80", "10.99.1.100:8080"
 SERVICES = f"""
@@ -57,6 +56,7 @@ class Life:
 
     bed: Bed
     versions: dict[str, Version]
+    servers: dict[str, Server]  # of those that run more than a few commands
 
     def environment(self, version: str) -> dict[str, str]:
         places = {"XDP_LB_STATE_DIR": self.bed.directory / "state", "XDP_LB_RUN_DIR": self.bed.directory / "run"}
@@ -64,6 +64,11 @@ class Life:
         return os.environ | found | self.versions[version].environment
 
     def run(self, version: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        with serving(self.servers.get(version)):
+            return self.start(version, *words, check=check)
+
+    def start(self, version: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """As a user does it: another PYTHONPATH takes another interpreter."""
         return self.bed.lb.run([str(XDP_LB), *words], check=check, env=self.environment(version))
 
     def kill(self, version: str, function: str, nth: int, *words: str) -> None:
@@ -140,12 +145,15 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     patches = {"first": {}, "alike": ALIKE, "grown": GROWN, "refused": REFUSED}
     numbers = {"first": "0.1.0", "alike": "0.1.1", "grown": "0.2.0", "refused": "0.3.0"}
     versions = {name: Version.install(folder / name, numbers[name], each) for name, each in patches.items()}
-    with Bed(backends=4, router=True) as bed:
+    with Bed(backends=4, router=True) as bed, contextlib.ExitStack() as closing:
         bed.client.sysctl("net.ipv4.tcp_max_tw_buckets", 0)  # a port is free at once
         for backend in bed.backends:
             bed.own_vip(backend)
             start_http(bed, backend, [80, 8080])
-        made = Life(bed, versions)
+        servers = {name: Server(os.environ | versions[name].environment) for name in ("first", "grown")}
+        for server in servers.values():
+            closing.callback(server.close)
+        made = Life(bed, versions, servers)
         path = bed.directory / "lb.toml"
         path.write_text(SERVICES)
         made.run("first", "apply", "-f", str(path))
@@ -219,9 +227,8 @@ def test_versions_take_over_from_one_another_under_load_and_back(life: Life) -> 
             before = life.programs(in_force)
             told = f": the running program is of xdp-lb {number}, not the installed version: "
             assert told in life.run(version, "status").stdout.splitlines()[0]
-            assert (
-                f"upgraded from xdp-lb {number} to the installed version" in life.run(version, "attach", "eth0").stdout
-            )
+            attached = life.start(version, "attach", "eth0").stdout
+            assert f"upgraded from xdp-lb {number} to the installed version" in attached
             in_force = version
             assert life.programs(version).isdisjoint(before)
             assert life.status(version)["outdated"] is None

@@ -41,6 +41,8 @@ def faked(bed: Bed) -> list[str]:
         f"FAKETIME_TIMESTAMP_FILE={clock(bed)}",
         "FAKETIME_CACHE_DURATION=1",
         "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        "FAKETIME_FORCE_MONOTONIC_FIX=0",  # else no thread waits in pthread_cond_timedwait(3): it spins
+        "NO_FAKE_STAT=1",  # else all that Python has compiled would be older than its source, or younger
     ]
 
 

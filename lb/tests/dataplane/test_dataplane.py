@@ -165,6 +165,16 @@ def kernel(pins: Pins, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     made.dataplane.close()
 
 
+@pytest.fixture(scope="module")
+def used_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """For tests that need nothing loaded anew: the services of the one before are still in force."""
+    pins = Pins(tmp_path_factory.mktemp("used") / "run", "test.dataplane")
+    made = Kernel(pins, KernelDataplane(pins))
+    yield made
+    made.dataplane.close()
+    pins.remove()
+
+
 @pytest.fixture
 def links() -> Iterator[None]:
     name = f"lb-dataplane-{os.getpid()}"
@@ -184,7 +194,7 @@ def links() -> Iterator[None]:
 def becomes_true(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
-        os.sched_yield()
+        time.sleep(0.01)
     return condition()
 
 
@@ -220,16 +230,16 @@ def test_unload_leaves_no_pin_and_no_mount(kernel: Kernel) -> None:
     ("vip", "family"), [(WEB, 4), (Vip.parse("[fd00::1]:80/tcp"), 6), (Vip.parse("10.0.0.1:0/udp"), 4), (DNS6, 6)]
 )
 @pytest.mark.parametrize("mode", Mode)
-def test_next_process_finds_the_same_service(kernel: Kernel, vip: Vip, family: int, mode: Mode) -> None:
+def test_next_process_finds_the_same_service(used_kernel: Kernel, vip: Vip, family: int, mode: Mode) -> None:
     given = service(vip, *backends(11, 12, family=family), mode=mode, flow_timeout_s=77)
-    kernel.serve(given)
-    allocations = dict(kernel.dataplane.maps.allocations)
-    words = kernel.words(vip)
-    kernel.reopen()
-    assert kernel.dataplane.maps.allocations == allocations
+    used_kernel.serve(given)
+    allocations = dict(used_kernel.dataplane.maps.allocations)
+    words = used_kernel.words(vip)
+    used_kernel.reopen()
+    assert used_kernel.dataplane.maps.allocations == allocations
     assert (allocations[vip].mode, allocations[vip].ring_size, allocations[vip].flow_timeout_s) == (mode, SMALL, 77)
-    assert kernel.words(vip) == words
-    assert kernel.dataplane.plan(given) == Plan(SMALL, 0, 0, 0)
+    assert used_kernel.words(vip) == words
+    assert used_kernel.dataplane.plan(given) == Plan(SMALL, 0, 0, 0)
 
 
 # The same scenario gives the same plans in memory and in the kernel
@@ -746,18 +756,18 @@ def test_slot_with_a_live_flow_stays_tracked_after_its_transition(kernel: Kernel
     kernel.serve(brief)
     drained = replace(brief, backends=(A, replace(B, draining=True)))
     kernel.serve(drained)
-    ports = range(1024, 1040)
+    packets = [frame(WEB, port, "A") for port in range(1024, 1040)]
 
     def over() -> bool:
-        for port in ports:
-            kernel.send(frame(WEB, port, "A"))
+        for packet in packets:
+            kernel.send(packet)
         return kernel.dataplane.plan(drained).in_transition == 0
 
     assert becomes_true(over)
     kernel.serve(drained)
     words = kernel.words(WEB)
     tracked = [word for word in words if word & TRACK]
-    assert 0 < len(tracked) <= len(ports)
+    assert 0 < len(tracked) <= len(packets)
     assert all(word >> 15 & MEMBER_MASK == 0 for word in words)
 
 
@@ -778,17 +788,17 @@ def test_slots_with_flows_that_are_open_are_settled_but_not_tried_again_at_once(
     brief = service(WEB, A, B, mode=Mode.DR, flow_timeout_s=2)
     kernel.serve(brief)
     kernel.serve(replace(brief, backends=(A, replace(B, draining=True))))
-    ports = range(1024, 1040)
+    packets = [frame(WEB, port, "A") for port in range(1024, 1040)]
 
     def over() -> bool:
-        for port in ports:
-            kernel.send(frame(WEB, port, "A"))
+        for packet in packets:
+            kernel.send(packet)
         return kernel.dataplane.due() == [WEB]
 
     assert becomes_true(over)
     kernel.dataplane.settle(WEB)
     words = kernel.words(WEB)
-    assert 0 < sum(bool(word & TRACK) for word in words) <= len(ports)
+    assert 0 < sum(bool(word & TRACK) for word in words) <= len(packets)
     assert all(word >> 15 & MEMBER_MASK == 0 for word in words)
     assert kernel.dataplane.due() == []
     assert kernel.reopen().due() == [WEB]  # who comes anew knows nothing of that
@@ -811,10 +821,10 @@ def held_by_lookups(kernel: Kernel) -> dict[str, int]:
     [("10.7.1.9", 8080, B), ("10.7.1.9", 80, A), ("10.7.2.9", 8080, A)],
     ids=["range", "outside the range", "outside the prefix"],
 )
-def test_prefix_and_range_of_ports_are_served(kernel: Kernel, address: str, port: int, expected: Backend) -> None:
-    kernel.serve(service(EVERYWHERE, A), service(RANGE, B))
+def test_prefix_and_range_of_ports_are_served(used_kernel: Kernel, address: str, port: int, expected: Backend) -> None:
+    used_kernel.serve(service(EVERYWHERE, A), service(RANGE, B))
     sent = Ether(dst=SRC_MAC, src=DST_MAC) / IP(src="10.0.9.9", dst=address) / TCP(sport=4000, dport=port, flags="S")
-    left = Ether(kernel.send(bytes(sent)))
+    left = Ether(used_kernel.send(bytes(sent)))
     assert (left[IP].dst, left[TCP].dport) == (str(expected.address), port)
 
 
