@@ -56,6 +56,11 @@ class Wire:
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.far.run([str(XDP_LB), *words], check=False, env=self.environment | environment)
 
+    @property
+    def near_mac(self) -> str:
+        (link,) = json.loads(self.near.run(["ip", "-j", "link", "show", "dev", NEAR]).stdout)
+        return str(link["address"])
+
     def filter(self, *words: str, **environment: str) -> list[str]:
         """The lines that it prints; it has to succeed."""
         done = self.run("filter", *words, **environment)
@@ -361,18 +366,30 @@ REFUSED = [
     ("drop", "tcp[tcpflags] & tcp-syn != 0"),
     ("drop", f"src host {NEAR4}", "--at", "tc-in"),
     ("drop", f"dst host {NEAR4}", "--at", "tc-out"),
+    ("limit", "1/h", "tcp"),
+    ("limit", "9/s"),
+    ("limit", "1/h", "arp"),
+    ("drop", "arp"),
+    ("drop", "arp", "--at", "tc-out"),
+    ("drop", "not tcp port 22"),
+    ("drop", "ether src {near_mac}"),
 ]
 TAKEN = [
     ("drop", "tcp port 23"),
-    ("limit", "1/h"),
+    ("limit", "10/s"),
+    ("limit", "1/s", "arp"),
+    ("limit", "1/h", "udp"),
     ("count",),
+    ("drop", "not tcp port 22 and not arp"),
+    ("drop", "ip6"),
     ("drop", f"src host {FAR4}"),
     ("drop", f"src host {NEAR4}", "--at", "tc-out"),
 ]
 
 
 def test_rule_that_would_drop_the_connection_it_is_typed_in_is_refused(wire: Wire) -> None:
-    for words in REFUSED:
+    wire.arrived(53, towards=NEAR)  # so that the neighbour is known
+    for words in ([word.format(near_mac=wire.near_mac) for word in words] for words in REFUSED):
         assert wire.refusal("add", FAR, *words, SSH_CONNECTION=SSH).endswith(
             f"the SSH connection from {NEAR4} port 50022 that runs this command: use --force to override"
         ), words
@@ -407,14 +424,75 @@ def test_set_that_would_drop_the_connection_is_refused_when_it_is_added_and_when
 def test_rule_that_spares_the_connection_cannot_be_taken_away(wire: Wire) -> None:
     wire.filter("add", FAR, "pass", "tcp port 22")
     wire.filter("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
-    assert "rule 1 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
-    assert "rule 1 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
     assert [rule["action"] for rule in wire.rules()] == ["pass", "drop"]
 
 
-def test_connection_that_is_dropped_already_hinders_no_other_change(wire: Wire) -> None:
-    wire.filter("add", FAR, "drop", "tcp port 22")
+def test_connection_that_is_dropped_already_hinders_no_harmless_change(wire: Wire) -> None:
+    wire.filter("add", FAR, "count", "udp")
+    wire.filter("add", FAR, "drop", f"src host {NEAR4}", "--force", SSH_CONNECTION=SSH)
     assert wire.filter("add", FAR, "count", "arp", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "pass", "udp", SSH_CONNECTION=SSH)
+    assert wire.filter("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "pass", f"src host {NEAR4}", "--position", "1", SSH_CONNECTION=SSH)
+
+
+def test_packet_that_is_dropped_already_excuses_no_further_drop(wire: Wire) -> None:
+    """A rule for the opening alone leaves the open connection alive."""
+    wire.filter("add", FAR, "drop", "tcp[tcpflags] & tcp-syn != 0", "--force", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop the SSH" in wire.refusal("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
+
+
+def test_pass_rule_that_expires_spares_nothing(wire: Wire) -> None:
+    wire.filter("add", FAR, "pass", f"src host {NEAR4}", "--for", "1h", SSH_CONNECTION=SSH)
+    assert wire.refusal("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH).startswith(
+        f"{FAR}: rule 2 (drop tcp), once the pass rules with a deadline have expired, would drop the SSH connection"
+    )
+    wire.filter("add", FAR, "drop", "tcp", "--force", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop the SSH" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "count", SSH_CONNECTION=SSH)
+
+
+def test_drop_of_the_neighbour_is_named(wire: Wire) -> None:
+    assert wire.refusal("add", FAR, "drop", "arp", SSH_CONNECTION=SSH).startswith(
+        f"{FAR}: rule 1 (drop arp) would drop ARP with {NEAR4} and thereby the SSH connection from {NEAR4} port 50022"
+    )
+    over_ipv6 = f"{NEAR6} 50022 {FAR6} 22"
+    assert wire.refusal("add", FAR, "drop", "icmp6", SSH_CONNECTION=over_ipv6).startswith(
+        f"{FAR}: rule 1 (drop icmp6) would drop neighbour discovery with {NEAR6} and thereby the SSH connection"
+    )
+    assert wire.filter("add", FAR, "drop", "arp", SSH_CONNECTION=over_ipv6)
+
+
+def test_neighbour_of_a_connection_from_elsewhere_is_the_gateway(wire: Wire) -> None:
+    wire.far.run(["ip", "route", "add", "192.0.2.0/24", "via", NEAR4])
+    from_elsewhere = f"192.0.2.7 50022 {FAR4} 22"
+    said = [
+        wire.refusal("add", FAR, "drop", expression, SSH_CONNECTION=from_elsewhere)
+        for expression in ("arp", f"arp src host {NEAR4}")
+    ]
+    wire.far.run(["ip", "route", "del", "192.0.2.0/24"])
+    assert [f"ARP with {NEAR4} and" in line for line in said] == [True, True]
+
+
+def test_rule_is_named_by_its_number_in_the_list(wire: Wire) -> None:
+    wire.filter("add", FAR, "pass", "tcp port 22", SSH_CONNECTION=SSH)
+    wire.filter("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
+
+
+def test_restoring_rules_that_would_drop_the_connection_is_refused(wire: Wire, tmp_path: Path) -> None:
+    file = tmp_path / "set.txt"
+    file.write_text("10.77.0.0/24\n")
+    wire.filter("add", FAR, "drop", "--set", str(file), "--force", SSH_CONNECTION=SSH)
+    assert wire.filter("restore", SSH_CONNECTION=SSH)  # nothing that is not dropped already
+    forget_all(wire)
+    assert "rule 1 (drop --set" in wire.refusal("restore", SSH_CONNECTION=SSH)
+    assert wire.arrived(53) == 5
+    assert wire.filter("restore", "--force", SSH_CONNECTION=SSH)
+    assert [rule["in_force"] for rule in wire.rules()] == [True]
 
 
 # What is refused
