@@ -23,7 +23,7 @@ from filters.compiler.hook import NETWORK_HEADER, Hook
 from filters.compiler.passes import prune, with_answers, without_dead
 from filters.compiler.vlan import with_out_of_band_tag
 
-_MAX_UNROLLED = 1 << 15
+_MAX_UNROLLED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)

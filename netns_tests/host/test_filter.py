@@ -527,12 +527,20 @@ def test_bad_words_are_one_line_and_change_nothing(wire: Wire) -> None:
 
 
 def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
-    hosts = " or ".join(f"host 10.0.{number // 250}.{number % 250}" for number in range(700))
+    ranges = " or ".join(f"portrange {port}-{port + 1}" for port in range(1, 1000, 3))
     assert re.fullmatch(
-        r"expression host 10\.0\.0\.0 .*: \d+ classic BPF instructions, at most 16384: put addresses into a file"
-        r" and use --set FILE",
-        wire.refusal("add", FAR, "drop", hosts),
+        r"expression portrange 1-2 or .*: \d+ classic BPF instructions, at most 16384: shorten the expression, or put"
+        r" addresses into a file and use --set FILE",
+        wire.refusal("add", FAR, "drop", ranges),
     )
+
+
+def test_list_of_3000_hosts_is_one_rule(wire: Wire) -> None:
+    hosts = " or ".join(f"src host 10.{78 + number // 256}.{number % 256}.9" for number in range(3000))
+    wire.filter("add", FAR, "drop", hosts, SSH_CONNECTION=SSH)
+    assert wire.arrived(53) == 5
+    wire.filter("add", FAR, "drop", f"({hosts} or src host {NEAR4}) and udp port 53")
+    assert wire.arrived(53) == 0
 
 
 def test_program_of_someone_else_is_named_and_left_alone(wire: Wire) -> None:
