@@ -52,6 +52,7 @@ def libpcap() -> ctypes.CDLL:
     library.pcap_next_ex.argtypes = (c_void_p, c_void_p, c_void_p)
     library.pcap_datalink.argtypes = library.pcap_snapshot.argtypes = (c_void_p,)
     library.pcap_datalink_val_to_name.restype = library.pcap_datalink_val_to_description.restype = c_char_p
+    library.pcap_datalink_name_to_val.argtypes = library.pcap_tstamp_type_name_to_val.argtypes = (c_char_p,)
     library.bpf_filter.restype = c_uint
     library.bpf_filter.argtypes = (c_char_p, c_char_p, c_uint, c_uint)
     return library
