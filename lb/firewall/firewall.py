@@ -126,12 +126,13 @@ class Firewall:
         if not options.force:
             self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
         if options.dry_run:
-            return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
+            return FilterReport((RuleChange("reloaded", now, number),), prefixes.warnings, dry_run=True)
         packed = {rule.slot: prefixes.packed()}
         # Prefixes first: the store is shared with the balancer and should not be locked meanwhile.
         with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
             pass
-        return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
+        change = RuleChange("reloaded", now, number, f"{added} added, {gone} removed")
+        return FilterReport((change,), prefixes.warnings)
 
     def restore(self, options: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
         """Load and attach the stored rules, as after a boot: on these hooks, or (None) on all."""
@@ -225,6 +226,7 @@ class Firewall:
         if not options.force:
             self._check_connection(before, after, wanted, {})
         warnings = [f"interface {name}: does not exist: rules stay pending" for name in _absent(wanted)]
+        warnings += [warning for prefixes in given.values() for warning in prefixes.warnings]
         if options.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
         packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}

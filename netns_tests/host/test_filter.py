@@ -279,7 +279,7 @@ def test_bad_line_of_a_set_changes_nothing(wire: Wire, tmp_path: Path) -> None:
     wire.filter("add", FAR, "drop", "udp port 53", "--set", str(file))
     before = wire.rules()
     file.write_text("10.0.0.0/8\n10.0.0.0/40\n")
-    assert wire.refusal("reload", FAR, "1") == f"{file}:2: '10.0.0.0/40': not an IPv4 or IPv6 prefix"
+    assert wire.refusal("reload", FAR, "1") == f"{file}:2: '10.0.0.0/40': not an IPv4 or IPv6 prefix or range"
     assert wire.refusal("add", FAR, "drop", "--set", str(file)).startswith(f"{file}:2: ")
     assert wire.rules() == before
     assert wire.arrived(53) == 0
@@ -421,6 +421,16 @@ def test_set_that_would_drop_the_connection_is_refused_when_it_is_added_and_when
     assert wire.rules()[0]["set"]["prefixes"] == 1
 
 
+def test_set_with_host_bits_is_taken_with_a_warning(wire: Wire, tmp_path: Path) -> None:
+    file = tmp_path / "set.txt"
+    file.write_text(f"; a list\n{NEAR4}/24 ; SBL1\n192.0.2.9/24 # two\n198.51.100.7-198.51.100.9\n")
+    done = wire.run("filter", "add", FAR, "drop", "udp port 53", "--set", str(file))
+    warning = f"xdp-lb: warning: set {file}: 2 prefixes have host bits set: line 2 is read as 10.77.0.0/24, ...\n"
+    assert (done.returncode, done.stderr) == (0, warning)
+    assert (wire.rules()[0]["set"]["prefixes"], wire.arrived(53)) == (4, 0)
+    assert wire.run("filter", "reload", FAR, "1").stderr == warning
+
+
 def test_rule_that_spares_the_connection_cannot_be_taken_away(wire: Wire) -> None:
     wire.filter("add", FAR, "pass", "tcp port 22")
     wire.filter("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
@@ -501,7 +511,6 @@ def test_restoring_rules_that_would_drop_the_connection_is_refused(wire: Wire, t
 BAD_WORDS = [
     (("add", "nope0", "drop"), "interface nope0: does not exist"),
     (("add", FAR, "drop", "udp prot 53"), "expression 'udp prot 53': can't parse filter expression: syntax error"),
-    (("add", FAR, "drop", "inbound"), "[type] (inbound, outbound): not available at xdp"),
     (("add", FAR, "limit", "0/s"), "rate 0/s: passes no packets: use drop"),
     (("add", FAR, "drop", "--set", "/none"), "set /none: No such file or directory"),
     (("add", FAR, "drop", "--for", "soon"), "time soon: not a duration such as 90s, 10m or 1h30m"),

@@ -299,6 +299,7 @@ def test_question_that_has_one_answer_is_not_asked() -> None:
     asks = {0: Block((LoadAncillary(cbpf.PKTTYPE),), Return(A))}
     assert with_answers(asks, TC_OUT) == {0: Block((Set(A, 4),), Return(A))}
     assert with_answers(asks, TC_IN) == asks
+    assert with_answers(asks, XDP) == {0: Block((Set(A, 0),), Return(A))}
     protocol = {0: Block((LoadAncillary(cbpf.PROTOCOL),), Return(A))}
     assert with_answers(protocol, XDP) == {0: Block((ETHERTYPE,), Return(A))}
 
@@ -306,7 +307,6 @@ def test_question_that_has_one_answer_is_not_asked() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (cbpf.PKTTYPE, "[type] (inbound, outbound): not available at xdp"),
         (cbpf.MARK, "[mark]: not available at xdp"),
         (cbpf.NLATTR, "[nla]: not available at xdp"),
         (cbpf.HATYPE, "[hatype]: not available at xdp"),
