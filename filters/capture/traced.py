@@ -16,7 +16,7 @@ from filters.compiler.bounds import is_shared, upper_bounds
 from filters.compiler.ebpf import R0, R1, R2, R3, R6, R7, R8, R9, R10, Assembler, Label
 from filters.compiler.emit import CONTEXT, DirectEmitter
 from filters.compiler.graph import BEYOND, Graph, LoadHeaderLength, LoadPacket, X
-from filters.compiler.hook import ANYWHERE, PROG_TYPE_TRACING, Field, FrameField, Hook
+from filters.compiler.hook import ANYWHERE, PACKET_HOST, PROG_TYPE_TRACING, Field, FrameField, Hook
 from filters.compiler.passes import split
 from filters.compiler.translate import Translation
 from filters.programs.program import refused
@@ -59,6 +59,7 @@ def _hook(name: str, attach_type: int, returned: int | None) -> Hook:
             cbpf.PROTOCOL: FrameField(12),
             cbpf.IFINDEX: Field(Context.ifindex.offset),
             cbpf.QUEUE: Field(Context.queue.offset),
+            cbpf.PKTTYPE: PACKET_HOST,
             cbpf.VLAN_TAG: 0,
             cbpf.VLAN_TAG_PRESENT: 0,
             cbpf.VLAN_TPID: 0,

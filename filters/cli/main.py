@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
-from filters.cli.options import DIRECTIONS, USAGE, Options, UsageError, parse
+from filters.cli.options import DIRECTIONS, TIME_STAMP_TYPE, USAGE, Options, UsageError, parse
 from filters.cli.outputs import Origin, Outputs
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
@@ -68,6 +68,8 @@ def _run(options: Options) -> int:
         print(_version() if options.show_version else f"{_version()}\n{USAGE}")
     elif options.list_interfaces:
         _list_interfaces()
+    elif options.list_link_types or options.list_time_stamp_types:
+        _list_types(options)
     elif options.read is not None:
         return _read(options, options.read)
     else:
@@ -97,6 +99,27 @@ def _list_interfaces() -> None:
 
     for number, interface in enumerate(all_interfaces(), 1):
         print(f"{number}.{interface}")
+
+
+def _list_types(options: Options) -> None:
+    """What a capture has and no option changes, as tcpdump lists it: on standard error."""
+    from filters.files.savefile import link_type_words
+    from filters.interfaces import chosen
+
+    names = ", ".join(interface.name for interface in chosen(options.interfaces))
+    if options.list_link_types:
+        _say(f"Data link types for {names} (use option -y to set):\n  {link_type_words(ETHERNET)}")
+    else:
+        _say(f"Time stamp types for {names} (use option -j to set):\n  {TIME_STAMP_TYPE} (Host)")
+
+
+def _drop_privileges(options: Options, *, keep_capture: bool) -> None:
+    if options.user is None:
+        return
+    from filters.cli.privileges import drop_privileges
+
+    drop_privileges(options.user, keep_capture=keep_capture)
+    _say(f"dropped privs to {options.user}")
 
 
 def _compiled(options: Options, interface: Interface) -> tuple[Instruction, ...]:
@@ -160,8 +183,9 @@ def _capture(options: Options) -> int:
         _session(options, instructions, interfaces) as session,
         signals.caught(),
     ):
+        session.start()
+        _drop_privileges(options, keep_capture=True)
         with Outputs(options, _origin(options, interfaces, session)) as outputs:
-            session.start()
             outputs.name_reasons(session.reasons)
             _say(_listening(options, interfaces))
             failure = _deliver(options, session, outputs, signals)
@@ -319,6 +343,7 @@ def _read(options: Options, path: str) -> int:
             _show_code(instructions, options.code)
             return 0
         with file_filter(instructions) as accepting:
+            _drop_privileges(options, keep_capture=False)
             found = islice(filter(accepting.accepts, file.packets()), options.count)
             if options.count_only:
                 _count(found)

@@ -11,25 +11,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filters.compiler.expr import SNAPLEN
+from filters.compiler.expr import SNAPLEN, libpcap
 from filters.errors import DumpError
 
 USAGE = """\
-Usage: xdp-dump [-AbdDefhHKlnNOpqStuUvxX#] [ -B size ] [ -c count ] [--count]
-                [ -C file_size ] [ -F file ] [ -G seconds ] [ -i interface ]...
-                [ --immediate-mode ] [ -M secret ] [ --number ] [ --print ]
-                [ -Q in|out|inout ] [ -r file ] [ -s snaplen ] [ -T type ]
-                [ --version ] [ -w file ] [ -W filecount ] [ --micro ] [ --nano ]
+Usage: xdp-dump [-AbdDehHJKlLnNOpqStuUvxX#] [ -B size ] [ -c count ] [--count]
+                [ -C file_size ] [ -E algo:secret ] [ -F file ] [ -G seconds ]
+                [ -i interface ]... [ --immediate-mode ] [ -j tstamptype ]
+                [ -M secret ] [ --number ] [ --print ] [ -Q in|out|inout ]
+                [ -r file ] [ -s snaplen ] [ -T type ] [ --version ]
+                [ -w file ] [ -W filecount ] [ -y datalinktype ]
+                [ --time-stamp-precision precision ] [ --micro ] [ --nano ]
+                [ -z postrotate-command ] [ -Z user ]
                 [ --at xdp|xdp-exit|tc-in|tc-out ] [ --hook-stats ] [ --json ]
                 [ --no-selftest ] [ --pcapng ] [ expression ]"""
 
 DIRECTIONS = {"in": (True, False), "out": (False, True), "inout": (True, True)}
 CAPTURE_POINTS = ("xdp", "xdp-exit", "tc-in", "tc-out")
 
-_FLAGS = "AbdDefhHKlnNOpqStuUvxX#"
-_WITH_VALUE = "BcCFGiMQrsTwW"
+LINK_TYPE, TIME_STAMP_TYPE = "EN10MB", "host"
+
+_FLAGS = "AbdDefhHIJKlLnNOpqStuUvxX#"
+_WITH_VALUE = "BcCEFGijMQrsTVwWyzZ"
 # Said to the tcpdump that decodes, with the same meaning there.
-_PASSED_ON = frozenset("AbefHKlnNqStuUvxX#MT")
+_PASSED_ON = frozenset("AbeEHKlNnqStuUvxX#MT")
+# Of tcpdump's options those that xdp-dump has not, and why.
+_UNSUPPORTED = {
+    "f": "-f: not supported: packets are printed by tcpdump -r, which takes no -f: use -n",
+    "I": "-I: not supported: frames in monitor mode have no Ethernet header",
+    "V": "-V: not supported: read one file with -r, or join files with mergecap",
+}
 
 _LONG = {
     "absolute-tcp-sequence-numbers": "S",
@@ -43,8 +54,12 @@ _LONG = {
     "immediate-mode": "",
     "interface=": "i",
     "json": "",
+    "linktype=": "y",
+    "list-data-link-types": "L",
     "list-interfaces": "D",
+    "list-time-stamp-types": "J",
     "micro": "",
+    "monitor-mode": "I",
     "nano": "",
     "no-optimize": "O",
     "no-promiscuous-mode": "p",
@@ -53,7 +68,10 @@ _LONG = {
     "packet-buffered": "U",
     "pcapng": "",
     "print": "",
+    "relinquish-privileges=": "Z",
     "snapshot-length=": "s",
+    "time-stamp-precision=": "",
+    "time-stamp-type=": "j",
     "version": "",
 }
 
@@ -92,6 +110,10 @@ class Options:
     pcapng: bool = False
     hook_stats: bool = False
     list_interfaces: bool = False
+    list_link_types: bool = False
+    list_time_stamp_types: bool = False
+    after_rotation: str | None = None
+    user: str | None = None
     show_version: bool = False
     show_help: bool = False
     decode: tuple[str, ...] = ()
@@ -114,7 +136,12 @@ class Options:
     @property
     def metadata(self) -> bool:
         """Whether an output needs packet metadata."""
-        return self.writes_blocks or (self.prints and self.json)
+        return self.writes_blocks or (self.prints and (self.json or self.names_interfaces))
+
+    @property
+    def names_interfaces(self) -> bool:
+        """Whether the text names each packet's interface and direction, as tcpdump's does for `any`."""
+        return "any" in self.interfaces and self.read is None
 
     @property
     def in_nanoseconds(self) -> bool:
@@ -151,6 +178,8 @@ def _usage_fault(name: str) -> str:
 
 def _with_option(options: Options, name: str, value: str) -> Options:
     letter = name[1:] if not name.startswith("--") else _letter_of(name[2:])
+    if letter in _UNSUPPORTED:
+        raise DumpError(_UNSUPPORTED[letter])
     if letter in _PASSED_ON:
         options = replace(options, decode=(*options.decode, f"-{letter}{value}"))
     set_option = _SETTERS.get(letter or name[2:])
@@ -195,6 +224,28 @@ def _capture_point(value: str) -> str:
     return value
 
 
+def _check_link_type(value: str) -> dict[str, Any]:
+    if value.upper() == LINK_TYPE:
+        return {}
+    if libpcap().pcap_datalink_name_to_val(value.encode()) < 0:
+        raise DumpError(f"invalid data link type {value}")
+    raise DumpError(f"-y {value}: not supported: use {LINK_TYPE} (Ethernet)")
+
+
+def _check_time_stamp_type(value: str) -> dict[str, Any]:
+    if value == TIME_STAMP_TYPE:
+        return {}
+    if libpcap().pcap_tstamp_type_name_to_val(value.encode()) < 0:
+        raise DumpError(f"invalid time stamp type {value}")
+    raise DumpError(f"-j {value}: not supported: use {TIME_STAMP_TYPE}")
+
+
+def _is_nano(precision: str) -> bool:
+    if precision not in ("micro", "nano"):
+        raise DumpError("unsupported time stamp precision")
+    return precision == "nano"
+
+
 def _times(options: Options) -> int:
     if options.times == 5:
         raise DumpError("only -t, -tt, -ttt, -tttt and -ttttt are supported")
@@ -217,6 +268,13 @@ _SETTERS: dict[str, Callable[[Options, str], dict[str, Any]]] = {
     "d": lambda options, _: {"code": options.code + 1},
     "v": lambda options, _: {"verbose": options.verbose + 1},
     "t": lambda options, _: {"times": _times(options)},
+    "y": lambda _, value: _check_link_type(value),
+    "j": lambda _, value: _check_time_stamp_type(value),
+    "L": lambda *_: {"list_link_types": True},
+    "J": lambda *_: {"list_time_stamp_types": True},
+    "z": lambda _, value: {"after_rotation": value},
+    "Z": lambda _, value: {"user": value},
+    "time-stamp-precision": lambda _, value: {"nano": _is_nano(value)},
     "nano": lambda *_: {"nano": True},
     "micro": lambda *_: {"nano": False},
     "O": lambda *_: {"optimise": False},

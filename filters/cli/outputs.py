@@ -6,9 +6,13 @@ output. What a command does not need it does not import.
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from filters.files.decoder import Decoder
     from filters.files.jsonlines import JsonLines
     from filters.files.pcapng import Blocks, Statistics
+
+_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Outputs:
             _rotation(options),
             find=pcapng.offsets,
             trailer=lambda: b"".join(statistics.block() for statistics in origin.statistics()),
+            rotated=_after_rotation(options),
         )
         blocks = pcapng.Blocks(file, layout)
         self._reason_sinks.append(blocks)
@@ -110,14 +117,41 @@ class Outputs:
             return _strip_metadata(options, Summaries(origin.link_type, times))
         from filters.files.decoder import Decoder
 
+        if options.names_interfaces:
+            return self._cooked_text(options, origin)
         nano = ("--nano",) if options.in_nanoseconds else ()
         self._decoder = Decoder(_header(options, origin), (*nano, *options.decode))
         return _strip_metadata(options, self._decoder)
 
+    def _cooked_text(self, options: Options, origin: Origin) -> Sink:
+        from filters.files.cooked import LINK_TYPE, Cooked
+        from filters.files.decoder import Decoder
+
+        header = file_header(LINK_TYPE, origin.snaplen, nano=options.nano)
+        self._decoder = Decoder(header, (*(("--nano",) if options.nano else ()), *options.decode))
+        return Cooked(self._decoder, dict(origin.interfaces), nano=options.nano)
+
 
 def _file(options: Options, origin: Origin) -> Sink:
     assert options.write is not None
-    return _strip_metadata(options, File(options.write, _header(options, origin), _rotation(options)))
+    header, rotated = _header(options, origin), _after_rotation(options)
+    return _strip_metadata(options, File(options.write, header, _rotation(options), rotated=rotated))
+
+
+def _after_rotation(options: Options) -> Callable[[str], None] | None:
+    """-z: `COMMAND FILE` runs at the lowest priority, and is not waited for."""
+    command = options.after_rotation
+    return None if command is None else lambda file: _run_in_background(command, file)
+
+
+def _run_in_background(command: str, file: str) -> None:
+    try:
+        process = subprocess.Popen([command, file], process_group=0)
+    except OSError as error:
+        print(f"xdp-dump: -z {command} {file}: {error.strerror}", file=sys.stderr, flush=True)
+        return
+    with suppress(OSError):  # it has ended already
+        os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
 
 
 def _header(options: Options, origin: Origin) -> bytes:

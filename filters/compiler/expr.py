@@ -16,10 +16,13 @@ from typing import Any
 
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
-from filters.errors import ExpressionError, FilterError
+from filters.compiler.lists import compile_with_lists
+from filters.errors import ExpressionError, FilterError, TooLong
 
 ETHERNET = 1  # DLT_EN10MB, <pcap/dlt.h>
 SNAPLEN = 262144  # tcpdump's default
+LONGEST = 1 << 14  # classic instructions, before they are optimised
+_LONG_TEXT = 1 << 10
 NETMASK_UNKNOWN = 0xFFFFFFFF  # PCAP_NETMASK_UNKNOWN
 
 
@@ -49,6 +52,7 @@ def libpcap() -> ctypes.CDLL:
     library.pcap_next_ex.argtypes = (c_void_p, c_void_p, c_void_p)
     library.pcap_datalink.argtypes = library.pcap_snapshot.argtypes = (c_void_p,)
     library.pcap_datalink_val_to_name.restype = library.pcap_datalink_val_to_description.restype = c_char_p
+    library.pcap_datalink_name_to_val.argtypes = library.pcap_tstamp_type_name_to_val.argtypes = (c_char_p,)
     library.bpf_filter.restype = c_uint
     library.bpf_filter.argtypes = (c_char_p, c_char_p, c_uint, c_uint)
     return library
@@ -74,7 +78,8 @@ def compile_expression(
     """The classic program for an expression; an empty one accepts everything.
 
     `link_type` is a DLT_ value, `snaplen` what the program returns for a packet it accepts, `netmask` (in network byte
-    order) what `ip broadcast` needs to know. Raises ExpressionError, or FilterError where there is no libpcap.
+    order) what `ip broadcast` needs to know. Raises ExpressionError, TooLong, or
+    FilterError where there is no libpcap.
     """
     with _handle(link_type, snaplen) as handle:
         return compile_for(handle, text, optimise=optimise, netmask=netmask)
@@ -84,6 +89,15 @@ def compile_for(
     handle: int, text: str, *, optimise: bool = True, netmask: int = NETMASK_UNKNOWN
 ) -> tuple[Instruction, ...]:
     """The same for a handle of libpcap's (pcap_t), such as an open file, in which some primitives have no meaning."""
+    return compile_with_lists(text, lambda plain: _compile(handle, plain, optimise, netmask))
+
+
+def _compile(handle: int, text: str, optimise: bool, netmask: int) -> tuple[Instruction, ...]:
+    """Looks at the length first: the optimiser takes minutes for programs a few times longer."""
+    if optimise and len(text) > _LONG_TEXT:
+        length = len(_compile(handle, text, False, netmask))
+        if length > LONGEST:
+            raise TooLong(f"{length} classic BPF instructions, at most {LONGEST}: shorten the expression")
     encoded = os.fsencode(text)
     if b"\0" in encoded:
         raise ExpressionError("can't parse filter expression: syntax error")

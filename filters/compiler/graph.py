@@ -17,7 +17,7 @@ A, X = "A", "X"
 Variable = str
 
 BEYOND = 0x10000  # no load reaches so far: offsets of xdp and of the verifier's packet pointers have 16 bits
-LOOP_ROUNDS = 8  # extension headers that `protochain` follows
+LOOP_ROUNDS = 41  # of a loop, so that `protochain` follows 40 extension headers
 
 
 # Operations
@@ -184,15 +184,23 @@ def predecessors(graph: Graph) -> dict[int, list[int]]:
 # Loops
 
 
-def unroll(instructions: Sequence[Instruction], rounds: int = LOOP_ROUNDS) -> tuple[Instruction, ...]:
-    """The same program without jumps back: each loop written out `rounds` times; a packet that needs more is rejected.
+def unroll(
+    instructions: Sequence[Instruction], rounds: int = LOOP_ROUNDS, *, accept_longer: bool = True
+) -> tuple[Instruction, ...]:
+    """The same program without jumps back: each loop written out `rounds` times.
 
+    What a packet that needs more would be answered is unknown: `accept_longer` says whether the filter accepts it.
     libpcap makes loops for `protochain` only, one for each, and none inside another.
     """
     unrolled = tuple(instructions)
+    longer = max((i.k for i in unrolled if i.code == cbpf.RET | cbpf.K), default=0) if accept_longer else 0
     while (loop := _first_loop(unrolled)) is not None:
-        unrolled = _without_loop(unrolled, *loop, rounds)
+        unrolled = (*_without_loop(unrolled, *loop, rounds), Instruction(cbpf.RET | cbpf.K, k=longer))
     return unrolled
+
+
+def has_loops(instructions: Sequence[Instruction]) -> bool:
+    return any(map(_is_jump_back, instructions))
 
 
 def _first_loop(instructions: Sequence[Instruction]) -> tuple[int, int] | None:
@@ -223,9 +231,9 @@ def _without_loop(instructions: tuple[Instruction, ...], start: int, end: int, r
         for left in range(rounds - 1, 0, -1)
         for n, i in body
     ]
-    # What would go round once more finds a `ret #0` behind everything.
+    # What would go round once more finds the return that unroll() puts behind everything.
     last = [replace(i, k=len(instructions) - n - 1) if _is_jump_back(i) else i for n, i in body]
-    return (*head, *going_on, *last, *instructions[end + 1 :], Instruction(cbpf.RET | cbpf.K))
+    return (*head, *going_on, *last, *instructions[end + 1 :])
 
 
 def _is_jump_back(i: Instruction) -> bool:

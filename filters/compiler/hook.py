@@ -20,7 +20,7 @@ _F_XDP_HAS_FRAGS = 1 << 5
 _XDP_DROP, _XDP_PASS = 1, 2
 _TC_ACT_UNSPEC, _TC_ACT_SHOT = -1, 2
 
-_PACKET_OUTGOING = 4  # <linux/if_packet.h>
+PACKET_HOST, _PACKET_OUTGOING = 0, 4  # <linux/if_packet.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,7 @@ ANYWHERE: dict[int, Source] = {
 # At XDP the VLAN tag is still in the frame, never out of band.
 _AT_XDP: dict[int, Source] = ANYWHERE | {
     cbpf.PROTOCOL: FrameField(12),
+    cbpf.PKTTYPE: PACKET_HOST,  # `inbound` and `outbound` ask whether it is outgoing, which at XDP no packet is
     cbpf.IFINDEX: Field(12),
     cbpf.QUEUE: Field(16),
     cbpf.VLAN_TAG: 0,

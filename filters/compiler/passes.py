@@ -157,10 +157,6 @@ def _may_reject(operation: Operation) -> bool:
     return False
 
 
-# What an expression calls it.
-_PRIMITIVES = {cbpf.PKTTYPE: "inbound, outbound"}
-
-
 def with_answers(graph: Graph, hook: Hook) -> Graph:
     """Questions about the packet that need not be asked at a hook, answered. Raises UnsupportedPrimitive for those that
     is not available there."""
@@ -174,8 +170,7 @@ def _answered(operation: Operation, hook: Hook) -> Operation:
     if not isinstance(operation, LoadAncillary):
         return operation
     if operation.what not in hook.ancillary:
-        primitive = f" ({_PRIMITIVES[operation.what]})" if operation.what in _PRIMITIVES else ""
-        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]{primitive}: not available at {hook}")
+        raise UnsupportedPrimitive(f"[{cbpf.ANCILLARY[operation.what]}]: not available at {hook}")
     match hook.ancillary[operation.what]:
         case FrameField(offset):
             return LoadPacket(2, offset)

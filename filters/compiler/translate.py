@@ -5,7 +5,8 @@ the part for every packet and, apart from it, the part for packets that are not 
 
 What is accepted is what the kernel's classic BPF accepts (net/core/filter.c), also where libpcap's bpf_filter()
 differs: shifts by X use its low five bits. But a load that reaches byte 65,535 rejects; an index that only X makes
-negative does not count from a header; `protochain` follows graph.LOOP_ROUNDS headers and rejects what has more.
+negative does not count from a header; and a loop, as `protochain` is, makes at most graph.LOOP_ROUNDS rounds, since
+the verifier's work grows with their square. A packet that needs more is one that the filter cannot judge.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from filters.compiler.hook import NETWORK_HEADER, Hook
 from filters.compiler.passes import prune, with_answers, without_dead
 from filters.compiler.vlan import with_out_of_band_tag
 
-_MAX_UNROLLED = 1 << 15
+_MAX_UNROLLED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,12 @@ class Translation:
         asm.jump(exits.accept)
 
 
-def translate(instructions: Sequence[Instruction], hook: Hook) -> Translation:
-    """Raises InvalidFilter for what the kernel would refuse, UnsupportedPrimitive for what the hook cannot answer."""
-    straight = unroll(instructions)
+def translate(instructions: Sequence[Instruction], hook: Hook, *, accept_unjudged: bool = True) -> Translation:
+    """`accept_unjudged`: whether the filter accepts packets that it cannot judge.
+
+    Raises InvalidFilter for what the kernel would refuse, UnsupportedPrimitive for what the hook cannot answer.
+    """
+    straight = unroll(instructions, accept_longer=accept_unjudged)
     cbpf.check(straight, _MAX_UNROLLED)
     graph = prune(control_flow(straight, NETWORK_HEADER))
     if hook.is_tc:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Thread
 from typing import IO
 
@@ -36,7 +37,8 @@ class Decoder:
         assert self._process.stderr
         self._input, self._errors = self._process.stdin, Thread(target=_forward, args=(self._process.stderr,))
         _start_without_signals(self._errors)
-        self.write([header])
+        with suppress(BrokenPipeError):  # it has said why, and check() or the next write notices
+            self.write([header])
 
     def write(self, spans: Sequence[Span]) -> None:
         for span in spans:

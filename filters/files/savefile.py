@@ -17,9 +17,11 @@ from typing import Self
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
 from filters.compiler.expr import compile_for, libpcap
+from filters.compiler.graph import has_loops
 from filters.compiler.hook import XDP_FRAGS
 from filters.errors import DamagedFile, DumpError
 from filters.programs.program import LoadedProgram
+from filters.selftest.frames import run
 from filters.selftest.selftest import load_bare
 from xdp import libbpf
 from xdp.errors import NotPermitted
@@ -102,15 +104,19 @@ class FileFilter:
     """A filter over packets of files.
 
     libpcap's own interpreter takes over where a test run cannot: for a user without permission, for packets that the
-    kernel takes none of, and where a filter asks for the length of a packet that was cut.
+    kernel takes none of, where a filter asks for the length of a packet that was cut, and for loops, which it follows
+    without a limit.
     """
 
     def __init__(self, instructions: Sequence[Instruction], program: LoadedProgram | None) -> None:
-        self._classic, self._program = cbpf.encode(instructions), program
+        self._instructions, self._classic, self._program = instructions, cbpf.encode(instructions), program
+        self._loops = has_loops(instructions)
         self._asks_for_length = any(i.cls in (cbpf.LD, cbpf.LDX) and i.mode == cbpf.LEN for i in instructions)
         self._opts = libbpf.TestRunOpts(sz=ctypes.sizeof(libbpf.TestRunOpts))
 
     def accepts(self, packet: Packet) -> bool:
+        if self._loops and not run(self._instructions, packet.data).ends:
+            return True  # libpcap's interpreter would not return
         if self._program is None or not self._is_runnable(packet):
             return bool(libpcap().bpf_filter(self._classic, packet.data, packet.length, len(packet.data)))
         self._opts.data_in = ctypes.cast(ctypes.c_char_p(packet.data), ctypes.c_void_p)
@@ -125,6 +131,9 @@ class FileFilter:
 
 @contextmanager
 def file_filter(instructions: Sequence[Instruction]) -> Iterator[FileFilter]:
+    if has_loops(instructions):
+        yield FileFilter(instructions, None)
+        return
     try:
         program = load_bare(instructions, XDP_FRAGS)
     except NotPermitted:

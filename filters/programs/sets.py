@@ -1,8 +1,8 @@
 """Sets of IPv4 and IPv6 prefixes: from a file to longest-prefix-match tries of the kernel, and what is in those.
 
-Enters: a file with a prefix or an address a line, `#` before comments. Leaves: Prefixes, in Tries that a program looks
-addresses up in. A million lines take a second or two: prefixes are numbers here, in the form of the tries' keys, and
-cross into the kernel in batches.
+Enters: a file with a prefix, an address or a range of addresses a line, `#` or `;` before comments. Leaves: Prefixes,
+in Tries that a program looks addresses up in. A million lines take a second or two: prefixes are numbers here, in the
+form of the tries' keys, and cross into the kernel in batches.
 """
 
 from __future__ import annotations
@@ -10,11 +10,20 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import socket
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+    summarize_address_range,
+)
 from pathlib import Path
 from typing import Self
 
@@ -47,10 +56,11 @@ _MASKS4, _MASKS6 = _masks(32), _masks(128)
 
 @dataclass(frozen=True, slots=True)
 class Prefixes:
-    """Keys of the tries, as little-endian numbers."""
+    """Keys of the tries, as little-endian numbers. `warnings`: of the text that they were read from."""
 
     ipv4: set[int] = field(default_factory=set)
     ipv6: set[int] = field(default_factory=set)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.ipv4) + len(self.ipv6)
@@ -91,10 +101,19 @@ def read_prefixes(path: Path) -> Prefixes:
 
 def parse_prefixes(text: str, name: str) -> Prefixes:
     """Of the text of such a file. Raises InvalidSet, for a bad line with its number behind the name."""
-    found = Prefixes()
+    found, cleared = Prefixes(), list[str]()
     for number, line in _unusual_lines(text, found):
-        _add_unusual(found, line, f"{name}:{number}")
-    return found
+        for network, has_host_bits in _unusual(line, f"{name}:{number}"):
+            value = int.from_bytes(network.network_address.packed, "little")
+            (found.ipv4 if network.version == 4 else found.ipv6).add(value << 32 | network.prefixlen)
+            if has_host_bits:
+                cleared.append(f"line {number} is read as {network}")
+    return replace(found, warnings=(_host_bits_words(name, cleared),)) if cleared else found
+
+
+def _host_bits_words(name: str, cleared: Sequence[str]) -> str:
+    plural = "prefix has" if len(cleared) == 1 else "prefixes have"
+    return f"set {name}: {len(cleared)} {plural} host bits set: {cleared[0]}{'' if len(cleared) == 1 else ', ...'}"
 
 
 def _unusual_lines(text: str, found: Prefixes) -> Iterator[tuple[int, str]]:
@@ -118,23 +137,26 @@ def _unusual_lines(text: str, found: Prefixes) -> Iterator[tuple[int, str]]:
             add4(value << 32 | bits)
 
 
-def _add_unusual(found: Prefixes, line: str, where: str) -> None:
-    word = line.partition("#")[0].strip()
+def _unusual(line: str, where: str) -> Iterator[tuple[IPv4Network | IPv6Network, bool]]:
+    """The networks of a line, and whether host bits had to be cleared."""
+    word = re.split("[#;]", line, maxsplit=1)[0].strip()
     if not word:
         return
     try:
-        network = ip_network(word)
-    except ValueError:
-        raise InvalidSet(f"{where}: {word!r}: {_fault(word)}") from None
-    value = int.from_bytes(network.network_address.packed, "little")
-    (found.ipv4 if network.version == 4 else found.ipv6).add(value << 32 | network.prefixlen)
+        first, dash, last = (part.strip() for part in word.partition("-"))
+        if dash:
+            yield from ((network, False) for network in _range(first, last))
+        else:
+            network = ip_network(word, strict=False)
+            yield network, int(ip_address(word.partition("/")[0])) != int(network.network_address)
+    except (ValueError, TypeError):
+        raise InvalidSet(f"{where}: {word!r}: not an IPv4 or IPv6 prefix or range") from None
 
 
-def _fault(word: str) -> str:
-    try:
-        return f"has host bits set: write {ip_network(word, strict=False)}"
-    except ValueError:
-        return "not an IPv4 or IPv6 prefix"
+def _range(first: str, last: str) -> Iterator[IPv4Network | IPv6Network]:
+    """Raises TypeError for ends of two families, ValueError where the first is behind the last."""
+    ends = ip_address(first), ip_address(last)
+    return summarize_address_range(*ends)
 
 
 @dataclass(frozen=True, slots=True)

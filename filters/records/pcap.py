@@ -92,6 +92,7 @@ class File:
     """A file of records, `-` for standard output. Raises DumpError for what cannot be opened or written.
 
     Of other formats `find` finds the records, as offsets() does, and `trailer` makes what each file ends with.
+    `rotated` is told the name of each file that is complete because the next is due.
     """
 
     def __init__(
@@ -102,9 +103,11 @@ class File:
         *,
         find: Offsets = offsets,
         trailer: Callable[[], bytes] = bytes,
+        rotated: Callable[[str], None] | None = None,
     ) -> None:
         self._path, self._header, self._rotation = path, header, rotation or Rotation()
         self._offsets, self._trailer, self._is_cut = find, trailer, False
+        self._rotated, self._is_complete = rotated, False
         self._number = self._periods = self._delivered = 0
         self._begun = time.time()
         self._open()
@@ -141,6 +144,9 @@ class File:
         finally:
             if self._path != "-":
                 os.close(self._fd)
+                if self._rotated and self._is_complete:
+                    self._rotated(self._name)
+            self._is_complete = False
 
     def _open(self) -> None:
         self._size = 0
@@ -182,6 +188,7 @@ class File:
 
     def _rotate(self, seconds: int) -> None:
         rotation = self._rotation
+        self._is_complete = True
         if self._period_is_over(seconds):
             self._begun, self._number, self._periods = seconds, 0, self._periods + 1
             if not rotation.size and 0 < rotation.files <= self._periods:

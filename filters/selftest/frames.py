@@ -8,17 +8,19 @@ that end at a byte that was read.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
-from filters.compiler.graph import LOOP_ROUNDS
+from filters.compiler.graph import BEYOND, LOOP_ROUNDS
 
 SHORTEST, LONGEST = 14, 2048  # an Ethernet header, which BPF_PROG_TEST_RUN wants, and what it takes in any kernel
 _TYPICAL = 96
+_DESTINATION_OPTIONS = 60
+_MOST_ROUNDS = BEYOND // 8  # a frame has no more extension headers: a loop that makes more does not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,18 @@ class Comparison:
 
 @dataclass
 class Trace:
-    """What a run did. `reads`: where the bytes ended that it read; `missing`: where those that it did not find end."""
+    """What a run did. `reads`: where the bytes ended that it read; `missing`: where those that it did not find end;
+    `rounds`: of the loop that made most of them."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     reads: set[int] = field(default_factory=set)
     missing: int = 0
     accepted: int = 0
+    rounds: int = 0
+
+    @property
+    def ends(self) -> bool:
+        return self.rounds < _MOST_ROUNDS
 
 
 def frames(instructions: Sequence[Instruction], count: int, seed: int = 0) -> list[bytes]:
@@ -78,6 +86,25 @@ def frames(instructions: Sequence[Instruction], count: int, seed: int = 0) -> li
             waiting.append(_resized(frame, trace.missing, source))
         waiting.extend(_resized(frame, end - short, source) for end in sorted(trace.reads) for short in (1, 0))
     return list(found)
+
+
+def chains(instructions: Sequence[Instruction]) -> Iterator[bytes]:
+    """IPv6 packets with up to as many extension headers as a translated loop follows, in front of each protocol that
+    the filter compares with."""
+    protocols = sorted({i.k for i in instructions if i.operation == cbpf.JEQ and i.is_branch and i.k <= 0xFF})
+    for protocol in protocols:
+        for count in (1, 2, 8, LOOP_ROUNDS - 2, LOOP_ROUNDS - 1):
+            yield chain(count, protocol)
+
+
+def chain(count: int, protocol: int) -> bytes:
+    """An IPv6 packet with so many empty destination options headers (RFC 8200, section 4.6) in front of a protocol."""
+    following = [_DESTINATION_OPTIONS] * count + [protocol]
+    options = b"".join(bytes((next_header, 0, 1, 4, 0, 0, 0, 0)) for next_header in following[1:])
+    ethernet = bytes(12) + b"\x86\xdd"
+    payload = options + bytes(_TYPICAL)
+    ip6 = bytes((0x60, 0, 0, 0)) + len(payload).to_bytes(2, "big") + bytes((following[0], 64)) + bytes(32)
+    return ethernet + ip6 + payload
 
 
 def _resized(frame: bytes, size: int, source: random.Random) -> bytes:
@@ -157,7 +184,7 @@ class _Rejected(Exception):
 
 
 def run(instructions: Sequence[Instruction], frame: bytes) -> Trace:
-    """Checked instructions; loads from outside of the frame, of headers and of fields reject, and so do long loops."""
+    """Checked instructions; loads from outside of the frame, of headers and of fields reject, as do endless loops."""
     trace = Trace()
     with suppress(_Rejected):
         trace.accepted = _Run(instructions, frame, trace).result()
@@ -169,7 +196,7 @@ class _Run:
         self.instructions, self.frame, self.trace = instructions, frame, trace
         self.a, self.x = Value(0), Value(0)
         self.memory = [Value(0)] * cbpf.MEMORY_WORDS
-        self.jumps_back = 0
+        self.rounds = Counter[int]()
 
     def result(self) -> int:
         number = 0
@@ -186,17 +213,18 @@ class _Run:
     def jump(self, i: Instruction, number: int) -> int:
         if not i.is_branch:
             target = cbpf.targets(i, number)[0]
-            self.count_back(number - target)
+            if target <= number:
+                self.go_round(target)
             return target
         operand = self.x.number if i.uses_x else i.k
         taken = compare(i.operation, self.a.number, operand)
         self.trace.comparisons.append(Comparison(number, i.operation, self.a, operand, taken))
         return cbpf.targets(i, number)[0 if taken else 1]
 
-    def count_back(self, distance: int) -> None:
-        """As the translation: a loop may run so often, and no more."""
-        self.jumps_back += distance > 0
-        if self.jumps_back >= LOOP_ROUNDS:
+    def go_round(self, loop: int) -> None:
+        self.rounds[loop] += 1
+        self.trace.rounds = max(self.trace.rounds, self.rounds[loop])
+        if not self.trace.ends:
             raise _Rejected
 
     def step(self, i: Instruction) -> None:

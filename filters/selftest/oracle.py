@@ -15,6 +15,8 @@ from typing import Self
 
 from filters.compiler import cbpf
 from filters.compiler.cbpf import Instruction
+from filters.compiler.expr import libpcap
+from filters.compiler.graph import LOOP_ROUNDS, has_loops
 from filters.compiler.hook import NETWORK_HEADER, FrameField, Hook
 from filters.errors import InvalidFilter
 from filters.selftest.frames import run
@@ -63,12 +65,30 @@ class KernelFilter:
             return 0
 
 
-class InterpretedFilter:
-    """The same in Python, for what the kernel does not take: jumps back, and more instructions than 4,096.
+class LoopingFilter:
+    """libpcap's interpreter, for jumps back, which the kernel does not take.
 
-    libpcap's bpf_filter() would do, did it not run forever on some packets: its `protochain` goes back to an earlier
-    header behind an authentication header.
+    It would not return for some packets: `protochain` goes back to an earlier header behind an authentication header.
+    Those it is not asked about, nor those with more headers than a translation follows, which accepts both.
     """
+
+    def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self._instructions, self._raw = instructions, cbpf.encode(instructions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def accepted(self, frame: bytes) -> int:
+        if run(self._instructions, frame).rounds >= LOOP_ROUNDS:
+            return len(frame)
+        return min(int(libpcap().bpf_filter(self._raw, frame, len(frame), len(frame))), len(frame))
+
+
+class InterpretedFilter:
+    """The same in Python, for what the kernel does not take: more instructions than 4,096."""
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
         self._instructions = instructions
@@ -83,10 +103,11 @@ class InterpretedFilter:
         return min(run(self._instructions, frame).accepted, len(frame))
 
 
-def oracle(instructions: Sequence[Instruction]) -> KernelFilter | InterpretedFilter:
+def oracle(instructions: Sequence[Instruction]) -> KernelFilter | LoopingFilter | InterpretedFilter:
     """The kernel where it takes the program."""
-    loops = any(i.code == cbpf.JMP | cbpf.JA and i.k >> 31 for i in instructions)
-    if loops or len(instructions) > cbpf.MAX_INSTRUCTIONS:
+    if has_loops(instructions):
+        return LoopingFilter(instructions)
+    if len(instructions) > cbpf.MAX_INSTRUCTIONS:
         return InterpretedFilter(instructions)
     try:
         return KernelFilter(instructions)

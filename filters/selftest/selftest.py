@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from filters.compiler.cbpf import Instruction
+from filters.compiler.graph import has_loops
 from filters.compiler.hook import Hook
 from filters.compiler.translate import translate
 from filters.errors import SelftestFailed
 from filters.programs.program import LoadedProgram, Reject, ReturnLength, Rule, assemble, load
-from filters.selftest.frames import SHORTEST, frames
+from filters.selftest.frames import SHORTEST, chains, frames
 from filters.selftest.oracle import on_any_socket, oracle
 
 _FRAMES = 64
@@ -52,10 +53,14 @@ def selftest(
     with load_bare(plain, hook) as program, oracle(plain) as classic:
         return [
             Mismatch(frame, expected, actual)
-            for frame in (*frames(plain, count), *extra)
+            for frame in (*frames(plain, count), *_chains(plain), *extra)
             if is_runnable(frame, hook)
             and (expected := classic.accepted(frame)) != (actual := accepted(program, frame))
         ]
+
+
+def _chains(instructions: Sequence[Instruction]) -> Iterable[bytes]:
+    return chains(instructions) if has_loops(instructions) else ()
 
 
 def is_runnable(frame: bytes, hook: Hook) -> bool:

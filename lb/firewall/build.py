@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filters.compiler import cbpf
 from filters.compiler.expr import compile_expression
-from filters.errors import FilterError
+from filters.errors import FilterError, TooLong
 from filters.interfaces import Interface, netmask
 from filters.programs.sets import Prefixes, parse_prefixes, read_prefixes
 from filters.selftest.selftest import check
@@ -16,8 +16,6 @@ from lb.firewall.kernel import HOOKS
 from lb.host.interfaces import check_interface, ifindex_of
 from lb.model.rule_report import ApplyOptions, RuleSpec
 from lb.model.rules import Clock, Deadline, Rule, SetSource
-
-LONGEST_EXPRESSION = 1 << 14
 
 
 def new_rule(
@@ -81,16 +79,13 @@ def check_has_list(spec: RuleSpec) -> None:
 
 
 def _compile(spec: RuleSpec) -> tuple[cbpf.Instruction, ...]:
-    """Checks the length first: libpcap's optimiser takes minutes for expressions several times longer."""
     mask = netmask(Interface(spec.interface)) if ifindex_of(spec.interface) else 0
     try:
-        length = len(compile_expression(spec.expression, netmask=mask, optimise=False))
-        if length > LONGEST_EXPRESSION:
-            raise InvalidInput(
-                f"expression {spec.expression[:40]}...: {length} classic BPF instructions, at most"
-                f" {LONGEST_EXPRESSION}: put addresses into a file and use --set FILE"
-            )
         return compile_expression(spec.expression, netmask=mask)
+    except TooLong as error:
+        raise InvalidInput(
+            f"expression {spec.expression[:40]}...: {error}, or put addresses into a file and use --set FILE"
+        ) from error
     except FilterError as error:
         raise InvalidInput(f"expression {spec.expression!r}: {' '.join(str(error).split())}") from error
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from filters.files.savefile import Packet
 from filters.programs.sets import Prefixes
 from lb.dataplane.programs import Programs
-from lb.errors import InvalidInput, NotFound, part
+from lb.errors import NotFound, part
 from lb.firewall.attach_points import HookKey
 from lb.firewall.build import build_rule, check_has_list, given_prefixes, new_rule, parse_list, read_set_file
+from lb.firewall.guard import check_connection
 from lb.firewall.kernel import KernelFilters
 from lb.formats.capture_file import Keep, open_capture, writer
 from lb.host.capabilities import check_may_change
-from lb.host.interfaces import carriers, ifindex_of, own_mac
+from lb.host.interfaces import ifindex_of
 from lb.host.ssh import Connection, ssh_connection
 from lb.model.rule_report import ApplyOptions, FilterReport, FilterTestResult, RuleChange, RuleSpec, RuleStatus
 from lb.model.rules import At, Clock, Rule, Rules, rebased, set_file, set_of
@@ -125,12 +126,13 @@ class Firewall:
         if not options.force:
             self._check_connection(rules, goal, [(interface, rule.at)], {rule.slot: prefixes})
         if options.dry_run:
-            return FilterReport((RuleChange("reloaded", now, number),), dry_run=True)
+            return FilterReport((RuleChange("reloaded", now, number),), prefixes.warnings, dry_run=True)
         packed = {rule.slot: prefixes.packed()}
         # Prefixes first: the store is shared with the balancer and should not be locked meanwhile.
         with self._kernel.reloading_set(rule.slot, prefixes) as (added, gone), self._store.saving_rules(goal, packed):
             pass
-        return FilterReport((RuleChange("reloaded", now, number, f"{added} added, {gone} removed"),))
+        change = RuleChange("reloaded", now, number, f"{added} added, {gone} removed")
+        return FilterReport((change,), prefixes.warnings)
 
     def restore(self, options: ApplyOptions | None = None, hooks: Iterable[HookKey] | None = None) -> FilterReport:
         """Load and attach the stored rules, as after a boot: on these hooks, or (None) on all."""
@@ -224,6 +226,7 @@ class Firewall:
         if not options.force:
             self._check_connection(before, after, wanted, {})
         warnings = [f"interface {name}: does not exist: rules stay pending" for name in _absent(wanted)]
+        warnings += [warning for prefixes in given.values() for warning in prefixes.warnings]
         if options.dry_run:
             return FilterReport(changes, tuple(warnings), dry_run=True)
         packed: dict[int, PackedSet] = {slot: prefixes.packed() for slot, prefixes in given.items()}
@@ -239,27 +242,9 @@ class Firewall:
     def _check_connection(
         self, before: Rules, after: Rules, hooks: Iterable[HookKey], sets: Mapping[int, Prefixes]
     ) -> None:
-        """Raises InvalidInput if the rules would drop the connection of the request, and did not before."""
-        connection = self._own_connection()
-        if connection is None:
-            return
-        ends = connection.server, connection.client
-        names = carriers(*ends)
-        covering = {slot: prefixes.covering(ends) for slot, prefixes in sets.items()}
-        for name, at in hooks:
-            if names and name not in names:
-                continue
-            culprit = self._dropped(connection, after.hook(name, at), name, at, covering)
-            in_force = (name, at) in self._kernel.in_force([(name, at)])
-            if culprit and not (in_force and self._dropped(connection, before.hook(name, at), name, at, {})):
-                raise InvalidInput(f"{name}: rule {after.number(culprit)} ({_short(culprit)}) {connection.refusal}")
-
-    def _dropped(
-        self, connection: Connection, rules: Sequence[Rule], name: str, at: At, sets: Mapping[int, Prefixes]
-    ) -> Rule | None:
-        frames = connection.frames(to_server=at is not At.TC_OUT, own_mac=own_mac(name))
-        with self._kernel.tester(rules, at, sets) as tester:
-            return next(filter(None, map(tester.dropped_by, frames)), None)
+        """Raises InvalidInput if the rules would end the connection of the request."""
+        if connection := self._own_connection():
+            check_connection(self._kernel, connection, before, after, clock(), hooks, sets)
 
     def _try(
         self,
@@ -307,11 +292,6 @@ def _expired(before: Rules, after: Rules, now: Clock) -> Iterator[RuleChange]:
 
 def _absent(hooks: Iterable[HookKey]) -> list[str]:
     return list(dict.fromkeys(name for name, _ in hooks if ifindex_of(name) is None))
-
-
-def _short(rule: Rule) -> str:
-    words = f"{rule.action} {rule.expression}".strip()
-    return f"{words} --set {rule.set.path}" if rule.set else words
 
 
 @contextmanager

@@ -438,4 +438,5 @@ def _get(path: Path) -> int:
 
 
 def _translation(rule: Rule, hook: Hook) -> Translation:
-    return translate(cbpf.decode(rule.instructions), hook)
+    """A packet that the filter cannot judge is not let through: it matches, except where that would pass it."""
+    return translate(cbpf.decode(rule.instructions), hook, accept_unjudged=rule.action is not Action.PASS)

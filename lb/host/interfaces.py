@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lb.errors import InvalidInput
-from lb.model.vip import Address
+from lb.model.vip import Address, parse_address
 from xdp.netlink import NetlinkError, route_socket
 
+_UNICAST = 1  # RTN_UNICAST, <linux/rtnetlink.h>
+_UNKNOWN_MAC = bytes.fromhex("020000000001")
 _WITH_ETHERNET_HEADER = (1, 772)  # ARPHRD_ETHER, ARPHRD_LOOPBACK
 
 
@@ -71,6 +74,30 @@ def _way_to(address: Address) -> str | None:
         except NetlinkError:
             return None
         return _name(route.get_attr("RTA_OIF"))
+
+
+@dataclass(frozen=True, slots=True)
+class NextHop:
+    """The gateway, or the host itself; a MAC address that is not known yet is a made-up one."""
+
+    address: Address
+    mac: bytes
+
+
+def next_hop_to(address: Address) -> NextHop | None:
+    """None where the kernel knows no way, or one without a neighbour: through itself or a tunnel."""
+    with route_socket() as ipr:
+        try:
+            (route,) = ipr.route("get", dst=str(address))
+        except NetlinkError:
+            return None
+        gateway, ifindex = route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_OIF")
+        if route["type"] != _UNICAST or route.get_attr("RTA_VIA") is not None:
+            return None
+        hop = parse_address(gateway) if gateway else address
+        known = (entry.get_attr("NDA_LLADDR") for entry in ipr.get_neighbours(ifindex=ifindex, dst=str(hop)))
+        mac = next(filter(None, known), None)
+        return NextHop(hop, bytes.fromhex(mac.replace(":", "")) if mac else _UNKNOWN_MAC)
 
 
 def _name(ifindex: int | None) -> str | None:

@@ -31,8 +31,6 @@ _UNKNOWN_MAC = bytes.fromhex("020000000001")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """`refusal`: how a change that would end it is refused."""
-
     client: Address
     client_port: int
     server: Address
@@ -54,18 +52,22 @@ class Connection:
         """What `parse` reads."""
         return f"{self.client} {self.client_port} {self.server} {self.server_port}"
 
-    @property
-    def refusal(self) -> str:
-        return f"would drop the connection from {self} of this request: use force=true to override"
+    def refusal(self, what: str = "") -> str:
+        """How a change that would end it is refused; `what`: what else it would drop, and so end it."""
+        return f"would drop {what}the connection from {self} of this request: use force=true to override"
 
     def __str__(self) -> str:
         return f"{self.client} port {self.client_port}"
 
-    def frames(self, *, to_server: bool, own_mac: bytes = _UNKNOWN_MAC) -> Iterator[bytes]:
-        """The opening, then packets of several lengths. `own_mac` is this host's address."""
+    def frames(
+        self, *, to_server: bool, own_mac: bytes = _UNKNOWN_MAC, peer_mac: bytes | None = None
+    ) -> Iterator[bytes]:
+        """The opening, then packets of several lengths. `own_mac` is this host's address, `peer_mac` that of the next
+        hop."""
         ends = (self.client, self.client_port), (self.server, self.server_port)
         (source, source_port), (destination, port) = ends if to_server else ends[::-1]
-        macs = own_mac + _UNKNOWN_MAC if to_server else _UNKNOWN_MAC + own_mac
+        peer = peer_mac or _UNKNOWN_MAC
+        macs = own_mac + peer if to_server else peer + own_mac
         opening = _SYN if to_server else _SYN | _ACK
         segments = [(opening, b""), *((_ACK | (_PUSH if payload else 0), payload) for payload in _PAYLOADS)]
         for flags, payload in segments:
@@ -78,9 +80,8 @@ class SshConnection(Connection):
 
     __slots__ = ()
 
-    @property
-    def refusal(self) -> str:
-        return f"would drop the SSH connection from {self} that runs this command: use --force to override"
+    def refusal(self, what: str = "") -> str:
+        return f"would drop {what}the SSH connection from {self} that runs this command: use --force to override"
 
 
 def _address(text: str) -> Address:

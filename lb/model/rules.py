@@ -73,6 +73,10 @@ class Rate:
         return _PERIODS[self.period] * _NS // self.packets
 
     @property
+    def per_second(self) -> float:
+        return self.packets / _PERIODS[self.period]
+
+    @property
     def burst_ns(self) -> int:
         """How much may come at once: what comes in a second, but five packets at least."""
         return max(_NS, MIN_BURST * self.interval_ns)

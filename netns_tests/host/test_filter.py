@@ -56,6 +56,11 @@ class Wire:
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.far.run([str(XDP_LB), *words], check=False, env=self.environment | environment)
 
+    @property
+    def near_mac(self) -> str:
+        (link,) = json.loads(self.near.run(["ip", "-j", "link", "show", "dev", NEAR]).stdout)
+        return str(link["address"])
+
     def filter(self, *words: str, **environment: str) -> list[str]:
         """The lines that it prints; it has to succeed."""
         done = self.run("filter", *words, **environment)
@@ -274,7 +279,7 @@ def test_bad_line_of_a_set_changes_nothing(wire: Wire, tmp_path: Path) -> None:
     wire.filter("add", FAR, "drop", "udp port 53", "--set", str(file))
     before = wire.rules()
     file.write_text("10.0.0.0/8\n10.0.0.0/40\n")
-    assert wire.refusal("reload", FAR, "1") == f"{file}:2: '10.0.0.0/40': not an IPv4 or IPv6 prefix"
+    assert wire.refusal("reload", FAR, "1") == f"{file}:2: '10.0.0.0/40': not an IPv4 or IPv6 prefix or range"
     assert wire.refusal("add", FAR, "drop", "--set", str(file)).startswith(f"{file}:2: ")
     assert wire.rules() == before
     assert wire.arrived(53) == 0
@@ -361,18 +366,30 @@ REFUSED = [
     ("drop", "tcp[tcpflags] & tcp-syn != 0"),
     ("drop", f"src host {NEAR4}", "--at", "tc-in"),
     ("drop", f"dst host {NEAR4}", "--at", "tc-out"),
+    ("limit", "1/h", "tcp"),
+    ("limit", "9/s"),
+    ("limit", "1/h", "arp"),
+    ("drop", "arp"),
+    ("drop", "arp", "--at", "tc-out"),
+    ("drop", "not tcp port 22"),
+    ("drop", "ether src {near_mac}"),
 ]
 TAKEN = [
     ("drop", "tcp port 23"),
-    ("limit", "1/h"),
+    ("limit", "10/s"),
+    ("limit", "1/s", "arp"),
+    ("limit", "1/h", "udp"),
     ("count",),
+    ("drop", "not tcp port 22 and not arp"),
+    ("drop", "ip6"),
     ("drop", f"src host {FAR4}"),
     ("drop", f"src host {NEAR4}", "--at", "tc-out"),
 ]
 
 
 def test_rule_that_would_drop_the_connection_it_is_typed_in_is_refused(wire: Wire) -> None:
-    for words in REFUSED:
+    wire.arrived(53, towards=NEAR)  # so that the neighbour is known
+    for words in ([word.format(near_mac=wire.near_mac) for word in words] for words in REFUSED):
         assert wire.refusal("add", FAR, *words, SSH_CONNECTION=SSH).endswith(
             f"the SSH connection from {NEAR4} port 50022 that runs this command: use --force to override"
         ), words
@@ -404,17 +421,88 @@ def test_set_that_would_drop_the_connection_is_refused_when_it_is_added_and_when
     assert wire.rules()[0]["set"]["prefixes"] == 1
 
 
+def test_set_with_host_bits_is_taken_with_a_warning(wire: Wire, tmp_path: Path) -> None:
+    file = tmp_path / "set.txt"
+    file.write_text(f"; a list\n{NEAR4}/24 ; SBL1\n192.0.2.9/24 # two\n198.51.100.7-198.51.100.9\n")
+    done = wire.run("filter", "add", FAR, "drop", "udp port 53", "--set", str(file))
+    warning = f"xdp-lb: warning: set {file}: 2 prefixes have host bits set: line 2 is read as 10.77.0.0/24, ...\n"
+    assert (done.returncode, done.stderr) == (0, warning)
+    assert (wire.rules()[0]["set"]["prefixes"], wire.arrived(53)) == (4, 0)
+    assert wire.run("filter", "reload", FAR, "1").stderr == warning
+
+
 def test_rule_that_spares_the_connection_cannot_be_taken_away(wire: Wire) -> None:
     wire.filter("add", FAR, "pass", "tcp port 22")
     wire.filter("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
-    assert "rule 1 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
-    assert "rule 1 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
     assert [rule["action"] for rule in wire.rules()] == ["pass", "drop"]
 
 
-def test_connection_that_is_dropped_already_hinders_no_other_change(wire: Wire) -> None:
-    wire.filter("add", FAR, "drop", "tcp port 22")
+def test_connection_that_is_dropped_already_hinders_no_harmless_change(wire: Wire) -> None:
+    wire.filter("add", FAR, "count", "udp")
+    wire.filter("add", FAR, "drop", f"src host {NEAR4}", "--force", SSH_CONNECTION=SSH)
     assert wire.filter("add", FAR, "count", "arp", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "pass", "udp", SSH_CONNECTION=SSH)
+    assert wire.filter("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "pass", f"src host {NEAR4}", "--position", "1", SSH_CONNECTION=SSH)
+
+
+def test_packet_that_is_dropped_already_excuses_no_further_drop(wire: Wire) -> None:
+    """A rule for the opening alone leaves the open connection alive."""
+    wire.filter("add", FAR, "drop", "tcp[tcpflags] & tcp-syn != 0", "--force", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop the SSH" in wire.refusal("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
+
+
+def test_pass_rule_that_expires_spares_nothing(wire: Wire) -> None:
+    wire.filter("add", FAR, "pass", f"src host {NEAR4}", "--for", "1h", SSH_CONNECTION=SSH)
+    assert wire.refusal("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH).startswith(
+        f"{FAR}: rule 2 (drop tcp), once the pass rules with a deadline have expired, would drop the SSH connection"
+    )
+    wire.filter("add", FAR, "drop", "tcp", "--force", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop the SSH" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert wire.filter("add", FAR, "count", SSH_CONNECTION=SSH)
+
+
+def test_drop_of_the_neighbour_is_named(wire: Wire) -> None:
+    assert wire.refusal("add", FAR, "drop", "arp", SSH_CONNECTION=SSH).startswith(
+        f"{FAR}: rule 1 (drop arp) would drop ARP with {NEAR4} and thereby the SSH connection from {NEAR4} port 50022"
+    )
+    over_ipv6 = f"{NEAR6} 50022 {FAR6} 22"
+    assert wire.refusal("add", FAR, "drop", "icmp6", SSH_CONNECTION=over_ipv6).startswith(
+        f"{FAR}: rule 1 (drop icmp6) would drop neighbour discovery with {NEAR6} and thereby the SSH connection"
+    )
+    assert wire.filter("add", FAR, "drop", "arp", SSH_CONNECTION=over_ipv6)
+
+
+def test_neighbour_of_a_connection_from_elsewhere_is_the_gateway(wire: Wire) -> None:
+    wire.far.run(["ip", "route", "add", "192.0.2.0/24", "via", NEAR4])
+    from_elsewhere = f"192.0.2.7 50022 {FAR4} 22"
+    said = [
+        wire.refusal("add", FAR, "drop", expression, SSH_CONNECTION=from_elsewhere)
+        for expression in ("arp", f"arp src host {NEAR4}")
+    ]
+    wire.far.run(["ip", "route", "del", "192.0.2.0/24"])
+    assert [f"ARP with {NEAR4} and" in line for line in said] == [True, True]
+
+
+def test_rule_is_named_by_its_number_in_the_list(wire: Wire) -> None:
+    wire.filter("add", FAR, "pass", "tcp port 22", SSH_CONNECTION=SSH)
+    wire.filter("add", FAR, "drop", "tcp", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("del", FAR, "1", SSH_CONNECTION=SSH)
+    assert "rule 2 (drop tcp) would drop" in wire.refusal("move", FAR, "2", "1", SSH_CONNECTION=SSH)
+
+
+def test_restoring_rules_that_would_drop_the_connection_is_refused(wire: Wire, tmp_path: Path) -> None:
+    file = tmp_path / "set.txt"
+    file.write_text("10.77.0.0/24\n")
+    wire.filter("add", FAR, "drop", "--set", str(file), "--force", SSH_CONNECTION=SSH)
+    assert wire.filter("restore", SSH_CONNECTION=SSH)  # nothing that is not dropped already
+    forget_all(wire)
+    assert "rule 1 (drop --set" in wire.refusal("restore", SSH_CONNECTION=SSH)
+    assert wire.arrived(53) == 5
+    assert wire.filter("restore", "--force", SSH_CONNECTION=SSH)
+    assert [rule["in_force"] for rule in wire.rules()] == [True]
 
 
 # What is refused
@@ -423,7 +511,6 @@ def test_connection_that_is_dropped_already_hinders_no_other_change(wire: Wire) 
 BAD_WORDS = [
     (("add", "nope0", "drop"), "interface nope0: does not exist"),
     (("add", FAR, "drop", "udp prot 53"), "expression 'udp prot 53': can't parse filter expression: syntax error"),
-    (("add", FAR, "drop", "inbound"), "[type] (inbound, outbound): not available at xdp"),
     (("add", FAR, "limit", "0/s"), "rate 0/s: passes no packets: use drop"),
     (("add", FAR, "drop", "--set", "/none"), "set /none: No such file or directory"),
     (("add", FAR, "drop", "--for", "soon"), "time soon: not a duration such as 90s, 10m or 1h30m"),
@@ -449,12 +536,20 @@ def test_bad_words_are_one_line_and_change_nothing(wire: Wire) -> None:
 
 
 def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
-    hosts = " or ".join(f"host 10.0.{number // 250}.{number % 250}" for number in range(700))
+    ranges = " or ".join(f"portrange {port}-{port + 1}" for port in range(1, 1000, 3))
     assert re.fullmatch(
-        r"expression host 10\.0\.0\.0 .*: \d+ classic BPF instructions, at most 16384: put addresses into a file"
-        r" and use --set FILE",
-        wire.refusal("add", FAR, "drop", hosts),
+        r"expression portrange 1-2 or .*: \d+ classic BPF instructions, at most 16384: shorten the expression, or put"
+        r" addresses into a file and use --set FILE",
+        wire.refusal("add", FAR, "drop", ranges),
     )
+
+
+def test_list_of_3000_hosts_is_one_rule(wire: Wire) -> None:
+    hosts = " or ".join(f"src host 10.{78 + number // 256}.{number % 256}.9" for number in range(3000))
+    wire.filter("add", FAR, "drop", hosts, SSH_CONNECTION=SSH)
+    assert wire.arrived(53) == 5
+    wire.filter("add", FAR, "drop", f"({hosts} or src host {NEAR4}) and udp port 53")
+    assert wire.arrived(53) == 0
 
 
 def test_program_of_someone_else_is_named_and_left_alone(wire: Wire) -> None:

@@ -76,19 +76,20 @@ def test_indexed_load_from_the_network_header_keeps_where_it_counts_from() -> No
 # unroll
 
 
-def test_loop_is_written_out_and_a_further_round_rejects() -> None:
+def test_loop_is_written_out_and_a_further_round_rejects_or_accepts() -> None:
     count = Instruction(cbpf.ALU | cbpf.ADD, k=1)
     leave = Instruction(cbpf.JMP | cbpf.JGE, 1, 0, 5)
     back = Instruction(cbpf.JMP | cbpf.JA, k=cbpf.WORD - 2)
     accept, reject = Instruction(cbpf.RET | cbpf.K, k=1), Instruction(cbpf.RET | cbpf.K)
     on = Instruction(cbpf.JMP | cbpf.JA)
-    assert unroll([count, leave, back, accept], rounds=3) == (
+    unrolled = (
         *(count, Instruction(cbpf.JMP | cbpf.JGE, 7, 0, 5), on),
         *(count, Instruction(cbpf.JMP | cbpf.JGE, 4, 0, 5), on),
         *(count, leave, Instruction(cbpf.JMP | cbpf.JA, k=1)),
         accept,
-        reject,
     )
+    assert unroll([count, leave, back, accept], rounds=3, accept_longer=False) == (*unrolled, reject)
+    assert unroll([count, leave, back, accept], rounds=3) == (*unrolled, accept)
 
 
 def test_jumps_over_a_loop_still_lead_where_they_led() -> None:
@@ -298,6 +299,7 @@ def test_question_that_has_one_answer_is_not_asked() -> None:
     asks = {0: Block((LoadAncillary(cbpf.PKTTYPE),), Return(A))}
     assert with_answers(asks, TC_OUT) == {0: Block((Set(A, 4),), Return(A))}
     assert with_answers(asks, TC_IN) == asks
+    assert with_answers(asks, XDP) == {0: Block((Set(A, 0),), Return(A))}
     protocol = {0: Block((LoadAncillary(cbpf.PROTOCOL),), Return(A))}
     assert with_answers(protocol, XDP) == {0: Block((ETHERTYPE,), Return(A))}
 
@@ -305,7 +307,6 @@ def test_question_that_has_one_answer_is_not_asked() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (cbpf.PKTTYPE, "[type] (inbound, outbound): not available at xdp"),
         (cbpf.MARK, "[mark]: not available at xdp"),
         (cbpf.NLATTR, "[nla]: not available at xdp"),
         (cbpf.HATYPE, "[hatype]: not available at xdp"),

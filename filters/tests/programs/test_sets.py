@@ -60,6 +60,32 @@ def test_file_of_both_families_with_comments_is_read(tmp_path: Path, newline: st
     assert len(found) == 8
 
 
+def test_lists_of_other_programs_are_read(tmp_path: Path) -> None:
+    lines = ["; Spamhaus", "1.10.16.0/20 ; SBL256894", "192.0.2.1-192.0.2.6", "198.51.100.0 - 198.51.100.255 # all"]
+    found = read_prefixes(written(tmp_path, "\n".join([*lines, "2001:db8::-2001:db8::3"])))
+    wanted = [
+        "1.10.16.0/20",
+        "192.0.2.1/32",
+        "192.0.2.2/31",
+        "192.0.2.4/31",
+        "192.0.2.6/32",
+        "198.51.100.0/24",
+        "2001:db8::/126",
+    ]
+    assert networks(found) == {ip_network(text) for text in wanted}
+    assert found.warnings == ()
+
+
+def test_host_bits_are_cleared_and_the_first_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, "10.0.0.0/8\n192.0.2.1/24\n")
+    assert networks(read_prefixes(path)) == {ip_network("10.0.0.0/8"), ip_network("192.0.2.0/24")}
+    assert read_prefixes(path).warnings == (f"set {path}: 1 prefix has host bits set: line 2 is read as 192.0.2.0/24",)
+    path.write_text("2001:db8::1/64\n192.0.2.1/24\n")
+    assert read_prefixes(path).warnings == (
+        f"set {path}: 2 prefixes have host bits set: line 1 is read as 2001:db8::/64, ...",
+    )
+
+
 def test_a_file_without_prefixes_is_an_empty_set(tmp_path: Path) -> None:
     assert len(read_prefixes(written(tmp_path, "# nothing yet\n"))) == 0
 
@@ -67,17 +93,18 @@ def test_a_file_without_prefixes_is_an_empty_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("192.0.2.0/33", "not an IPv4 or IPv6 prefix"),
-        ("192.0.2.0/", "not an IPv4 or IPv6 prefix"),
-        ("192.0.2/24", "not an IPv4 or IPv6 prefix"),
-        ("192.0.2.0/-1", "not an IPv4 or IPv6 prefix"),
-        ("2001:db8::/129", "not an IPv4 or IPv6 prefix"),
-        ("example.com", "not an IPv4 or IPv6 prefix"),
-        ("192.0.2.0 192.0.3.0", "not an IPv4 or IPv6 prefix"),
-        ("1.2.3.4\0", "not an IPv4 or IPv6 prefix"),
-        ("\xff\xfe", "not an IPv4 or IPv6 prefix"),
-        ("192.0.2.1/24", "has host bits set: write 192.0.2.0/24"),
-        ("2001:db8::1/64", "has host bits set: write 2001:db8::/64"),
+        ("192.0.2.0/33", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.0/", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2/24", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.0/-1", "not an IPv4 or IPv6 prefix or range"),
+        ("2001:db8::/129", "not an IPv4 or IPv6 prefix or range"),
+        ("example.com", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.0 192.0.3.0", "not an IPv4 or IPv6 prefix or range"),
+        ("1.2.3.4\0", "not an IPv4 or IPv6 prefix or range"),
+        ("\xff\xfe", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.9-192.0.2.1", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.9-2001:db8::1", "not an IPv4 or IPv6 prefix or range"),
+        ("192.0.2.9-", "not an IPv4 or IPv6 prefix or range"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, line: str, fault: str) -> None:

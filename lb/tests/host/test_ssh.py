@@ -93,6 +93,6 @@ def test_connection_is_told_as_it_is_read() -> None:
 def test_refusal_says_whose_connection_it_is() -> None:
     asked = Connection.parse(TEXT)
     assert asked
-    assert asked.refusal.startswith("would drop the connection from 192.0.2.7 port 50022 of this request")
-    assert CONNECTION.refusal.startswith("would drop the SSH connection from 192.0.2.7 port 50022")
+    assert asked.refusal().startswith("would drop the connection from 192.0.2.7 port 50022 of this request")
+    assert CONNECTION.refusal().startswith("would drop the SSH connection from 192.0.2.7 port 50022")
     assert list(asked.frames(to_server=True)) == list(CONNECTION.frames(to_server=True))
