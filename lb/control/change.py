@@ -99,7 +99,7 @@ def with_reply_interfaces(
     notes = []
     for name, backends in reply_interfaces(services, hops).items():
         if goal.interface(name) is None:
-            goal = goal.with_interface(Interface(name))
+            goal = goal.with_interface(Interface(name, replies_only=True))
             notes.append(f"{name}: also attached: nat replies of {some(backends)} arrive there")
     return goal, notes
 
@@ -166,7 +166,8 @@ def notes_of_addresses(before: State, goal: State) -> Iterator[str]:
     for own in differing(old, new):
         yield f"{own.address}: added to {own.interface}"
     for own in differing(new, old):
-        yield f"{own.address}: removed from {own.interface}"
+        back = goal.interfaces and own in goal.own_addresses
+        yield f"{own.address}: removed from {own.interface}" + (f" until xdp-lb attach {own.interface}" if back else "")
 
 
 def notes_of_storing(before: State, goal: State) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Protocol
 from lb.hashing.ring import Plan
 from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
 from lb.model.state import Interface, Service
-from lb.model.vip import Address, Vip
+from lb.model.vip import Address, Subnet, Vip
 
 
 class Dataplane(Protocol):
@@ -149,6 +149,9 @@ class Network(Protocol):
 
     def addresses(self, name: str) -> list[Address]:
         """Those of one interface, global scope first."""
+
+    def subnets(self) -> Mapping[str, Sequence[Subnet]]:
+        """Interface -> the subnets of its addresses, none for a host address."""
 
     def owner(self, address: Address) -> str | None:
         """The local interface that has the address."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lb.control.change import (
     BackendUse,
@@ -33,6 +33,7 @@ from lb.control.change import (
     with_reply_interfaces,
 )
 from lb.control.contracts import Dataplane, FilterHandover, Network
+from lb.control.vip_addresses import placed
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
@@ -86,7 +87,7 @@ class Writer:
 
     def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         self._check_store_is_whole(goal)
-        change_set = self._prepare(self.state, self._with_address_interfaces(goal), everything)
+        change_set = self._prepare(self.state, placed(self.state, goal, self.network), everything)
         if dry_run:
             self._release_unused(change_set.hops.keys())
             return report(change_set, self._predicted_outcome(change_set), dry_run=True)
@@ -199,16 +200,6 @@ class Writer:
             ),
             (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
         )
-
-    def _with_address_interfaces(self, goal: State) -> State:
-        """Each own address that is served has an attached interface, as far as there is one: the
-        one it was on, else the first."""
-        names = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
-        served = {service.vip.address for service in goal.services}
-        kept = [own for own in goal.own_addresses if own.address in served]
-        if names:
-            kept = [o if o.interface in names else replace(o, interface=names[0]) for o in kept]
-        return replace(goal, own_addresses=tuple(kept))
 
     def next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
         """One query for all that are not known yet, or for all. Raises NoRoute, also for a backend that mode dr cannot

@@ -21,14 +21,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EADDRNOTAVAIL, EEXIST, EINVAL, ENOENT
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
 from lb.model.forwarding import NextHop
-from lb.model.vip import Address
+from lb.model.vip import Address, Subnet
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -147,6 +147,18 @@ class Network:
             messages = sorted(ipr.get_addr(index=index), key=_address_rank)
         return [_address(message) for message in messages]
 
+    def subnets(self) -> dict[str, list[Subnet]]:
+        """Interface -> the subnets of its addresses, none for a host address."""
+        found: dict[str, list[Subnet]] = {}
+        with self._open_socket() as ipr:
+            messages = list(ipr.get_addr())
+        for message in messages:
+            subnet = ip_network((message.get_attr("IFA_ADDRESS"), message["prefixlen"]), strict=False)
+            name = _name(message["index"])
+            if name and subnet.num_addresses > 1:
+                found.setdefault(name, []).append(subnet)
+        return found
+
     def owner(self, address: Address) -> str | None:
         """The local interface that has the address."""
         with self._open_socket() as ipr:
@@ -188,6 +200,13 @@ def _family(address: Address) -> int:
 def _index(name: str) -> int | None:
     try:
         return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _name(index: int) -> str | None:
+    try:
+        return socket.if_indextoname(index)
     except OSError:
         return None
 

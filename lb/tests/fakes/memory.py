@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_address, ip_interface
 
 from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
@@ -348,6 +348,11 @@ class MemoryNetwork:
 
     def addresses(self, name: str) -> list[Address]:
         return [own.ip for own in self.held.get(name, ())]
+
+    def subnets(self) -> dict[str, list[IPv4Network | IPv6Network]]:
+        return {
+            name: [own.network for own in held if own.network.num_addresses > 1] for name, held in self.held.items()
+        }
 
     def owner(self, address: Address) -> str | None:
         return next((name for name in self.held if address in self.addresses(name)), None)

@@ -300,6 +300,13 @@ def test_addresses_come_global_first_and_a_vip_after_the_hosts_own(bed: Bed, net
     assert link_local.is_link_local
 
 
+def test_subnets_are_those_of_the_hosts_addresses_without_vips(network: Network) -> None:
+    network.add_address("near", SILENT4)
+    network.add_address("near", SILENT6)
+    subnets = network.subnets()["near"]
+    assert {str(subnet) for subnet in subnets} == {"10.0.0.0/24", "fd00::/64", "fe80::/64"}
+
+
 @pytest.mark.parametrize("vip", [SILENT4, SILENT6], ids=str)
 def test_vip_is_put_on_an_interface_and_taken_off_again(network: Network, vip: Any) -> None:
     assert network.owner(vip) is None
