@@ -51,6 +51,7 @@ class Outcome:
 
     plans: Mapping[Vip, Plan]
     attached: tuple[Attachment, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def differing(before: Sequence[T], after: Sequence[T]) -> tuple[T, ...]:
@@ -181,7 +182,7 @@ def report(change_set: ChangeSet, outcome: Outcome, *, dry_run: bool = False) ->
         attached=outcome.attached,
         detached=tuple(i.name for i in change_set.before.interfaces if not change_set.goal.interface(i.name)),
         notes=change_set.notes,
-        warnings=change_set.warnings,
+        warnings=(*change_set.warnings, *outcome.warnings),
         dry_run=dry_run,
     )
 

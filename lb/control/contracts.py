@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lb.hashing.ring import Plan
 from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
-from lb.model.state import Interface, Service
+from lb.model.state import Interface, OwnAddress, Service
 from lb.model.vip import Address, Subnet, Vip
 
 
@@ -159,3 +159,9 @@ class Network(Protocol):
     def add_address(self, name: str, address: Address) -> None: ...
 
     def remove_address(self, name: str, address: Address) -> None: ...
+
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        """Have hosts on the links replace the MAC addresses that they know of these: why it was not possible."""
+
+    def repeat_announcements(self) -> list[str]:
+        """Those that are due, as one lost frame must not matter."""

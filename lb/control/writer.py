@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lb.control.change import (
     BackendUse,
@@ -263,10 +263,11 @@ class Writer:
                 self.network.remove_address(own.interface, own.address)
         for own in change_set.addresses_on:
             self.network.add_address(own.interface, own.address)
+        unannounced = self.network.announce(change_set.addresses_on)
         if change_set.goal.interfaces:
             self.dataplane.generation = self.store.generation
         self._release_unused(backends_that_left(change_set.before, change_set.goal))
-        return outcome
+        return replace(outcome, warnings=tuple(unannounced))
 
     def _roll_back(self, change_set: ChangeSet, error: BaseException) -> None:
         if self.in_sync(change_set.before):

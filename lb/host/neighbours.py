@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
+from lb.host.announce import Announcer
 from lb.model.forwarding import NextHop
+from lb.model.state import OwnAddress
 from lb.model.vip import Address, Subnet
 
 if TYPE_CHECKING:
@@ -105,9 +107,14 @@ class Network:
     """
 
     def __init__(
-        self, open_socket: Callable[[], IPRoute] = open_route_socket, answer_timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        open_socket: Callable[[], IPRoute] = open_route_socket,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        *,
+        in_daemon: bool = False,
     ) -> None:
         self._open_socket, self._answer_timeout_s = open_socket, answer_timeout_s
+        self._announcer = Announcer(self.addresses, in_background=in_daemon)
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
         """Where the frames for each backend go.
@@ -191,6 +198,14 @@ class Network:
             _refusals(f"vip address {address}: cannot be removed from {name}", but=EADDRNOTAVAIL),
         ):
             ipr.addr("del", index=index, **_host_address(address))
+
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        """Tell the links of VIPs put on interfaces: why it was not possible. In the daemon only once, and
+        `repeat_announcements` goes on."""
+        return self._announcer.announce(addresses)
+
+    def repeat_announcements(self) -> list[str]:
+        return self._announcer.repeat()
 
 
 def _family(address: Address) -> int:

@@ -6,9 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 
 import pytest
+from scapy.layers.inet6 import ICMPv6ND_NA
+from scapy.layers.l2 import ARP
+from scapy.packet import Packet
 
+from netns_tests.bed.daemon import end, start
 from netns_tests.bed.servers import start_http
-from netns_tests.bed.topology import Bed
+from netns_tests.bed.sniffer import sniffing
+from netns_tests.bed.topology import FRONT, Bed, wait_until
 from netns_tests.bed.traffic import curl
 
 
@@ -58,3 +63,49 @@ def test_vip_addresses_stay_where_clients_are(bed: Bed, change: Callable[[Bed], 
     change(bed)
     assert carriers(bed) == {home}
     assert answers(bed) == ["b1", "b1"]
+
+
+# Announcements
+
+
+def announced(packet: Packet) -> str | None:
+    """The address that a gratuitous ARP request or an unsolicited neighbour advertisement is about."""
+    if ARP in packet and packet[ARP].op == 1 and packet[ARP].psrc == packet[ARP].pdst:
+        return str(packet[ARP].psrc)
+    if ICMPv6ND_NA in packet and (packet[ICMPv6ND_NA].S, packet[ICMPv6ND_NA].O) == (0, 1):
+        return str(packet[ICMPv6ND_NA].tgt)
+    return None
+
+
+def each_three_times(bed: Bed) -> list[str]:
+    return sorted([bed.vip4, bed.vip6] * 3)
+
+
+def test_a_client_follows_a_vip_that_was_another_hosts(bed: Bed) -> None:
+    bed.xdp_lb("detach")
+    other = bed._host("other", [FRONT], station=7)
+    start_http(bed, other)
+    bed._wait_for_links()
+    addresses = (f"{bed.vip4}/32", f"{bed.vip6}/128")
+    for address in addresses:
+        other.run(["ip", "addr", "add", address, "dev", "eth0"])
+    assert answers(bed) == ["other", "other"]
+    for address in addresses:
+        other.run(["ip", "addr", "del", address, "dev", "eth0"])
+    with sniffing(bed.client, "eth0") as sniffer:
+        bed.xdp_lb("attach", "eth0")
+        assert [curl(bed.client, f"http://{host}/") for host in (bed.vip4, f"[{bed.vip6}]")] == ["b1", "b1"]
+        assert sorted(sniffer.wait_for(6, announced, "announcements")) == each_three_times(bed)
+
+
+def test_the_daemon_announces_at_its_start_and_when_the_link_comes_up(bed: Bed) -> None:
+    with sniffing(bed.client, "eth0") as sniffer:
+        daemon = start(bed)
+        assert sorted(sniffer.wait_for(6, announced, "announcements")) == each_three_times(bed)
+    bed.lb.run(["ip", "link", "set", "eth0", "down"])
+    with sniffing(bed.client, "eth0") as sniffer:
+        bed.lb.run(["ip", "link", "set", "eth0", "up"])
+        wait_until(
+            lambda: set(filter(None, map(announced, sniffer.packets()))) == {bed.vip4, bed.vip6}, "both announced"
+        )
+    end(daemon)

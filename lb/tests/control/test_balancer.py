@@ -420,6 +420,20 @@ def test_an_address_that_an_earlier_version_left_on_the_wrong_side_is_put_right_
     assert serving.extra_addresses() == {OwnAddress("eth0", WEB.address)}
 
 
+def test_addresses_are_announced_when_they_are_put_on_an_interface(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH0], [service(WEB, A)]))
+    bed.run(lambda b: b.add_service(service(DNS, A)))
+    bed.run(lambda b: b.add_service(service(TLS, A)))
+    assert bed.network.announced == [OwnAddress("eth0", WEB.address), OwnAddress("eth0", DNS.address)]
+
+
+def test_what_hinders_an_announcement_is_a_warning(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bed.network, "announce", lambda addresses: ["eth0: not announced"])
+    report = bed.run(lambda b: b.attach([ETH0], [service(WEB, A)]))
+    assert report.warnings == ("eth0: not announced",)
+    bed.assert_in_force(bed.state)
+
+
 # neighbours
 
 

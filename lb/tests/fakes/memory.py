@@ -16,7 +16,7 @@ from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
 from lb.model.forwarding import Attachment, Counters, InstalledNextHop, NextHop, Statistics
-from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, XdpMode
 from lb.model.vip import Address, Vip
 
 
@@ -309,6 +309,7 @@ class MemoryNetwork:
         self.gateways = [ip_address(text) for text in gateways]
         self.neighbours: set[Address] = set()  # kept until released
         self.queries = 0
+        self.announced: list[OwnAddress] = []
 
     def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
         self.queries += 1
@@ -366,6 +367,13 @@ class MemoryNetwork:
         if address in self.addresses(name):
             self.fuse.burn()
             self.held[name] = [own for own in self.held[name] if own.ip != address]
+
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        self.announced += addresses
+        return []
+
+    def repeat_announcements(self) -> list[str]:
+        return []
 
 
 def _mac(address: Address) -> bytes:
