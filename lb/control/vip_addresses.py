@@ -1,4 +1,4 @@
-"""Which interface carries the address of a VIP: its home.
+"""Which interface carries the address of a VIP, its home, and which addresses can be VIPs on this host.
 
 Enters: a desired state, and the subnets of the host's interfaces. Leaves: the state with a home for each own address.
 The home is the attached interface in whose subnet the address lies; without one, the interface that was named first to
@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 from lb.control.contracts import Network
+from lb.errors import InvalidInput
+from lb.model.options import is_unicast
 from lb.model.state import OwnAddress, State
-from lb.model.vip import Address, Subnet
+from lb.model.vip import Address, Subnet, Vip
+
+LIMITED_BROADCAST = IPv4Address("255.255.255.255")
 
 
 def with_homes(goal: State, network: Network, named: Sequence[str] = ()) -> State:
@@ -39,6 +44,37 @@ def _home(
 
 def _contains(subnets: Sequence[Subnet], address: Address) -> bool:
     return any(address.version == subnet.version and address in subnet for subnet in subnets)
+
+
+def check_new_vips(before: State, goal: State, network: Network) -> None:
+    """Refuse addresses that no host may have, or that mean something else in a subnet of this one. What an earlier
+    version has stored stays. Raises InvalidInput."""
+    known = {service.vip for service in before.services}
+    new = [service.vip for service in goal.services if service.vip not in known]
+    subnets = network.subnets() if new else {}
+    for vip in new:
+        if fault := _fault(vip) or _fault_in(vip, subnets):
+            raise InvalidInput(f"vip {vip}: {fault}")
+
+
+def _fault(vip: Vip) -> str | None:
+    if vip.network.is_link_local:
+        return "link-local address: clients beyond the link cannot reach it: use a global or private one"
+    if vip.address == LIMITED_BROADCAST:
+        return "limited broadcast address: use a unicast one"
+    return None if is_unicast(vip.network) else "reserved address: use a unicast one"
+
+
+def _fault_in(vip: Vip, subnets: Mapping[str, Sequence[Subnet]]) -> str | None:
+    for name, subnet in ((name, subnet) for name, each in subnets.items() for subnet in each):
+        if not vip.is_one_address or subnet.num_addresses <= 2:  # point-to-point, RFC 3021 and 6164: both are hosts
+            continue
+        if vip.address == subnet.network_address:
+            kind = "network address" if subnet.version == 4 else "subnet-router anycast address"
+            return f"{kind} of {name}'s subnet {subnet}: use another"
+        if subnet.version == 4 and vip.address == subnet.broadcast_address:
+            return f"broadcast address of {name}'s subnet {subnet}: use another"
+    return None
 
 
 def placed(before: State, goal: State, network: Network) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -418,6 +419,50 @@ def test_an_address_that_an_earlier_version_left_on_the_wrong_side_is_put_right_
     serving.network.add_address("eth1", WEB.address)
     serving.run(lambda b: b.attach([ETH0]))
     assert serving.extra_addresses() == {OwnAddress("eth0", WEB.address)}
+
+
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("10.0.0.255", "broadcast address of eth0's subnet 10.0.0.0/24: use another"),
+        ("10.0.0.0", "network address of eth0's subnet 10.0.0.0/24: use another"),
+        ("[2001:db8::]", "subnet-router anycast address of eth0's subnet 2001:db8::/64: use another"),
+        ("255.255.255.255", "limited broadcast address: use a unicast one"),
+        ("240.0.0.1", "reserved address: use a unicast one"),
+        ("0.1.2.3", "reserved address: use a unicast one"),
+        ("169.254.1.1", "link-local address: clients beyond the link cannot reach it: use a global or private one"),
+        ("[fe80::1]", "link-local address: clients beyond the link cannot reach it: use a global or private one"),
+    ],
+)
+def test_an_address_that_cannot_be_a_vip_here_is_refused(serving: Bed, address: str, fault: str) -> None:
+    before = serving.state
+    wrong = Service(Vip.parse(f"{address}:80"), ring_size=SMALL)
+    changes: list[Callable[[Balancer], Report]] = [
+        lambda b: b.attach([ETH0], [wrong]),
+        lambda b: b.add_service(wrong),
+        lambda b: b.put_service(wrong),
+        lambda b: b.apply([*before.services, wrong]),
+        lambda b: b.add_service(wrong, own_address=False, dry_run=True),
+    ]
+    for change in changes:
+        with pytest.raises(InvalidInput, match=rf"^vip {re.escape(str(wrong.vip))}: {re.escape(fault)}$"):
+            serving.run(change)
+    serving.assert_in_force(before)
+
+
+@pytest.mark.parametrize("address", ["10.0.2.0", "10.0.2.1", "10.0.0.0/25", "10.0.0.128/25"])
+def test_addresses_of_a_point_to_point_link_and_prefixes_can_be_vips(serving: Bed, address: str) -> None:
+    serving.network.held["ptp0"] = [ip_interface("10.0.2.0/31")]
+    serving.run(lambda b: b.add_service(Service(Vip.parse(f"{address}:80"), ring_size=SMALL)))
+
+
+def test_a_vip_that_an_earlier_version_has_stored_stays(serving: Bed) -> None:
+    with serving.balancer() as balancer:
+        stored = balancer.state.with_service(Service(Vip.parse("169.254.1.1:80"), ring_size=SMALL))
+        with balancer.writer.store.saving(stored):
+            pass
+    serving.run(lambda b: b.attach([ETH0]))
+    serving.assert_in_force(stored)
 
 
 def test_addresses_are_announced_when_they_are_put_on_an_interface(bed: Bed) -> None:
