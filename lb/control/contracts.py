@@ -138,9 +138,10 @@ class NoFilters:
 class Network(Protocol):
     """The host's routes, neighbours and addresses."""
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         """Raises NoRoute for an address that is not reachable through an interface. The kernel
-        keeps the neighbours on the way resolved from then on, until `release`."""
+        keeps the neighbours on the way resolved from then on, until `release`. `probe`: those that
+        it keeps already have to answer anew."""
 
     def release(self, addresses: Collection[Address] | None = None) -> None:
         """Stop keeping the neighbours with these addresses, or (None) all of them."""

@@ -181,7 +181,7 @@ class Writer:
             notes += [REPAIRED] if before.interfaces else []
         known = State() if everything else before
         services = changed(known.services, goal.services)
-        hops = self.next_hops(services, anew=everything)
+        hops = self.next_hops(services, anew=everything, probe=everything)
         goal, reply_notes = with_reply_interfaces(goal, services, hops)
         interfaces = differing(known.interfaces, goal.interfaces)
         absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
@@ -202,13 +202,14 @@ class Writer:
             (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
         )
 
-    def next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
-        """One query for all that are not known yet, or for all. Raises NoRoute, also for a backend that mode dr cannot
+    def next_hops(self, services: Sequence[Service], *, anew: bool, probe: bool = False) -> dict[Address, NextHop]:
+        """One query for all that are not known yet, or for all; `probe`: who answered before has to answer again, as
+        another machine may have its address by now. Raises NoRoute, also for a backend that mode dr cannot
         reach."""
         addresses: set[Address] = set()
         for service in services:
             addresses |= {b.address for b in service.backends} if anew else self.dataplane.unknown(service)
-        hops = self.network.next_hops(addresses) if addresses else {}
+        hops = self.network.next_hops(addresses, probe=probe) if addresses else {}
         try:
             for service in services:
                 check_on_link(service, hops)

@@ -44,7 +44,7 @@ PROTOCOL = 0x4C  # NDA_PROTOCOL of our entries: a number that no routing daemon 
 NTF_USE = 0x01
 NTF_EXT_MANAGED = 0x01
 NUD_REACHABLE, NUD_STALE, NUD_DELAY, NUD_PROBE = 0x02, 0x04, 0x08, 0x10
-NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
+NUD_FAILED, NUD_NOARP, NUD_PERMANENT = 0x20, 0x40, 0x80
 RTMGRP_NEIGH = 0x04
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_SCOPE_UNIVERSE = 0
@@ -116,17 +116,18 @@ class Network:
         self._open_socket, self._answer_timeout_s = open_socket, answer_timeout_s
         self._announcer = Announcer(self.addresses, in_background=in_daemon)
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         """Where the frames for each backend go.
 
-        Neighbours not known yet have `answer_timeout_s`, all together, to answer; `dst_mac` of the
-        silent ones is None. Raises NoRoute, naming the backend, and DataplaneError where the kernel
+        Neighbours not kept yet, and with `probe` all that are ours, have to answer anew, within
+        `answer_timeout_s` all together. The silent ones have the MAC address known before, or
+        `dst_mac` None. Raises NoRoute, naming the backend, and DataplaneError where the kernel
         refuses an entry.
         """
         with self._open_socket() as ipr:
             routes = {address: _route(ipr, address) for address in addresses}
             links = _ethernet_links(ipr, routes)
-            macs = _resolve(ipr, {route.neighbour for route in routes.values()}, self._answer_timeout_s)
+            macs = _resolve(ipr, {route.neighbour for route in routes.values()}, self._answer_timeout_s, probe)
         return {
             address: _next_hop(route, links[route.neighbour.ifindex], macs[route.neighbour])
             for address, route in routes.items()
@@ -355,21 +356,24 @@ def _mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-def _resolve(ipr: IPRoute, wanted: set[_Neighbour], timeout_s: float) -> dict[_Neighbour, bytes | None]:
-    """The MAC address of each, None where nobody answers in time.
+def _resolve(ipr: IPRoute, wanted: set[_Neighbour], timeout_s: float, probe: bool) -> dict[_Neighbour, bytes | None]:
+    """The MAC address of each, None where nobody has ever answered.
 
     Only neighbours that the kernel starts to look for now are waited for: of one that it keeps
     already and that is silent, nothing more is learnt by waiting.
     """
     with _neighbour_events() as events:
-        table = _entries_of(ipr, wanted)
-        started = {n for n in wanted if not _kept(table.get(n))}
+        before = _entries_of(ipr, wanted)
+        started = {n for n in wanted if not _kept(before.get(n)) or (probe and before[n].ours)}
         for neighbour in started:
+            if neighbour in before:
+                _forget(ipr, neighbour)
             _keep(ipr, neighbour)
+        table = {n: entry for n, entry in before.items() if n not in started}
         deadline = time.monotonic() + timeout_s
         while any(_mac_in(table, n) is None for n in started) and _changed(events, deadline):
             table = _entries_of(ipr, wanted)
-    return {neighbour: _mac_in(table, neighbour) for neighbour in wanted}
+    return {neighbour: _mac_in(table, neighbour) or _mac_in(before, neighbour) for neighbour in wanted}
 
 
 def _kept(entry: _Entry | None) -> bool:
@@ -442,6 +446,13 @@ def _keep(ipr: IPRoute, neighbour: _Neighbour) -> None:
             flags_ext=NTF_EXT_MANAGED,
             protocol=PROTOCOL,
         )
+
+
+def _forget(ipr: IPRoute, neighbour: _Neighbour) -> None:
+    """Have the kernel ask the whole link again: for half a minute it would ask the MAC address that it knows alone,
+    whoever has the IP address by now. Listeners see no entry go, as they would with a deletion."""
+    with _refusals(f"neighbour {neighbour.address}: cannot be probed", but=ENOENT):
+        ipr.neigh("change", dst=str(neighbour.address), ifindex=neighbour.ifindex, state=NUD_FAILED)
 
 
 def _delete(ipr: IPRoute, neighbour: _Neighbour) -> None:

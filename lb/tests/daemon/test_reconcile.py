@@ -272,7 +272,7 @@ def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest
     asked: list[Address] = []
     next_hops = bed.network.next_hops
 
-    def asking(addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def asking(addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         asked.extend(addresses)
         return next_hops(addresses)
 

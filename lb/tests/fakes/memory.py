@@ -311,7 +311,7 @@ class MemoryNetwork:
         self.queries = 0
         self.announced: list[OwnAddress] = []
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         self.queries += 1
         hops = {address: self._next_hop(address) for address in addresses}
         self.neighbours |= hops.keys()
