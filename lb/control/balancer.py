@@ -13,6 +13,7 @@ from dataclasses import replace
 from lb.control.change import reply_interfaces, some
 from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
 from lb.control.repair import Repairs
+from lb.control.vip_addresses import with_homes
 from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
 from lb.model.conditions import Condition, Conditions
@@ -85,6 +86,7 @@ class Balancer:
         _check_something_to_serve(goal)
         named = services or (() if own_addresses else goal.services)
         goal = self._with_own_addresses(goal, named, own_addresses)
+        goal = with_homes(goal, self.network, [interface.name for interface in interfaces])
         upgraded = Report() if dry_run else self.upgrade()
         report = self.writer.change(goal, everything=True, dry_run=dry_run)
         return replace(report, notes=(*upgraded.notes, *report.notes))

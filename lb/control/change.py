@@ -51,6 +51,7 @@ class Outcome:
 
     plans: Mapping[Vip, Plan]
     attached: tuple[Attachment, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def differing(before: Sequence[T], after: Sequence[T]) -> tuple[T, ...]:
@@ -99,7 +100,7 @@ def with_reply_interfaces(
     notes = []
     for name, backends in reply_interfaces(services, hops).items():
         if goal.interface(name) is None:
-            goal = goal.with_interface(Interface(name))
+            goal = goal.with_interface(Interface(name, replies_only=True))
             notes.append(f"{name}: also attached: nat replies of {some(backends)} arrive there")
     return goal, notes
 
@@ -166,7 +167,8 @@ def notes_of_addresses(before: State, goal: State) -> Iterator[str]:
     for own in differing(old, new):
         yield f"{own.address}: added to {own.interface}"
     for own in differing(new, old):
-        yield f"{own.address}: removed from {own.interface}"
+        back = goal.interfaces and own in goal.own_addresses
+        yield f"{own.address}: removed from {own.interface}" + (f" until xdp-lb attach {own.interface}" if back else "")
 
 
 def notes_of_storing(before: State, goal: State) -> Iterator[str]:
@@ -180,7 +182,7 @@ def report(change_set: ChangeSet, outcome: Outcome, *, dry_run: bool = False) ->
         attached=outcome.attached,
         detached=tuple(i.name for i in change_set.before.interfaces if not change_set.goal.interface(i.name)),
         notes=change_set.notes,
-        warnings=change_set.warnings,
+        warnings=(*change_set.warnings, *outcome.warnings),
         dry_run=dry_run,
     )
 

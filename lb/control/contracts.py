@@ -12,8 +12,8 @@ from typing import Protocol
 
 from lb.hashing.ring import Plan
 from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
-from lb.model.state import Interface, Service
-from lb.model.vip import Address, Vip
+from lb.model.state import Interface, OwnAddress, Service
+from lb.model.vip import Address, Subnet, Vip
 
 
 class Dataplane(Protocol):
@@ -138,9 +138,10 @@ class NoFilters:
 class Network(Protocol):
     """The host's routes, neighbours and addresses."""
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         """Raises NoRoute for an address that is not reachable through an interface. The kernel
-        keeps the neighbours on the way resolved from then on, until `release`."""
+        keeps the neighbours on the way resolved from then on, until `release`. `probe`: those that
+        it keeps already have to answer anew."""
 
     def release(self, addresses: Collection[Address] | None = None) -> None:
         """Stop keeping the neighbours with these addresses, or (None) all of them."""
@@ -150,9 +151,18 @@ class Network(Protocol):
     def addresses(self, name: str) -> list[Address]:
         """Those of one interface, global scope first."""
 
+    def subnets(self) -> Mapping[str, Sequence[Subnet]]:
+        """Interface -> the subnets of its addresses, none for a host address."""
+
     def owner(self, address: Address) -> str | None:
         """The local interface that has the address."""
 
     def add_address(self, name: str, address: Address) -> None: ...
 
     def remove_address(self, name: str, address: Address) -> None: ...
+
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        """Have hosts on the links replace the MAC addresses that they know of these: why it was not possible."""
+
+    def repeat_announcements(self) -> list[str]:
+        """Those that are due, as one lost frame must not matter."""

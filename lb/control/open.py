@@ -32,6 +32,7 @@ def open_balancer(paths: Paths, *, write: bool = True, in_daemon: bool = False) 
         dataplane = KernelDataplane.open(paths)
         stack.callback(dataplane.close)
         handover = KernelFilterHandover(paths, store, dataplane.programs)
-        network = KernelNetwork(answer_timeout_s=FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S)
+        timeout_s = FOLLOWED_TIMEOUT_S if in_daemon else ANSWER_TIMEOUT_S
+        network = KernelNetwork(answer_timeout_s=timeout_s, in_daemon=in_daemon)
         conditions = HealthFile(paths.health).conditions(store.load().services)
         yield Balancer(store, dataplane, network, paths.netns, handover, in_daemon=in_daemon, conditions=conditions)

@@ -15,7 +15,7 @@ from lb.control.writer import ABSENT, Writer
 from lb.errors import LbError
 from lb.model.forwarding import Attachment, InstalledNextHop, NextHop
 from lb.model.report import Report
-from lb.model.state import Interface, State
+from lb.model.state import Interface, OwnAddress, State
 from lb.model.vip import Address, Vip
 
 
@@ -66,8 +66,10 @@ class Repairs:
         attached = tuple(each for each in done if isinstance(each, Attachment))
         notes = [f"{each.interface}: XDP program was missing: reattached" for each in attached]
         notes += self._dataplane.restore_lookups(self._writer.all_in_force(self._state.services))
-        notes += self._put_addresses_back()
+        put_back = list(self._put_addresses_back())
+        notes += [f"{own.address}: was missing on {own.interface}: added again" for own in put_back]
         warnings = [e for e in done if isinstance(e, str)]
+        warnings += self._network.announce(put_back)
         try:
             notes += self._dataplane.restore_pins()
         except LbError as error:
@@ -89,16 +91,24 @@ class Repairs:
                 self._refused[interface.name] = running, str(error)
             return str(error)
 
-    def _put_addresses_back(self) -> Iterator[str]:
-        wanted: dict[str, list[Address]] = {}
+    def _put_addresses_back(self) -> Iterator[OwnAddress]:
+        wanted: dict[str, list[OwnAddress]] = {}
         for own in addresses_in_force(self._state):
-            wanted.setdefault(own.interface, []).append(own.address)
+            wanted.setdefault(own.interface, []).append(own)
         for name in filter(self._network.interface_exists, wanted):
             held = set(self._network.addresses(name))
-            for address in wanted[name]:
-                if address not in held and self._network.owner(address) is None:
-                    self._network.add_address(name, address)
-                    yield f"{address}: was missing on {name}: added again"
+            for own in wanted[name]:
+                if own.address not in held and self._network.owner(own.address) is None:
+                    self._network.add_address(name, own.address)
+                    yield own
+
+    def announce(self, names: Collection[str] | None = None) -> Report:
+        """The VIP addresses on these interfaces (None: on all), to the hosts on their links."""
+        wanted = (own for own in addresses_in_force(self._state) if names is None or own.interface in names)
+        return Report(warnings=tuple(self._network.announce(wanted)))
+
+    def repeat_announcements(self) -> Report:
+        return Report(warnings=tuple(self._network.repeat_announcements()))
 
     def reconcile_service(self, vip: Vip) -> Report:
         """Its entries, but for next hops, and its slots; nothing if there is no such service in force."""

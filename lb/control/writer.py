@@ -33,6 +33,7 @@ from lb.control.change import (
     with_reply_interfaces,
 )
 from lb.control.contracts import Dataplane, FilterHandover, Network
+from lb.control.vip_addresses import check_new_vips, placed
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
@@ -86,7 +87,8 @@ class Writer:
 
     def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         self._check_store_is_whole(goal)
-        change_set = self._prepare(self.state, self._with_address_interfaces(goal), everything)
+        check_new_vips(self.state, goal, self.network)
+        change_set = self._prepare(self.state, placed(self.state, goal, self.network), everything)
         if dry_run:
             self._release_unused(change_set.hops.keys())
             return report(change_set, self._predicted_outcome(change_set), dry_run=True)
@@ -179,7 +181,7 @@ class Writer:
             notes += [REPAIRED] if before.interfaces else []
         known = State() if everything else before
         services = changed(known.services, goal.services)
-        hops = self.next_hops(services, anew=everything)
+        hops = self.next_hops(services, anew=everything, probe=everything)
         goal, reply_notes = with_reply_interfaces(goal, services, hops)
         interfaces = differing(known.interfaces, goal.interfaces)
         absent = [i for i in interfaces if not self.network.interface_exists(i.name)]
@@ -200,23 +202,14 @@ class Writer:
             (*(ABSENT.format(i.name) for i in absent), *silent(services, hops, followed=self.in_daemon)),
         )
 
-    def _with_address_interfaces(self, goal: State) -> State:
-        """Each own address that is served has an attached interface, as far as there is one: the
-        one it was on, else the first."""
-        names = [i.name for i in goal.interfaces if self.network.interface_exists(i.name)]
-        served = {service.vip.address for service in goal.services}
-        kept = [own for own in goal.own_addresses if own.address in served]
-        if names:
-            kept = [o if o.interface in names else replace(o, interface=names[0]) for o in kept]
-        return replace(goal, own_addresses=tuple(kept))
-
-    def next_hops(self, services: Sequence[Service], *, anew: bool) -> dict[Address, NextHop]:
-        """One query for all that are not known yet, or for all. Raises NoRoute, also for a backend that mode dr cannot
+    def next_hops(self, services: Sequence[Service], *, anew: bool, probe: bool = False) -> dict[Address, NextHop]:
+        """One query for all that are not known yet, or for all; `probe`: who answered before has to answer again, as
+        another machine may have its address by now. Raises NoRoute, also for a backend that mode dr cannot
         reach."""
         addresses: set[Address] = set()
         for service in services:
             addresses |= {b.address for b in service.backends} if anew else self.dataplane.unknown(service)
-        hops = self.network.next_hops(addresses) if addresses else {}
+        hops = self.network.next_hops(addresses, probe=probe) if addresses else {}
         try:
             for service in services:
                 check_on_link(service, hops)
@@ -272,10 +265,11 @@ class Writer:
                 self.network.remove_address(own.interface, own.address)
         for own in change_set.addresses_on:
             self.network.add_address(own.interface, own.address)
+        unannounced = self.network.announce(change_set.addresses_on)
         if change_set.goal.interfaces:
             self.dataplane.generation = self.store.generation
         self._release_unused(backends_that_left(change_set.before, change_set.goal))
-        return outcome
+        return replace(outcome, warnings=tuple(unannounced))
 
     def _roll_back(self, change_set: ChangeSet, error: BaseException) -> None:
         if self.in_sync(change_set.before):

@@ -82,6 +82,8 @@ class ReconcileTask:
         found = Results(thread)
         if changes.links:
             await found.add(_host)
+        if changes.up:
+            await found.add(lambda balancer: balancer.repairs.announce(changes.up))
         await found.add_next_hops(
             await thread.call(lambda balancer: changes.concerned(balancer.repairs.installed_next_hops()))
         )

@@ -43,7 +43,7 @@ RTM_F_CLONED = 0x200
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_XDP = 1, 3, 4, 43
 NDA_DST, NDA_LLADDR = 1, 2
 RTA_DST = 1
-IFF_UP, IFF_LOWER_UP = 1, 1 << 16
+RUNNING = 1 | 1 << 16  # IFF_UP, IFF_LOWER_UP
 ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # NUD_REACHABLE, _STALE, _DELAY, _PROBE, _NOARP, _PERMANENT
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
@@ -58,12 +58,14 @@ _BITS = {socket.AF_INET: 32, socket.AF_INET6: 128}
 
 @dataclass
 class Changes:
-    """links: indices of those added, removed or changed, or whose addresses were. neighbours: (ifindex, packed
+    """links: indices of those added, removed or changed, or whose addresses were. up: names of those that have come up.
+    neighbours: (ifindex, packed
     address) -> previous MAC address or None. prefixes: (bits of the family, length) -> networks, shifted right by
     the host bits. everything: the changes are unknown."""
 
     everything: bool = False
     links: set[int] = field(default_factory=set)
+    up: set[str] = field(default_factory=set)
     neighbours: dict[tuple[int, bytes], bytes | None] = field(default_factory=dict)
     prefixes: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
@@ -226,14 +228,17 @@ class HostEvents:
         if family != socket.AF_UNSPEC:  # from a bridge, about its ports
             return
         found = dict(_attributes(body, _LINK.size))
-        state, names = flags & (IFF_UP | IFF_LOWER_UP), (IFLA_IFNAME, IFLA_ADDRESS, IFLA_MTU, IFLA_XDP)
-        state = (state, *map(found.get, names))
+        running, names = flags & RUNNING, (IFLA_IFNAME, IFLA_ADDRESS, IFLA_MTU, IFLA_XDP)
+        state = (running, *map(found.get, names))
+        before = self._links.get(ifindex, (0,))
         if gone:
             self._links.pop(ifindex, None)
-        elif self._links.get(ifindex) == state:
+        elif before == state:
             return
         else:
             self._links[ifindex] = state
+            if running == RUNNING != before[0]:
+                self._changes.up.add(found[IFLA_IFNAME].rstrip(b"\0").decode())
         self._changes.links.add(ifindex)
 
     def _route(self, body: bytes) -> None:

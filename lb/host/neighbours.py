@@ -21,14 +21,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EACCES, EADDRNOTAVAIL, EEXIST, EINVAL, ENOENT
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
 from lb.errors import DataplaneError, NoRoute, NotFound
+from lb.host.announce import Announcer
 from lb.model.forwarding import NextHop
-from lb.model.vip import Address
+from lb.model.state import OwnAddress
+from lb.model.vip import Address, Subnet
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -42,7 +44,7 @@ PROTOCOL = 0x4C  # NDA_PROTOCOL of our entries: a number that no routing daemon 
 NTF_USE = 0x01
 NTF_EXT_MANAGED = 0x01
 NUD_REACHABLE, NUD_STALE, NUD_DELAY, NUD_PROBE = 0x02, 0x04, 0x08, 0x10
-NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
+NUD_FAILED, NUD_NOARP, NUD_PERMANENT = 0x20, 0x40, 0x80
 RTMGRP_NEIGH = 0x04
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_SCOPE_UNIVERSE = 0
@@ -105,21 +107,27 @@ class Network:
     """
 
     def __init__(
-        self, open_socket: Callable[[], IPRoute] = open_route_socket, answer_timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        open_socket: Callable[[], IPRoute] = open_route_socket,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        *,
+        in_daemon: bool = False,
     ) -> None:
         self._open_socket, self._answer_timeout_s = open_socket, answer_timeout_s
+        self._announcer = Announcer(self.addresses, in_background=in_daemon)
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         """Where the frames for each backend go.
 
-        Neighbours not known yet have `answer_timeout_s`, all together, to answer; `dst_mac` of the
-        silent ones is None. Raises NoRoute, naming the backend, and DataplaneError where the kernel
+        Neighbours not kept yet, and with `probe` all that are ours, have to answer anew, within
+        `answer_timeout_s` all together. The silent ones have the MAC address known before, or
+        `dst_mac` None. Raises NoRoute, naming the backend, and DataplaneError where the kernel
         refuses an entry.
         """
         with self._open_socket() as ipr:
             routes = {address: _route(ipr, address) for address in addresses}
             links = _ethernet_links(ipr, routes)
-            macs = _resolve(ipr, {route.neighbour for route in routes.values()}, self._answer_timeout_s)
+            macs = _resolve(ipr, {route.neighbour for route in routes.values()}, self._answer_timeout_s, probe)
         return {
             address: _next_hop(route, links[route.neighbour.ifindex], macs[route.neighbour])
             for address, route in routes.items()
@@ -146,6 +154,18 @@ class Network:
         with self._open_socket() as ipr:
             messages = sorted(ipr.get_addr(index=index), key=_address_rank)
         return [_address(message) for message in messages]
+
+    def subnets(self) -> dict[str, list[Subnet]]:
+        """Interface -> the subnets of its addresses, none for a host address."""
+        found: dict[str, list[Subnet]] = {}
+        with self._open_socket() as ipr:
+            messages = list(ipr.get_addr())
+        for message in messages:
+            subnet = ip_network((message.get_attr("IFA_ADDRESS"), message["prefixlen"]), strict=False)
+            name = _name(message["index"])
+            if name and subnet.num_addresses > 1:
+                found.setdefault(name, []).append(subnet)
+        return found
 
     def owner(self, address: Address) -> str | None:
         """The local interface that has the address."""
@@ -180,6 +200,14 @@ class Network:
         ):
             ipr.addr("del", index=index, **_host_address(address))
 
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        """Tell the links of VIPs put on interfaces: why it was not possible. In the daemon only once, and
+        `repeat_announcements` goes on."""
+        return self._announcer.announce(addresses)
+
+    def repeat_announcements(self) -> list[str]:
+        return self._announcer.repeat()
+
 
 def _family(address: Address) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -188,6 +216,13 @@ def _family(address: Address) -> int:
 def _index(name: str) -> int | None:
     try:
         return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _name(index: int) -> str | None:
+    try:
+        return socket.if_indextoname(index)
     except OSError:
         return None
 
@@ -321,21 +356,24 @@ def _mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-def _resolve(ipr: IPRoute, wanted: set[_Neighbour], timeout_s: float) -> dict[_Neighbour, bytes | None]:
-    """The MAC address of each, None where nobody answers in time.
+def _resolve(ipr: IPRoute, wanted: set[_Neighbour], timeout_s: float, probe: bool) -> dict[_Neighbour, bytes | None]:
+    """The MAC address of each, None where nobody has ever answered.
 
     Only neighbours that the kernel starts to look for now are waited for: of one that it keeps
     already and that is silent, nothing more is learnt by waiting.
     """
     with _neighbour_events() as events:
-        table = _entries_of(ipr, wanted)
-        started = {n for n in wanted if not _kept(table.get(n))}
+        before = _entries_of(ipr, wanted)
+        started = {n for n in wanted if not _kept(before.get(n)) or (probe and before[n].ours)}
         for neighbour in started:
+            if neighbour in before:
+                _forget(ipr, neighbour)
             _keep(ipr, neighbour)
+        table = {n: entry for n, entry in before.items() if n not in started}
         deadline = time.monotonic() + timeout_s
         while any(_mac_in(table, n) is None for n in started) and _changed(events, deadline):
             table = _entries_of(ipr, wanted)
-    return {neighbour: _mac_in(table, neighbour) for neighbour in wanted}
+    return {neighbour: _mac_in(table, neighbour) or _mac_in(before, neighbour) for neighbour in wanted}
 
 
 def _kept(entry: _Entry | None) -> bool:
@@ -408,6 +446,13 @@ def _keep(ipr: IPRoute, neighbour: _Neighbour) -> None:
             flags_ext=NTF_EXT_MANAGED,
             protocol=PROTOCOL,
         )
+
+
+def _forget(ipr: IPRoute, neighbour: _Neighbour) -> None:
+    """Have the kernel ask the whole link again: for half a minute it would ask the MAC address that it knows alone,
+    whoever has the IP address by now. Listeners see no entry go, as they would with a deletion."""
+    with _refusals(f"neighbour {neighbour.address}: cannot be probed", but=ENOENT):
+        ipr.neigh("change", dst=str(neighbour.address), ifindex=neighbour.ifindex, state=NUD_FAILED)
 
 
 def _delete(ipr: IPRoute, neighbour: _Neighbour) -> None:

@@ -287,16 +287,18 @@ def _cross(one: range, other: range) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface that the balancer is attached to, and its configured mode."""
+    """An interface that the balancer is attached to, and its configured mode. replies_only: nobody named it, nat
+    replies arrive there: no VIP address is put on it."""
 
     name: str
     xdp_mode: XdpMode = XdpMode.AUTO
+    replies_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
     """A VIP that xdp-lb itself puts on an interface at attach, and takes off again at detach.
-    `interface` is empty until there has been one to put it on."""
+    `interface` is its home (lb.control.vip_addresses), also while that is detached; empty until there has been one."""
 
     interface: str
     address: Address

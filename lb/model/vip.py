@@ -16,6 +16,7 @@ from lb.errors import InvalidInput
 from lb.model.options import Network, is_unicast
 
 Address = IPv4Address | IPv6Address
+Subnet = Network  # of an interface
 
 # `ADDR`, `ADDR/24`, `V6`, `[V6]`, `[V6/64]` or `[V6]/64`, and what may follow.
 VIP = re.compile(

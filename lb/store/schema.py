@@ -6,7 +6,7 @@ import time
 
 from lb.store.rules import SCHEMA as RULE_SCHEMA
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FIRST_WITH_RULES = 3
 SCHEMA = """
 CREATE TABLE generation (value INTEGER NOT NULL);
@@ -29,7 +29,8 @@ CREATE TABLE backend (
 CREATE TABLE interface (
     position INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
-    xdp_mode TEXT NOT NULL
+    xdp_mode TEXT NOT NULL,
+    replies_only INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE own_address (address TEXT PRIMARY KEY, interface TEXT NOT NULL) WITHOUT ROWID;
 """
@@ -40,6 +41,7 @@ ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
 """,
     2: RULE_SCHEMA,
+    3: "ALTER TABLE interface ADD COLUMN replies_only INTEGER NOT NULL DEFAULT 0;",
 }
 
 

@@ -202,8 +202,8 @@ class Store:
 
     def _write_interfaces(self, state: State) -> None:
         if state.interfaces != self._state.interfaces:
-            rows = [(n, i.name, i.xdp_mode.value) for n, i in enumerate(state.interfaces)]
-            self._replace_table("interface", "(?, ?, ?)", rows)
+            rows = [(n, i.name, i.xdp_mode.value, i.replies_only) for n, i in enumerate(state.interfaces)]
+            self._replace_table("interface", "(?, ?, ?, ?)", rows)
 
     def _write_own_addresses(self, state: State) -> None:
         if state.own_addresses != self._state.own_addresses:
@@ -231,10 +231,7 @@ def _read_state(connection: sqlite3.Connection, version: int) -> State:
     try:
         return State(
             tuple(_read_services(connection, version)),
-            tuple(
-                Interface(name, XdpMode(mode))
-                for name, mode in connection.execute("SELECT name, xdp_mode FROM interface ORDER BY position")
-            ),
+            tuple(_read_interfaces(connection, version)),
             tuple(
                 OwnAddress(interface, parse_address(address))
                 for address, interface in connection.execute("SELECT address, interface FROM own_address")
@@ -242,6 +239,14 @@ def _read_state(connection: sqlite3.Connection, version: int) -> State:
         )
     except (LbError, ValueError, TypeError, AttributeError) as error:
         raise sqlite3.DatabaseError(f"holds an invalid value ({error})") from error
+
+
+def _read_interfaces(connection: sqlite3.Connection, version: int) -> Iterator[Interface]:
+    replies_only = "replies_only" if version >= 4 else "0"
+    for name, mode, only in connection.execute(
+        f"SELECT name, xdp_mode, {replies_only} FROM interface ORDER BY position"
+    ):
+        yield Interface(name, XdpMode(mode), bool(only))
 
 
 def _read_services(connection: sqlite3.Connection, version: int) -> Iterator[Service]:

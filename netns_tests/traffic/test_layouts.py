@@ -175,3 +175,12 @@ def test_two_balancers_side_by_side_do_not_meet(bed: MakeBed) -> None:
         first, second = beds
         first.xdp_lb("detach")
         assert curl(second.client, f"http://{second.vip4}") == "b1"
+
+
+def test_attach_finds_the_machine_that_has_taken_a_backends_place(bed: MakeBed) -> None:
+    b = bed(backends=1)
+    start_http(b, b.backends[0])
+    b.xdp_lb("attach", "eth0", "--vip", f"{b.vip4}:80", "--backends", b.backends[0].ipv4)
+    b.backends[0].run(["ip", "link", "set", "eth0", "address", "02:00:00:00:00:77"])
+    b.xdp_lb("attach", "eth0")
+    assert curl(b.client, f"http://{b.vip4}") == "b1"

@@ -82,6 +82,7 @@ def serve(
         raise click.UsageError("--listen requires --tls-cert and --tls-key: tokens are not sent in clear text.")
     from lb.control.open import open_balancer
     from lb.daemon import logs, server
+    from lb.daemon.announce import AnnounceTask
     from lb.daemon.health_task import HealthTask
     from lb.daemon.reconcile import ReconcileTask
     from lb.daemon.settle import SettleTask
@@ -99,7 +100,7 @@ def serve(
         HealthFile(paths.health),
         lambda: HostEvents(neighbours=False),
     )
-    tasks: list[server.Task] = [checks, ReconcileTask(HostEvents), SettleTask()]
+    tasks: list[server.Task] = [checks, ReconcileTask(HostEvents), SettleTask(), AnnounceTask()]
     server.serve(lambda: open_balancer(paths, in_daemon=True), settings, tasks)
 
 

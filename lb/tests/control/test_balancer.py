@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 
 import pytest
@@ -212,10 +213,12 @@ def test_detach_of_an_interface_that_is_not_attached_is_refused(serving: Bed) ->
         serving.run(lambda b: b.detach(["eth1"]))
 
 
-def test_detach_of_one_interface_moves_its_addresses_to_the_other(bed: Bed) -> None:
-    bed.run(lambda b: b.attach([ETH1, ETH0], [service(WEB, A)]))
-    assert bed.extra_addresses() == {OwnAddress("eth1", WEB.address)}
-    bed.run(lambda b: b.detach(["eth1"]))
+def test_detach_of_one_interface_moves_its_addresses_to_another_in_their_subnet(bed: Bed) -> None:
+    bed.network.held["eth2"] = [ip_interface("10.0.0.253/24")]
+    bed.run(lambda b: b.attach([Interface("eth2"), ETH0], [service(WEB, A)]))
+    bed.run(lambda b: b.detach(["eth2"]))
+    assert bed.network.owner(WEB.address) == "eth0"
+    del bed.network.held["eth2"]
     bed.assert_in_force(State((service(WEB, A),), (ETH0,), (OwnAddress("eth0", WEB.address),)))
 
 
@@ -252,7 +255,7 @@ def test_an_interface_that_has_gone_is_warned_of_and_can_be_detached(serving: Be
 def test_the_interface_of_nat_replies_is_attached_too(bed: Bed) -> None:
     report = bed.run(lambda b: b.attach([ETH0], [service(WEB, A, FAR)]))
     assert "eth1: also attached: nat replies of 10.0.1.11 arrive there" in report.notes
-    assert bed.state.interfaces == (ETH0, ETH1)
+    assert bed.state.interfaces == (ETH0, replace(ETH1, replies_only=True))
 
 
 def test_the_note_on_nat_replies_stays_a_line(bed: Bed) -> None:
@@ -349,6 +352,131 @@ def test_a_service_stored_before_attach_gets_its_address_then(bed: Bed) -> None:
     assert bed.extra_addresses() == set()
     bed.run(lambda b: b.attach([ETH0]))
     assert bed.extra_addresses() == {OwnAddress("eth0", WEB.address)}
+
+
+# homes of addresses
+
+ROUTED = Vip.parse("192.0.2.1:80/tcp")  # in no subnet of the host
+BACK = Vip.parse("10.0.1.1:80/tcp")  # in the subnet of eth1
+
+
+@pytest.mark.parametrize("vip", [WEB, ROUTED])
+def test_an_address_comes_back_where_it_was_when_its_interface_is_attached_again(bed: Bed, vip: Vip) -> None:
+    bed.run(lambda b: b.attach([ETH0], [service(vip, FAR)]))
+    report = bed.run(lambda b: b.detach(["eth0"]))
+    assert report.notes == (f"{vip.address}: removed from eth0 until xdp-lb attach eth0",)
+    assert bed.extra_addresses() == set()
+    bed.run(lambda b: b.attach([ETH0]))
+    assert bed.extra_addresses() == {OwnAddress("eth0", vip.address)}
+
+
+@pytest.mark.parametrize("vip", [WEB, ROUTED])
+def test_an_address_follows_an_interface_to_its_new_name(bed: Bed, vip: Vip) -> None:
+    bed.run(lambda b: b.attach([ETH0, ETH1], [service(vip, FAR)]))
+    bed.network.held["wan0"] = bed.network.held.pop("eth0")
+    bed.run(lambda b: b.add_backend(vip, Backend.parse("10.0.1.12")))
+    assert bed.state.own_addresses == (OwnAddress("eth0", vip.address),)
+    bed.run(lambda b: b.attach([Interface("wan0")]))
+    bed.run(lambda b: b.detach(["eth0"]))
+    assert bed.extra_addresses() == {OwnAddress("wan0", vip.address)}
+
+
+def test_an_address_is_put_where_its_subnet_is(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH0, ETH1], [service(BACK, A)]))
+    assert bed.extra_addresses() == {OwnAddress("eth1", BACK.address)}
+
+
+def test_an_address_in_no_subnet_is_put_on_the_first_interface_named(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH1, ETH0], [service(ROUTED, A)]))
+    assert bed.extra_addresses() == {OwnAddress("eth1", ROUTED.address)}
+
+
+def test_no_address_is_put_where_only_nat_replies_come_in(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH0], [service(BACK, FAR)]))
+    assert bed.state.interface("eth1") == Interface("eth1", replies_only=True)
+    assert bed.extra_addresses() == {OwnAddress("eth0", BACK.address)}
+    bed.run(lambda b: b.detach(["eth0"]))
+    bed.run(lambda b: b.add_service(service(WEB, FAR)))
+    assert bed.extra_addresses() == set()
+    bed.run(lambda b: b.attach([ETH0]))
+    assert bed.extra_addresses() == {OwnAddress("eth0", WEB.address), OwnAddress("eth0", BACK.address)}
+
+
+def test_an_address_moves_to_an_interface_named_while_its_home_is_detached(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH0], [service(ROUTED, A)]))
+    bed.run(lambda b: b.detach())
+    bed.run(lambda b: b.attach([ETH1]))
+    assert bed.extra_addresses() == {OwnAddress("eth1", ROUTED.address)}
+
+
+def test_an_address_that_an_earlier_version_left_on_the_wrong_side_is_put_right_by_attach(serving: Bed) -> None:
+    serving.run(lambda b: b.attach([ETH1]))
+    with serving.balancer() as balancer:
+        stray = replace(balancer.state, own_addresses=(OwnAddress("eth1", WEB.address),))
+        with balancer.writer.store.saving(stray):
+            pass
+    serving.network.remove_address("eth0", WEB.address)
+    serving.network.add_address("eth1", WEB.address)
+    serving.run(lambda b: b.attach([ETH0]))
+    assert serving.extra_addresses() == {OwnAddress("eth0", WEB.address)}
+
+
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("10.0.0.255", "broadcast address of eth0's subnet 10.0.0.0/24: use another"),
+        ("10.0.0.0", "network address of eth0's subnet 10.0.0.0/24: use another"),
+        ("[2001:db8::]", "subnet-router anycast address of eth0's subnet 2001:db8::/64: use another"),
+        ("255.255.255.255", "limited broadcast address: use a unicast one"),
+        ("240.0.0.1", "reserved address: use a unicast one"),
+        ("0.1.2.3", "reserved address: use a unicast one"),
+        ("169.254.1.1", "link-local address: clients beyond the link cannot reach it: use a global or private one"),
+        ("[fe80::1]", "link-local address: clients beyond the link cannot reach it: use a global or private one"),
+    ],
+)
+def test_an_address_that_cannot_be_a_vip_here_is_refused(serving: Bed, address: str, fault: str) -> None:
+    before = serving.state
+    wrong = Service(Vip.parse(f"{address}:80"), ring_size=SMALL)
+    changes: list[Callable[[Balancer], Report]] = [
+        lambda b: b.attach([ETH0], [wrong]),
+        lambda b: b.add_service(wrong),
+        lambda b: b.put_service(wrong),
+        lambda b: b.apply([*before.services, wrong]),
+        lambda b: b.add_service(wrong, own_address=False, dry_run=True),
+    ]
+    for change in changes:
+        with pytest.raises(InvalidInput, match=rf"^vip {re.escape(str(wrong.vip))}: {re.escape(fault)}$"):
+            serving.run(change)
+    serving.assert_in_force(before)
+
+
+@pytest.mark.parametrize("address", ["10.0.2.0", "10.0.2.1", "10.0.0.0/25", "10.0.0.128/25"])
+def test_addresses_of_a_point_to_point_link_and_prefixes_can_be_vips(serving: Bed, address: str) -> None:
+    serving.network.held["ptp0"] = [ip_interface("10.0.2.0/31")]
+    serving.run(lambda b: b.add_service(Service(Vip.parse(f"{address}:80"), ring_size=SMALL)))
+
+
+def test_a_vip_that_an_earlier_version_has_stored_stays(serving: Bed) -> None:
+    with serving.balancer() as balancer:
+        stored = balancer.state.with_service(Service(Vip.parse("169.254.1.1:80"), ring_size=SMALL))
+        with balancer.writer.store.saving(stored):
+            pass
+    serving.run(lambda b: b.attach([ETH0]))
+    serving.assert_in_force(stored)
+
+
+def test_addresses_are_announced_when_they_are_put_on_an_interface(bed: Bed) -> None:
+    bed.run(lambda b: b.attach([ETH0], [service(WEB, A)]))
+    bed.run(lambda b: b.add_service(service(DNS, A)))
+    bed.run(lambda b: b.add_service(service(TLS, A)))
+    assert bed.network.announced == [OwnAddress("eth0", WEB.address), OwnAddress("eth0", DNS.address)]
+
+
+def test_what_hinders_an_announcement_is_a_warning(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bed.network, "announce", lambda addresses: ["eth0: not announced"])
+    report = bed.run(lambda b: b.attach([ETH0], [service(WEB, A)]))
+    assert report.warnings == ("eth0: not announced",)
+    bed.assert_in_force(bed.state)
 
 
 # neighbours

@@ -21,7 +21,7 @@ from lb.daemon.reconcile import ReconcileTask
 from lb.errors import DataplaneError
 from lb.host.events import Changes
 from lb.model.forwarding import InstalledNextHop, NextHop
-from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service
 from lb.model.vip import Address, Vip
 from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
@@ -253,12 +253,26 @@ def test_a_change_of_the_host_is_followed_at_once(bed: Bed) -> None:
     ]
 
 
+def test_addresses_are_announced_when_their_link_comes_up(bed: Bed) -> None:
+    async def run() -> None:
+        async with bed.running(period_s=1000):
+            await looks(bed, 1)
+            for name in ("eth1", "eth0"):
+                bed.network.announced.clear()
+                bed.told.queue.put_nowait(Changes(links={9}, up={name}))
+                await until(bed.told.queue.empty)
+            await until(lambda: bed.network.announced)
+
+    asyncio.run(run())
+    assert bed.network.announced == [OwnAddress("eth0", WEB.address)]
+
+
 def test_very_many_next_hops_are_looked_at_in_turn(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "NEXT_HOPS_PER_CHECK", 1)
     asked: list[Address] = []
     next_hops = bed.network.next_hops
 
-    def asking(addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def asking(addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         asked.extend(addresses)
         return next_hops(addresses)
 

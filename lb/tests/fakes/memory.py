@@ -10,13 +10,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_address, ip_interface
 
 from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
 from lb.model.forwarding import Attachment, Counters, InstalledNextHop, NextHop, Statistics
-from lb.model.state import Backend, Interface, Mode, Service, XdpMode
+from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, XdpMode
 from lb.model.vip import Address, Vip
 
 
@@ -309,8 +309,9 @@ class MemoryNetwork:
         self.gateways = [ip_address(text) for text in gateways]
         self.neighbours: set[Address] = set()  # kept until released
         self.queries = 0
+        self.announced: list[OwnAddress] = []
 
-    def next_hops(self, addresses: Iterable[Address]) -> dict[Address, NextHop]:
+    def next_hops(self, addresses: Iterable[Address], *, probe: bool = False) -> dict[Address, NextHop]:
         self.queries += 1
         hops = {address: self._next_hop(address) for address in addresses}
         self.neighbours |= hops.keys()
@@ -349,6 +350,11 @@ class MemoryNetwork:
     def addresses(self, name: str) -> list[Address]:
         return [own.ip for own in self.held.get(name, ())]
 
+    def subnets(self) -> dict[str, list[IPv4Network | IPv6Network]]:
+        return {
+            name: [own.network for own in held if own.network.num_addresses > 1] for name, held in self.held.items()
+        }
+
     def owner(self, address: Address) -> str | None:
         return next((name for name in self.held if address in self.addresses(name)), None)
 
@@ -361,6 +367,13 @@ class MemoryNetwork:
         if address in self.addresses(name):
             self.fuse.burn()
             self.held[name] = [own for own in self.held[name] if own.ip != address]
+
+    def announce(self, addresses: Iterable[OwnAddress]) -> list[str]:
+        self.announced += addresses
+        return []
+
+    def repeat_announcements(self) -> list[str]:
+        return []
 
 
 def _mac(address: Address) -> bytes:

@@ -31,7 +31,7 @@ BACKEND4, BACKEND6 = ip_address("10.0.0.11"), ip_address("fd00::11")
 SILENT4, SILENT6 = ip_address("10.0.0.99"), ip_address("fd00::99")
 GATEWAY4, GATEWAY6 = ip_address("10.0.0.254"), ip_address("fe80::254")
 ROUTED4, ROUTED6 = ip_address("10.9.0.11"), ip_address("fd00:9::11")
-NUD_PERMANENT = 0x80
+NUD_REACHABLE, NUD_PERMANENT = 0x02, 0x80
 IFA_F_NODAD = 0x02
 NTF_USE = 0x01
 
@@ -174,6 +174,38 @@ def test_neighbour_that_answers_the_second_request_is_waited_for(bed: Bed) -> No
     answers.join()
 
 
+def replace_far(bed: Bed) -> bytes:
+    """Another machine has the addresses of `far`, without a word."""
+    bed.there.link("set", index=bed.far, address="02:00:00:00:00:77")
+    return bytes.fromhex("020000000077")
+
+
+@pytest.mark.parametrize("known", ["kept", "used by the host"])
+def test_replaced_neighbour_is_found_at_once(bed: Bed, network: Network, known: str) -> None:
+    if known == "kept":
+        network.next_hops([BACKEND4, BACKEND6])
+    else:
+        for address in (BACKEND4, BACKEND6):
+            bed.here.neigh("add", dst=str(address), ifindex=bed.near, lladdr=bed.far_mac.hex(":"), state=NUD_REACHABLE)
+    mac = replace_far(bed)
+    hops = Network(open_socket, answer_timeout_s=20).next_hops([BACKEND4, BACKEND6], probe=True)
+    assert {hop.dst_mac for hop in hops.values()} == {mac}
+    assert bed.kept() == {BACKEND4, BACKEND6}
+
+
+def test_neighbour_that_is_silent_when_probed_keeps_its_mac(bed: Bed, network: Network) -> None:
+    known = network.next_hops([BACKEND4, BACKEND6])
+    bed.there.addr("del", index=bed.far, address=str(BACKEND4), prefixlen=24)
+    bed.there.addr("del", index=bed.far, address=str(BACKEND6), prefixlen=64)
+    assert network.next_hops([BACKEND4, BACKEND6], probe=True) == known
+
+
+def test_neighbours_that_others_keep_are_not_probed(bed: Bed, network: Network) -> None:
+    mac = "02:00:00:00:00:99"
+    bed.here.neigh("add", dst=str(BACKEND4), ifindex=bed.near, lladdr=mac, state=NUD_PERMANENT)
+    assert network.next_hops([BACKEND4], probe=True)[BACKEND4].dst_mac == bytes.fromhex("020000000099")
+
+
 def test_neighbours_are_kept_whether_or_not_they_answered(bed: Bed, network: Network) -> None:
     bed.here.neigh("replace", dst=str(BACKEND4), ifindex=bed.near, state=0, flags=NTF_USE)
     network.next_hops([BACKEND4, BACKEND6, SILENT4])
@@ -298,6 +330,13 @@ def test_addresses_come_global_first_and_a_vip_after_the_hosts_own(bed: Bed, net
     *usable, link_local = network.addresses("near")
     assert usable == [SELF4, SELF6, SILENT6]
     assert link_local.is_link_local
+
+
+def test_subnets_are_those_of_the_hosts_addresses_without_vips(network: Network) -> None:
+    network.add_address("near", SILENT4)
+    network.add_address("near", SILENT6)
+    subnets = network.subnets()["near"]
+    assert {str(subnet) for subnet in subnets} == {"10.0.0.0/24", "fd00::/64", "fe80::/64"}
 
 
 @pytest.mark.parametrize("vip", [SILENT4, SILENT6], ids=str)

@@ -22,6 +22,7 @@ from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State,
 from lb.model.vip import Vip
 from lb.paths import Paths
 from lb.store.lock import writer_lock
+from lb.store.rules import SCHEMA as RULE_SCHEMA
 from lb.store.store import Store
 
 STATE = State(
@@ -78,6 +79,7 @@ RICH = State(
             ),
         ),
     ),
+    interfaces=(Interface("eth0"), Interface("eth1", replies_only=True)),
 )
 
 # As the release before options wrote it.
@@ -116,6 +118,12 @@ STORE_2 = f"""{STORE_1}
 ALTER TABLE service ADD COLUMN options TEXT NOT NULL DEFAULT '{{}}';
 ALTER TABLE backend ADD COLUMN server_ids TEXT NOT NULL DEFAULT '';
 PRAGMA user_version = 2;
+"""
+
+# As the release before homes of VIP addresses wrote it.
+STORE_3 = f"""{STORE_2}
+{RULE_SCHEMA}
+PRAGMA user_version = 3;
 """
 
 # Every column of a rule, set and empty.
@@ -310,22 +318,28 @@ def test_a_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             Store.open(path, write=write)
         assert str(caught.value) == (
-            f"store {path}: created by a newer xdp-lb (schema 7, supported: 3): upgrade xdp-lb"
+            f"store {path}: created by a newer xdp-lb (schema 7, supported: 4): upgrade xdp-lb"
         )
 
 
-def test_a_store_of_the_release_before_is_read_as_it_is(path: Path) -> None:
-    write_store(path, STORE_1)
+of_each_release_before = pytest.mark.parametrize("script", [STORE_1, STORE_2, STORE_3], ids=["1", "2", "3"])
+
+
+@of_each_release_before
+def test_a_store_of_a_release_before_is_read_as_it_is(path: Path, script: str) -> None:
+    write_store(path, script)
+    version = query(path, "PRAGMA user_version")
     with Store.open(path, write=False) as store:
         assert (store.load(), store.generation) == (STATE, 1700000042)
-    assert query(path, "PRAGMA user_version") == [(1,)]
+    assert query(path, "PRAGMA user_version") == version
 
 
-def test_a_store_of_the_release_before_is_brought_up_to_date_by_the_first_writer(path: Path) -> None:
-    write_store(path, STORE_1)
+@of_each_release_before
+def test_a_store_of_a_release_before_is_brought_up_to_date_by_the_first_writer(path: Path, script: str) -> None:
+    write_store(path, script)
     with Store.open(path, write=True) as store:
         assert (store.load(), store.generation) == (STATE, 1700000042)
-        assert query(path, "PRAGMA user_version") == [(3,)]
+        assert query(path, "PRAGMA user_version") == [(4,)]
         with store.saving(RICH):
             pass
     assert load(path) == RICH
