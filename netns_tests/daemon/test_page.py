@@ -196,7 +196,7 @@ def test_traffic_is_seen_to_move_when_a_backend_is_drained_by_keyboard(site: Sit
         operator.page.keyboard.press("Enter")
         dialog = operator.page.get_by_role("dialog", name=f"Drain {SECOND}")
         expect(dialog).to_contain_text(re.compile(r"12\d of 251 slots move"))
-        expect(dialog).to_contain_text("open connection")
+        expect(dialog).to_contain_text("connections older than the change stay on their backend")
         assert configured(site)[SECOND] == (1, False)  # a plan changes nothing
         focus_by_tab(operator.page, "Drain")
         operator.page.keyboard.press("Enter")
@@ -225,6 +225,7 @@ def test_escape_closes_the_dialog_and_changes_nothing(site: Site, operator: Visi
     operator.page.keyboard.press("Enter")
     dialog = operator.page.get_by_role("dialog")
     expect(dialog.get_by_role("button", name="Remove")).to_be_enabled()
+    expect(dialog).to_contain_text(re.compile(r"Ends (no|[0-9]+) open connections?\."))
     operator.page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(remove).to_be_focused()
