@@ -204,7 +204,7 @@ class Map:
 
 
 def column(entries: Any, field: str) -> array[int]:
-    """One field, an unsigned integer, of each struct of a ctypes array: a hundred times faster than one by one."""
+    """One field, an unsigned integer, of each struct of a ctypes array: five times faster than entry by entry."""
     member, stride = getattr(entries._type_, field), ctypes.sizeof(entries._type_)
     values = array(_TYPECODES[member.size], bytes(entries))
     return values[member.offset // member.size :: stride // member.size]

@@ -1,6 +1,6 @@
-"""Open connections for who asks again and again: full tables are not read for each of them.
+"""Open connections for readers that ask again and again: full tables are not read each time.
 
-Enters: what counts. Leaves: its last result, as long as that took a small part of the time since.
+Enters: a function that counts. Leaves: its last result, reused for a while that depends on how long it took.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OpenCount:
         self._good_until_s = 0.0
 
     def of(self, state: State) -> OpenByBackend:
-        """A changed state is counted anew."""
+        """The count of a state; a changed one is counted anew."""
         start_s = self._clock()
         if state is not self._state or start_s >= self._good_until_s:
             self._found, self._state = self._count(state), state
