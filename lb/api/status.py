@@ -11,7 +11,7 @@ from lb.api.common import ALWAYS, JSON, TheThread, status_response
 from lb.api.middleware import Caller
 from lb.api.models import balancer as models
 from lb.formats import json_bytes
-from lb.formats.documents import counters_document, status_document
+from lb.formats.documents import counters_document, open_document, status_document
 from lb.model.report import Status
 
 router = APIRouter(prefix="/v1")
@@ -34,8 +34,12 @@ def _stats_document(now: Status) -> dict[str, Any]:
         {
             "vip": str(s.service),
             "slots_in_transition": s.slots_in_transition,
+            "open": open_document(s.open),
             **counters_document(s.total),
-            "backends": [{"backend": str(b.backend), **counters_document(b.counters)} for b in s.backends],
+            "backends": [
+                {"backend": str(b.backend), "open": open_document(b.open), **counters_document(b.counters)}
+                for b in s.backends
+            ],
         }
         for s in now.services
     ]

@@ -109,7 +109,7 @@ def change_options(command: Callable[..., None]) -> Callable[..., None]:
         command(request=Request(dry_run, as_json), **words)
 
     dry_run = click.option("--dry-run", is_flag=True, help="Show what would change without changing it.")
-    json = json_option("Print {dry_run, changes, attached, detached, notes, warnings}.")
+    json = json_option("Print {dry_run, changes, ending, attached, detached, notes, warnings}.")
     return dry_run(json(with_request))
 
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from lb.control.change import reply_interfaces, some
 from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
+from lb.control.open_count import OpenCount
 from lb.control.repair import Repairs
 from lb.control.vip_addresses import with_homes
 from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
 from lb.model.conditions import Condition, Conditions
-from lb.model.forwarding import Counters, Statistics
+from lb.model.forwarding import UNKNOWN, Counters, OpenConnections, Statistics
 from lb.model.options import Options
 from lb.model.report import BackendStatus, InterfaceStatus, Report, ServiceStatus, Status
 from lb.model.state import Backend, Interface, OwnAddress, Service, State
@@ -47,6 +48,7 @@ class Balancer:
             store, dataplane, network, handover or NoFilters(), in_daemon=in_daemon, conditions=conditions
         )
         self.repairs = Repairs(self.writer)
+        self._open = OpenCount(lambda state: dataplane.open_connections(self.writer.all_in_force(state.services)))
         self.network = network
         self._netns = netns
 
@@ -185,12 +187,14 @@ class Balancer:
         loaded = self.writer.dataplane.loaded
         attachments = self.writer.dataplane.attachments()
         statistics = self.writer.dataplane.statistics() if loaded else Statistics()
+        open_now = self._open.of(self.state) if loaded else {}
         return Status(
             netns=self._netns,
             loaded=loaded,
             interfaces=tuple(InterfaceStatus(i, attachments.get(i.name)) for i in self.state.interfaces),
             services=tuple(
-                _service_status(s, statistics, self.writer.conditions.get(s.vip, {})) for s in self.state.services
+                _service_status(s, statistics, self.writer.conditions.get(s.vip, {}), open_now.get(s.vip, {}))
+                for s in self.state.services
             ),
             drops=_reasons(statistics, "drop_"),
             passes=_reasons(statistics, "pass_"),
@@ -261,7 +265,12 @@ def _check_same_shape(before: State, goal: State) -> None:
                 raise InvalidInput(f"vip {new.vip}: {name} cannot be changed on an existing service: remove it first")
 
 
-def _service_status(service: Service, statistics: Statistics, conditions: Mapping[str, Condition]) -> ServiceStatus:
+def _service_status(
+    service: Service,
+    statistics: Statistics,
+    conditions: Mapping[str, Condition],
+    open_now: Mapping[str, OpenConnections],
+) -> ServiceStatus:
     # The kernel knows a backend by address and port, not by its weight.
     held = {str(b): c for b, c in statistics.backends.get(service.vip, {}).items()}
     return ServiceStatus(
@@ -273,6 +282,7 @@ def _service_status(service: Service, statistics: Statistics, conditions: Mappin
                 resolved=str(b) in held and b.address not in statistics.unresolved,
                 counters=held.get(str(b), Counters()),
                 condition=conditions.get(str(b)),
+                open=open_now.get(str(b), UNKNOWN),
             )
             for b in service.backends
         ),

@@ -13,12 +13,23 @@ from typing import TypeVar
 
 from lb.errors import NoRoute
 from lb.hashing.ring import Plan
-from lb.model.forwarding import Attachment, NextHop
+from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, NextHop, OpenConnections
 from lb.model.report import Change, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State
 from lb.model.vip import Address, Vip
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The open connections that a change ends: those of each service, and all. None: no backend goes out of service."""
+
+    by_vip: Mapping[Vip, OpenConnections] = field(default_factory=dict)
+    total: OpenConnections | None = None
+
+
+NOTHING_ENDS = Ending()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,7 @@ class ChangeSet:
     addresses_on: tuple[OwnAddress, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    ending: Ending = NOTHING_ENDS
 
     @property
     def moves_programs(self) -> bool:
@@ -126,6 +138,32 @@ def silent(services: Iterable[Service], hops: Mapping[Address, NextHop], *, foll
         yield f"{interface}: no ARP/ND reply from {whom}: packets for it are dropped until {until}"
 
 
+def leaving(before: State, goal: State) -> dict[Vip, list[str]]:
+    """The names of the backends that go out of service at once, whatever is open there, by VIP."""
+    if not before.interfaces:
+        return {}
+    new = {service.vip: service for service in goal.services} if goal.interfaces else {}
+    gone: dict[Vip, list[str]] = {}
+    for old in changed(goal.services if goal.interfaces else (), before.services):
+        stay = {str(b) for b in new[old.vip].backends} if old.vip in new else set()
+        if names := [name for b in old.backends if (name := str(b)) not in stay]:
+            gone[old.vip] = names
+    return gone
+
+
+def ending(
+    before: State, goal: State, gone: Mapping[Vip, Sequence[str]], open_now: Mapping[Vip, Mapping[str, OpenConnections]]
+) -> Ending:
+    """Of the backends `gone`. What comes through an interface that alone is detached is not counted by interface."""
+    by_vip = {
+        vip: sum((open_now.get(vip, {}).get(name, UNKNOWN) for name in names), NONE_OPEN) for vip, names in gone.items()
+    }
+    detached = any(goal.interface(each.name) is None for each in before.interfaces)
+    if detached and goal.interfaces:
+        return Ending(by_vip, UNKNOWN)
+    return Ending(by_vip, sum(by_vip.values(), NONE_OPEN) if by_vip else None)
+
+
 def backends_that_left(before: State, goal: State) -> set[Address]:
     """Addresses of services that changed or went; another service may still have them."""
     if not before.interfaces:
@@ -184,6 +222,7 @@ def report(change_set: ChangeSet, outcome: Outcome, *, dry_run: bool = False) ->
         notes=change_set.notes,
         warnings=(*change_set.warnings, *outcome.warnings),
         dry_run=dry_run,
+        ending=change_set.ending.total,
     )
 
 
@@ -192,4 +231,4 @@ def _changes(change_set: ChangeSet, plans: Mapping[Vip, Plan]) -> Iterator[Chang
     old = {service.vip: service for service in changed(goal, before)}
     new = {service.vip: service for service in changed(before, goal)}
     for vip in sorted(old.keys() | new.keys(), key=lambda v: v.sort_key):
-        yield Change(vip, old.get(vip), new.get(vip), plans.get(vip))
+        yield Change(vip, old.get(vip), new.get(vip), plans.get(vip), change_set.ending.by_vip.get(vip))

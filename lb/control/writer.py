@@ -18,14 +18,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from lb.control.change import (
+    NOTHING_ENDS,
     BackendUse,
     ChangeSet,
+    Ending,
     Outcome,
     addresses_in_force,
     backends_that_left,
     changed,
     check_on_link,
     differing,
+    ending,
+    leaving,
     notes_of_addresses,
     notes_of_storing,
     report,
@@ -89,6 +93,7 @@ class Writer:
         self._check_store_is_whole(goal)
         check_new_vips(self.state, goal, self.network)
         change_set = self._prepare(self.state, placed(self.state, goal, self.network), everything)
+        change_set = replace(change_set, ending=self._ending(change_set))
         if dry_run:
             self._release_unused(change_set.hops.keys())
             return report(change_set, self._predicted_outcome(change_set), dry_run=True)
@@ -234,6 +239,15 @@ class Writer:
             {s.vip: self.dataplane.plan(self.in_force(s)) for s in change_set.services if self.dataplane.loaded},
             tuple(Attachment(name, mode, program_id=0) for name, mode in modes.items()),
         )
+
+    def _ending(self, change_set: ChangeSet) -> Ending:
+        """Counted before anything is written. What is not loaded has no connections."""
+        before, goal = change_set.before, change_set.goal
+        if not self.dataplane.loaded:
+            return NOTHING_ENDS
+        gone = leaving(before, goal)
+        services = [self.in_force(service) for service in before.services if service.vip in gone]
+        return ending(before, goal, gone, self.dataplane.open_connections(services) if services else {})
 
     def _notes_of_checks(self, before: State, goal: State) -> Iterator[str]:
         if not self.in_daemon and any(s.options.health for s in changed(before.services, goal.services)):

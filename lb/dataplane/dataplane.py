@@ -19,12 +19,13 @@ from lb.dataplane import clock
 from lb.dataplane.allocation import Allocation, Sizes
 from lb.dataplane.errors import translated
 from lb.dataplane.members import MemberKey, member_key, member_keys, numbered
+from lb.dataplane.open_connections import open_connections
 from lb.dataplane.programs import Programs
 from lb.dataplane.rings import RingChange, first_ring
 from lb.dataplane.service_maps import ServiceMaps
 from lb.hashing import ring
-from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, Statistics
-from lb.model.state import Backend, Interface, Mode, Service
+from lb.model.forwarding import Attachment, InstalledNextHop, NextHop, OpenConnections, Statistics
+from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Address, Vip
 from lb.paths import Paths
 from xdp.pins import Pins
@@ -138,10 +139,7 @@ class KernelDataplane:
 
     @translated()
     def plan(self, service: Service) -> ring.Plan:
-        change, allocation = self._ring_change(service), self._allocation_like(service)
-        if allocation is None or service.mode is not Mode.NAT:
-            return change.plan
-        return replace(change.plan, flows=self.maps.flows.open_translations(allocation, change.moved))
+        return self._ring_change(service).plan
 
     def _ring_change(self, service: Service) -> RingChange:
         allocation = self._allocation_like(service)
@@ -285,6 +283,10 @@ class KernelDataplane:
             },
             maps={name: obj.map(name).memory for name in obj.map_names},
         )
+
+    @translated()
+    def open_connections(self, services: Collection[Service]) -> dict[Vip, dict[str, OpenConnections]]:
+        return open_connections(self.maps, services) if self.programs.usable_obj else {}
 
     def _reasons(self) -> dict[str, int]:
         obj = self.programs.obj

@@ -31,12 +31,6 @@ class RingChange:
     def plan(self) -> ring.Plan:
         return ring.plan(self.old, self.new)
 
-    @property
-    def moved(self) -> set[int]:
-        """The slots that get another member."""
-        pairs = enumerate(zip(self.old, self.new, strict=True))
-        return {slot for slot, (old, new) in pairs if ring.current_member(old) != ring.current_member(new)}
-
 
 def first_ring(service: Service) -> RingChange:
     """The change of a service that has no ring yet."""

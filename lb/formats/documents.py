@@ -14,7 +14,7 @@ from typing import Any
 
 from lb.hashing.ring import Plan
 from lb.model.conditions import UP, Condition
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import Attachment, Counters, OpenConnections
 from lb.model.options import from_values, values
 from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
@@ -75,16 +75,17 @@ def backends_document(services: Iterable[Service]) -> list[Document]:
 
 
 def report_document(report: Report) -> Document:
-    """`dry_run`; `changes`: `{vip, change, before, after, plan}`; `attached`: `{name, xdp_mode,
+    """`dry_run`; `changes`: `{vip, change, before, after, plan, ending}`; `ending`; `attached`: `{name, xdp_mode,
     program_id}`; `detached`: interface names; `notes` and `warnings`: sentences.
 
     `change` is add, change or remove; `before` and `after` are services (`service_document`) or
-    null; `plan` is `{slots, moved, minimum, in_transition, flows}`, or null while nothing is attached; `flows`,
-    the open connections on the slots that move, is counted in a dry run in mode nat, else null.
+    null; `plan` is `{slots, moved, minimum, in_transition}`, or null while nothing is attached; `ending`, an
+    `open_document`, is of the connections that end, null if no backend goes out of service.
     """
     return {
         "dry_run": report.dry_run,
         "changes": [_change_document(c) for c in report.changes],
+        "ending": _ending_document(report.ending),
         "attached": [_attachment_document(a) for a in report.attached],
         "detached": list(report.detached),
         "notes": list(report.notes),
@@ -94,19 +95,30 @@ def report_document(report: Report) -> Document:
 
 def _change_document(change: Change) -> Document:
     head = change_head(change)
-    plan = head.pop("plan")
+    plan, ending = head.pop("plan"), head.pop("ending")
     return {
         **head,
         "before": service_document(change.before) if change.before else None,
         "after": service_document(change.after) if change.after else None,
         "plan": plan,
+        "ending": ending,
     }
 
 
 def change_head(change: Change) -> Document:
     """All of it but the services."""
     plan = plan_document(change.plan) if change.plan else None
-    return {"vip": str(change.vip), "change": str(change.kind), "plan": plan}
+    ending = _ending_document(change.ending)
+    return {"vip": str(change.vip), "change": str(change.kind), "plan": plan, "ending": ending}
+
+
+def _ending_document(ending: OpenConnections | None) -> Document | None:
+    return None if ending is None else open_document(ending)
+
+
+def open_document(connections: OpenConnections) -> Document:
+    """`connections` (null: unknown), `estimated`."""
+    return {"connections": connections.number, "estimated": connections.estimated}
 
 
 def plan_document(plan: Plan) -> Document:
@@ -115,7 +127,6 @@ def plan_document(plan: Plan) -> Document:
         "moved": plan.moved,
         "minimum": plan.minimum,
         "in_transition": plan.in_transition,
-        "flows": plan.flows,
     }
 
 
@@ -129,13 +140,14 @@ def _attachment_document(attachment: Attachment) -> Document:
 
 def status_document(status: Status) -> Document:
     """`netns`, `loaded`; `interfaces`: `{name, xdp_mode, attached, program_id}`; `services`: the
-    keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
-    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters;
+    keys of `service_document`, `slots_in_transition`, `open` and the sums of the counters; in their
+    `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since`, `open` and the counters;
     `answered`, `drops`, `passes` and `noted`: reason -> packets; `maps`: map -> bytes of kernel memory; `outdated`: the
     version that the program in force is of, null if it is the installed one.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
     else 100; `why` the reason it is or was down, `since` the Unix time of its last change, null if unchecked.
+    `open`, an `open_document`, is of the connections open now.
 
     Counters: `packets` and `bytes` from clients, `reply_packets` and `reply_bytes` to them (mode
     nat), `connections`, `repeated_syns`. An interface that is not attached has the `xdp_mode` asked for and
@@ -169,6 +181,7 @@ def _service_status_document(status: ServiceStatus) -> Document:
     return {
         **_service_head(status.service),
         "slots_in_transition": status.slots_in_transition,
+        "open": open_document(status.open),
         **counters_document(status.total),
         "backends": [_backend_status_document(b) for b in status.backends],
     }
@@ -179,6 +192,7 @@ def _backend_status_document(status: BackendStatus) -> Document:
         **backend_document(status.backend),
         "resolved": status.resolved,
         **_condition_document(status),
+        "open": open_document(status.open),
         **counters_document(status.counters),
     }
 
@@ -239,6 +253,7 @@ def read_report(document: Document) -> Report:
         notes=tuple(document["notes"]),
         warnings=tuple(document["warnings"]),
         dry_run=document["dry_run"],
+        ending=_read_ending(document["ending"]),
     )
 
 
@@ -249,7 +264,16 @@ def _read_change(document: Document) -> Change:
         read_service(before) if before else None,
         read_service(after) if after else None,
         Plan(**plan) if plan else None,
+        _read_ending(document["ending"]),
     )
+
+
+def _read_ending(document: Document | None) -> OpenConnections | None:
+    return None if document is None else _read_open(document)
+
+
+def _read_open(document: Document) -> OpenConnections:
+    return OpenConnections(document["connections"], document["estimated"])
 
 
 def _read_attachment(document: Document) -> Attachment:
@@ -288,7 +312,8 @@ def _read_service_status(document: Document) -> ServiceStatus:
 
 def _read_backend_status(document: Document) -> BackendStatus:
     counters = Counters(**{counter.name: document[counter.name] for counter in fields(Counters)})
-    return BackendStatus(read_backend(document), document["resolved"], counters, _read_condition(document))
+    condition, open_now = _read_condition(document), _read_open(document["open"])
+    return BackendStatus(read_backend(document), document["resolved"], counters, condition, open_now)
 
 
 def _read_condition(document: Document) -> Condition | None:

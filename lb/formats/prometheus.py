@@ -7,7 +7,7 @@ detach from the last interface), which Prometheus handles as a reset.
 Names and labels are stable. Every sample also has the label `netns`, except in the namespace `default`: to Prometheus a
 missing label is an empty one, so `by (netns, vip)` serves both. Unknown values have no series: replies in modes whose
 backends answer clients directly, SYNs of other protocols than TCP, neighbours while nothing is loaded, the health of
-unchecked backends.
+unchecked backends, open connections that nobody counts.
 """
 
 from __future__ import annotations
@@ -159,6 +159,11 @@ def _of_backends(status: Status) -> Iterator[Family]:
     yield from _of_desired_backends(named)
     yield from _of_found_backends(named, loaded=status.loaded)
     yield from _of_traffic(named, list(compress(named, (s.mode is Mode.NAT for s in services))))
+    yield _gauge(
+        "xdp_lb_backend_open_connections",
+        "Connections open now: exact in mode nat, else an estimate.",
+        ((text, b.open.number) for text, b in named if b.open.number is not None),
+    )
     yield from _of_openings(named, compress(named, (s.vip.protocol is Protocol.TCP for s in services)))
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from lb.formats import option_text
 from lb.hashing.ring import Plan
 from lb.model.conditions import WHOLE
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import Attachment, Counters, OpenConnections
 from lb.model.report import BackendStatus, Change, ChangeKind, InterfaceStatus, Report, ServiceStatus, Status
 from lb.model.state import Backend, Service
 
@@ -32,6 +32,7 @@ STYLES = {
 }
 OUTDATED = "the running program is of xdp-lb {}, not the installed version: run xdp-lb attach IFACE to upgrade it"
 WIDTH = 80  # of text that may be broken
+OPEN = "OPEN"  # connections open now, beside those that were opened
 # Headings of the counters, by name. Bytes stand right of the packets they belong to.
 COUNTERS = {
     "connections": "CONNS",
@@ -120,13 +121,32 @@ def _joined(*parts: str) -> str:
     return ": ".join(part for part in parts if part)
 
 
+def _listed(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
 def _moves(plan: Plan | None) -> str:
     if plan is None:
         return ""
     if not plan.moved:
         return "no slot moves"
-    flows = "" if plan.flows is None else f", {plan.flows} open connections on them"
-    return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum}){flows}"
+    return f"{plan.moved} of {plan.slots} slots move (minimum {plan.minimum})"
+
+
+def _effect(change: Change) -> str:
+    """On the ring, and on open connections."""
+    return _listed(_moves(change.plan), ends(change.ending))
+
+
+def ends(ending: OpenConnections | None) -> str:
+    """Empty where no backend goes out of service."""
+    if ending is None:
+        return ""
+    if ending.number is None:
+        return "ends an unknown number of open connections"
+    if ending.estimated:
+        return f"ends ~{ending.number} open connection{'' if ending.number == 1 else 's'}"
+    return f"ends {_count(ending.number, 'open connection')}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -150,11 +170,11 @@ def extent(services: Sequence[Service]) -> str:
 def change_sentence(change: Change) -> str:
     """One line: `10.0.0.1:80/tcp: backend 10.0.0.13:80 added: 4095 of 16381 slots move (...)`."""
     if change.after is None:
-        return f"{change.vip}: removed"
+        return f"{change.vip}: {_listed('removed', ends(change.ending))}"
     if change.before is None:
         return f"{change.vip}: added: {_description(change.after)}"
     turns = ", ".join([*_service_turns(change.before, change.after), *_backend_turns(change)])
-    return _joined(str(change.vip), turns, _moves(change.plan))
+    return _joined(str(change.vip), turns, _effect(change))
 
 
 def attachment_sentence(attachment: Attachment) -> str:
@@ -178,13 +198,14 @@ def _headed(line: str, report: Report) -> str:
 def _with_notes(done: list[str], report: Report) -> list[str]:
     if not done and not report.notes:
         return [_headed("nothing to change", report)]
-    return [*done, *(f"  {note}" if done else note for note in report.notes)]
+    notes = [*([ends(report.ending)] if report.detached and report.ending else []), *report.notes]
+    return [*done, *(f"  {note}" if done else note for note in notes)]
 
 
 def diff_lines(report: Report) -> list[str]:
     """The changes as a diff, each line led by `+`, `~` or `-`, and a line that counts them."""
     lines = [line for change in report.changes for line in _diff_of_change(change)]
-    return _with_notes([*lines, _headed(_tally(report.changes), report)], report)
+    return _with_notes([*lines, _headed(_listed(_tally(report.changes), ends(report.ending)), report)], report)
 
 
 def _diff_of_change(change: Change) -> Iterator[str]:
@@ -197,7 +218,7 @@ def _diff_of_change(change: Change) -> Iterator[str]:
 def _diff_detail(change: Change) -> list[str]:
     if change.before is None and change.after is not None:
         return [_description(change.after)]
-    return [", ".join(_service_turns(change.before, change.after)), _moves(change.plan)]
+    return [", ".join(_service_turns(change.before, change.after)), _effect(change)]
 
 
 def _tally(changes: Sequence[Change]) -> str:
@@ -356,18 +377,24 @@ def _backend_status_table(status: ServiceStatus, loaded: bool, width: int, *, co
         Column("BACKEND".ljust(width)),
         Column("WEIGHT", number=True),
         Column("STATE".ljust(len("draining"))),
+        Column(OPEN, number=True),
         *(Column(COUNTERS[name], number=True) for name in shown),
     ]
     rows = [_backend_status_row(b, loaded, shown) for b in status.backends]
     if len(rows) > 1:
-        rows.append(("total", "", "", *_counter_cells(every, shown)))
+        rows.append(("total", "", "", open_cell(status.open), *_counter_cells(every, shown)))
     return table(columns, rows, colour=colour)
 
 
 def _backend_status_row(status: BackendStatus, loaded: bool, shown: Iterable[str]) -> tuple[str, ...]:
     backend = status.backend
     state = "down" if status.state == "down" else _state(backend, resolved=status.resolved or not loaded)
-    return str(backend), str(backend.weight), state, *_counter_cells(status.counters, shown)
+    return str(backend), str(backend.weight), state, open_cell(status.open), *_counter_cells(status.counters, shown)
+
+
+def open_cell(connections: OpenConnections) -> str:
+    """`40`, `~37` if estimated, `-` if unknown."""
+    return "-" if connections.number is None else f"{'~' * connections.estimated}{short(connections.number)}"
 
 
 def _counter_cells(counters: Counters, shown: Iterable[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 from lb.hashing import native
@@ -125,8 +125,6 @@ class Plan:
     moved: int  # new flows go to another member
     minimum: int  # the fewest that any scheme must move to give each member its new share
     in_transition: int  # older flows are looked up, now or still
-    # Open connections on the slots that move, a count of the moment; None: nobody has counted, or can.
-    flows: int | None = field(default=None, compare=False)
 
 
 def plan(old: array[int], new: array[int]) -> Plan:

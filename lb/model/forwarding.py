@@ -55,6 +55,24 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenConnections:
+    """How many connections are open at one moment, of one backend or of several together. number: None where it is
+    unknown. estimated: from recorded flows, of which the silent and the evicted ones are missing."""
+
+    number: int | None = None
+    estimated: bool = False
+
+    def __add__(self, other: OpenConnections) -> OpenConnections:
+        if self.number is None or other.number is None:
+            return UNKNOWN
+        return OpenConnections(self.number + other.number, self.estimated or other.estimated)
+
+
+UNKNOWN = OpenConnections()
+NONE_OPEN = OpenConnections(0)
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What the kernel counts. `reasons` maps the name of each reason that left the balancer without forwarding to
     its packets; names that start with `drop_` were dropped, with `pass_` handed to the host. `maps`: the bytes of

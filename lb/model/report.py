@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.state import Backend, Interface, Service
 from lb.model.vip import Vip
 
@@ -24,12 +24,14 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One service before and after (None: not there), and what it does to the ring (None while nothing is attached)."""
+    """One service before and after (None: not there), what it does to the ring (None while nothing is attached), and
+    the open connections that end (None: no backend goes out of service)."""
 
     vip: Vip
     before: Service | None
     after: Service | None
     plan: Plan | None = None
+    ending: OpenConnections | None = None
 
     @property
     def kind(self) -> ChangeKind:
@@ -40,7 +42,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of one command: the changes made (or, in a dry run, to be made), and sentences for the operator."""
+    """The outcome of one command: the changes made (or, in a dry run, to be made), and sentences for the operator.
+    ending: of all changes, or by detaching; None: no backend or interface goes out of service."""
 
     changes: tuple[Change, ...] = ()
     attached: tuple[Attachment, ...] = ()
@@ -48,6 +51,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    ending: OpenConnections | None = None
 
     @property
     def all_warnings(self) -> list[str]:
@@ -62,6 +66,7 @@ class BackendStatus:
     resolved: bool
     counters: Counters
     condition: Condition | None = None  # None: unchecked, or not checked yet
+    open: OpenConnections = UNKNOWN
 
     @property
     def state(self) -> str:
@@ -82,6 +87,11 @@ class ServiceStatus:
         """The counters of all backends together."""
         each = [astuple(b.counters) for b in self.backends]
         return Counters(*(sum(column) for column in zip(*each, strict=True)))
+
+    @property
+    def open(self) -> OpenConnections:
+        """The open connections of all backends together."""
+        return sum((b.open for b in self.backends), NONE_OPEN)
 
 
 @dataclass(frozen=True, slots=True)

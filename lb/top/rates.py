@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lb.formats.prometheus import backend_state
-from lb.model.forwarding import Counters
+from lb.model.forwarding import Counters, OpenConnections
 from lb.model.report import BackendStatus, ServiceStatus, Status
 from lb.model.vip import Vip
 
@@ -66,6 +66,7 @@ class BackendRow:
     name: str
     state: str  # one of lb.formats.prometheus.STATES
     rates: Rates
+    open: OpenConnections
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class ServiceRow:
     mode: str
     slots_in_transition: int
     rates: Rates
+    open: OpenConnections
     backends: tuple[BackendRow, ...]
     history: tuple[float, ...]
 
@@ -164,13 +166,20 @@ class Meter:
         if seconds:
             history.append(rates.by(Order.PACKETS))
         return ServiceRow(
-            str(vip), str(status.service.mode), status.slots_in_transition, rates, backends, tuple(history)
+            str(vip),
+            str(status.service.mode),
+            status.slots_in_transition,
+            rates,
+            status.open,
+            backends,
+            tuple(history),
         )
 
     def _backend(self, vip: Vip, status: BackendStatus, loaded: bool, seconds: float) -> BackendRow:
         name = str(status.backend)
         before = (self._counters or {}).get((vip, name), Counters())
-        return BackendRow(name, backend_state(status, loaded=loaded), _rates(before, status.counters, seconds))
+        rates = _rates(before, status.counters, seconds)
+        return BackendRow(name, backend_state(status, loaded=loaded), rates, status.open)
 
     def _reason_rate(self, name: str, packets: int, seconds: float) -> float:
         return _increase(self._reasons.get(name, 0), packets) / seconds if seconds else 0.0

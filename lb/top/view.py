@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from lb.formats.text import STYLES, short
+from lb.formats.text import STYLES, open_cell, short
 from lb.model.state import Mode
 from lb.paths import DEFAULT_NETNS
 from lb.top.rates import BackendRow, Order, ReasonRow, ServiceRow, View, ordered_backends
@@ -40,13 +40,15 @@ class Column:
 
 
 STATE = Column("STATE", 11, number=False, dispensable=1)
+OPEN = Column("OPEN", 6, dispensable=3)
 CONNECTIONS = Column("CONN/S", 6, dispensable=2)
-RETRIES = Column("RETRY/S", 7, dispensable=4)
+RETRIES = Column("RETRY/S", 7, dispensable=5)
 PACKETS = Column("PKT/S", 5)
 BITS = Column("BIT/S", 5)
-REPLIES = Column("REPLY/S", 7, dispensable=3)
-REPLY_BITS = Column("BIT/S", 5, dispensable=3)
-COLUMNS = (STATE, CONNECTIONS, RETRIES, PACKETS, BITS, REPLIES, REPLY_BITS)
+REPLIES = Column("REPLY/S", 7, dispensable=4)
+REPLY_BITS = Column("BIT/S", 5, dispensable=4)
+RATES = (CONNECTIONS, RETRIES, PACKETS, BITS, REPLIES, REPLY_BITS)
+COLUMNS = (STATE, OPEN, *RATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,13 @@ class Layout:
 
 def _cells(row: Row, view: View) -> dict[Column, str]:
     service, backend = row
-    rates = backend.rates if backend else service.rates
+    shown = backend or service
+    rates = shown.rates
     replies = (rates.reply_packets, rates.reply_bits) if service.mode == Mode.NAT else ()
     figures = (rates.connections, rates.repeated_syns, rates.packets, rates.bits, *replies)
     texts = (figure(rate) if view.measured else "-" for rate in figures)
-    return {STATE: backend.state if backend else _condition(service), **dict(zip(COLUMNS[1:], texts, strict=False))}
+    state = backend.state if backend else _condition(service)
+    return {STATE: state, OPEN: open_cell(shown.open), **dict(zip(RATES, texts, strict=False))}
 
 
 def _condition(service: ServiceRow) -> str:

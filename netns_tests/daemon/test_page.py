@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 from netns_tests.bed.daemon import certificate_of, end, start
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, Host, wait_until
-from netns_tests.bed.traffic import deaf, loading, trying
+from netns_tests.bed.traffic import connections, deaf, loading, trying
 
 VIP = "10.99.1.100:80"
 FIRST, SECOND, THIRD = "10.99.2.11:80", "10.99.2.12:80", "10.99.2.13:80"
@@ -196,7 +196,7 @@ def test_traffic_is_seen_to_move_when_a_backend_is_drained_by_keyboard(site: Sit
         operator.page.keyboard.press("Enter")
         dialog = operator.page.get_by_role("dialog", name=f"Drain {SECOND}")
         expect(dialog).to_contain_text(re.compile(r"12\d of 251 slots move"))
-        expect(dialog).to_contain_text("open connection")
+        expect(dialog).to_contain_text("connections older than the change stay on their backend")
         assert configured(site)[SECOND] == (1, False)  # a plan changes nothing
         focus_by_tab(operator.page, "Drain")
         operator.page.keyboard.press("Enter")
@@ -225,10 +225,23 @@ def test_escape_closes_the_dialog_and_changes_nothing(site: Site, operator: Visi
     operator.page.keyboard.press("Enter")
     dialog = operator.page.get_by_role("dialog")
     expect(dialog.get_by_role("button", name="Remove")).to_be_enabled()
+    expect(dialog).to_contain_text(re.compile(r"Ends (no|[0-9]+) open connections?\."))
     operator.page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(remove).to_be_focused()
     assert configured(site) == before
+
+
+def test_the_dialog_says_how_many_of_the_open_connections_in_the_table_end(site: Site, operator: Visit) -> None:
+    with connections(site.bed, VIP.partition(":")[0], count=30) as held:
+        assert {connection.ask() for connection in held} == {"b1", "b2"}
+        shown = operator.row(FIRST).locator('[data-label="open"]')
+        expect(shown).to_have_text(re.compile(r"^[1-9]"))
+        operator.row(FIRST).get_by_role("button", name="Remove…").click()
+        of_first = sum(connection.ask() == "b1" for connection in held)
+        expect(shown).to_have_text(str(of_first))
+        expect(operator.page.get_by_role("dialog")).to_contain_text(f"Ends {of_first} open connections.")
+        operator.page.keyboard.press("Escape")
 
 
 def test_a_backend_is_added_weighed_and_removed_and_a_wrong_address_is_told_at_its_field(

@@ -51,6 +51,7 @@ def test_packets_and_connections_of_clients_are_counted_exactly(bed: Bed, family
             total(found, "xdp_lb_backend_packets_total", vip=vip, direction="to_backend"),
             total(found, "xdp_lb_backend_packets_total", vip=vip, direction="to_client"),
             total(found, "xdp_lb_backend_connections_total", vip=vip),
+            total(found, "xdp_lb_backend_open_connections", vip=vip),
         ]
 
     before = counted()
@@ -58,7 +59,7 @@ def test_packets_and_connections_of_clients_are_counted_exactly(bed: Bed, family
         for flow in flows:
             for _ in range(3):
                 flow.ask()
-    assert [now - then for now, then in zip(counted(), before, strict=True)] == [60, 60, 20]
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [60, 60, 20, 20]
 
 
 def test_drain_is_seen_in_states_and_slots(bed: Bed) -> None:
@@ -120,6 +121,6 @@ def test_top_shows_the_rates_of_a_load(bed: Bed) -> None:
 
 def figures(block: str, name: str) -> tuple[float, float]:
     """Connections and packets a second; less than 10,000 of each."""
-    found = re.search(rf"^ *{re.escape(name)} +\S+ +([0-9.]+) +([0-9.]+) ", block, re.MULTILINE)
+    found = re.search(rf"^ *{re.escape(name)} +\S+ +\S+ +([0-9.]+) +([0-9.]+) ", block, re.MULTILINE)
     assert found, f"{name}: not in\n{block}"
     return float(found[1]), float(found[2])

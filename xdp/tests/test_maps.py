@@ -12,7 +12,7 @@ import pytest
 
 from xdp import libbpf, maps
 from xdp.errors import MapError
-from xdp.maps import EXIST, NO_EXIST, Map
+from xdp.maps import EXIST, NO_EXIST, Map, column
 from xdp.object import LB_OBJECT, BpfObject
 
 ENTRIES = 64
@@ -64,6 +64,22 @@ def test_key_that_is_not_there_is_a_key_error(services: Map) -> None:
         services[missing]
     with pytest.raises(KeyError):
         del services[missing]
+
+
+def test_a_column_is_one_field_of_each_entry() -> None:
+    class Entry(ctypes.Structure):
+        _fields_ = (
+            ("seen_ns", ctypes.c_uint64),
+            ("uid", ctypes.c_uint32),
+            ("member", ctypes.c_uint16),
+            ("state", ctypes.c_uint8),
+        )
+
+    rows = [(1 << 63, 7, 1, 255), (2, 1 << 31, 1 << 15, 0), (0, 0, 0, 1)]
+    entries = (Entry * 3)(*(Entry(*row) for row in rows))
+    names = [name for name, _ in Entry._fields_]
+    assert [list(column(entries, name)) for name in names] == [list(each) for each in zip(*rows, strict=True)]
+    assert list(column((Entry * 0)(), "uid")) == []
 
 
 def test_deleted_key_is_gone(services: Map) -> None:

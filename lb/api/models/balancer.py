@@ -260,7 +260,13 @@ class PlanAnswer(Answer):
     moved: int
     minimum: int
     in_transition: int
-    flows: int | None
+
+
+class OpenAnswer(Answer):
+    """Connections that are open now; null: unknown."""
+
+    connections: int | None
+    estimated: bool
 
 
 class ChangeAnswer(Answer):
@@ -269,6 +275,7 @@ class ChangeAnswer(Answer):
     before: ServiceAnswer | None
     after: ServiceAnswer | None
     plan: PlanAnswer | None
+    ending: OpenAnswer | None
 
 
 class AttachmentAnswer(Answer):
@@ -282,6 +289,7 @@ class ReportAnswer(Answer):
 
     dry_run: bool
     changes: list[ChangeAnswer]
+    ending: OpenAnswer | None
     attached: list[AttachmentAnswer]
     detached: list[str]
     notes: list[str]
@@ -299,11 +307,13 @@ class CountersAnswer(Answer):
 
 class BackendStats(CountersAnswer):
     backend: str
+    open: OpenAnswer
 
 
 class ServiceStats(CountersAnswer):
     vip: str
     slots_in_transition: int
+    open: OpenAnswer
     backends: list[BackendStats]
 
 
@@ -322,10 +332,12 @@ class StatsAnswer(Reasons):
 
 class BackendStatusAnswer(BackendAnswer, CountersAnswer):
     resolved: bool
+    open: OpenAnswer
 
 
 class ServiceStatusAnswer(ServiceHead, CountersAnswer):
     slots_in_transition: int
+    open: OpenAnswer
     backends: list[BackendStatusAnswer]
 
 

@@ -3,7 +3,7 @@
 
 import { pathOf } from "./api.js";
 import { h, say, set } from "./dom.js";
-import { differences, percent, planSentence, plural, whole } from "./words.js";
+import { differences, endingSentence, percent, planSentence, plural, whole } from "./words.js";
 
 const TYPING_MS = 300;
 const MOST_WEIGHT = 65535;
@@ -212,10 +212,11 @@ function backendWords({ backend, weight, draining }) {
   return `${backend} weight ${weight}${draining ? ", draining" : ""}`;
 }
 
-function planView({ changes, notes, warnings }) {
+function planView({ changes, ending, notes, warnings }) {
   if (!changes.length) return [h("p", {}, "Nothing to change.")];
   const about = (plan) => [h("p", {}, planSentence(plan)), ...(plan ? [ring(plan), ...more(plan)] : [])];
   const found = changes.flatMap(({ plan }) => about(plan));
+  if (ending) found.unshift(h("p", {}, h("strong", {}, endingSentence(ending))));
   const said = [...notes, ...warnings].map((each) => h("li", {}, each));
   return said.length ? [...found, h("ul", {}, ...said)] : found;
 }
@@ -227,10 +228,8 @@ function ring(plan) {
 }
 
 function more(plan) {
-  const found = [];
-  if (plan.flows !== null) found.push(`${plural(plan.flows, "open connection")} on these slots.`);
-  if (plan.in_transition) found.push(`${plural(plan.in_transition, "slot")} in transition afterwards: ${STAYING}`);
-  return found.map((each) => h("p", {}, each));
+  if (!plan.in_transition) return [];
+  return [h("p", {}, `${plural(plan.in_transition, "slot")} in transition afterwards: ${STAYING}`)];
 }
 
 function done(kind, vip, backend, values, report) {

@@ -1,7 +1,7 @@
 // The table of services and the backends of expanded ones, with their actions.
 
 import { Keyed, h, say, set } from "./dom.js";
-import { STATES, figure, remark, stateOf, tally, tallyWords, whole } from "./words.js";
+import { STATES, figure, openText, remark, stateOf, tally, tallyWords, whole } from "./words.js";
 
 // Heading, value, width it needs, and the only mode that has it: in the others backends reply directly.
 const FIGURES = [
@@ -99,7 +99,7 @@ function backendTable(vip, act) {
   const headings = FIGURES.map(([words, , kind]) => column(words, `number ${kind}`));
   const change = h("th", { scope: "col", class: "write" }, h("span", { class: "spoken" }, "Change"));
   const head = h("tr", {}, column("Backend"), column("State"), column("Weight", "number"), ...headings);
-  head.append(column("Conns", "number wide"), change);
+  head.append(column("Open", "number"), column("Conns", "number wide"), change);
   const body = h("tbody", {});
   const caption = h("caption", { class: "spoken" }, `Backends of ${vip}`);
   const add = h("button", { type: "button", onclick: () => act("add", vip) }, "Add a backend…");
@@ -122,6 +122,7 @@ function backendRow(vip, { backend: { backend: name } }, act) {
   const state = cell("state-cell");
   const weight = cell("number", "weight");
   const figures = FIGURES.map(([word, , kind]) => cell(`number ${kind}`, word));
+  const open = cell("number", "open");
   const connections = cell("number wide", "conns");
   const drainWord = h("span", {});
   let drains = true;
@@ -134,7 +135,7 @@ function backendRow(vip, { backend: { backend: name } }, act) {
   const remove = button(() => "remove", "Remove…");
   const actions = h("td", { class: "write actions" }, drain, weigh, remove);
   const heading = h("th", { scope: "row" }, name);
-  const element = h("tr", { tabindex: -1 }, heading, state, weight, ...figures, connections, actions);
+  const element = h("tr", { tabindex: -1 }, heading, state, weight, ...figures, open, connections, actions);
   return {
     element,
     update({ backend, service, state: now, known }) {
@@ -143,6 +144,7 @@ function backendRow(vip, { backend: { backend: name } }, act) {
       showState(state, backend, now);
       say(weight, whole(backend.weight));
       FIGURES.forEach(([, of, , only], number) => say(figures[number], rateText(of, known, service, now, only)));
+      say(open, known ? openText(known.counters.open) : "-");
       say(connections, known ? whole(known.counters.connections) : "-");
     },
   };

@@ -104,6 +104,18 @@ export function planSentence(plan) {
   return `${moved}; the minimum is ${whole(plan.minimum)}.`;
 }
 
+// Open connections of a backend or service: 40, ~37 if estimated, - if unknown.
+export function openText({ connections, estimated }) {
+  return connections === null ? "-" : `${estimated ? "~" : ""}${whole(connections)}`;
+}
+
+// What a change does to them.
+export function endingSentence({ connections, estimated }) {
+  if (connections === null) return "Ends an unknown number of open connections.";
+  if (!connections && !estimated) return "Ends no open connections.";
+  return `Ends ${estimated ? "~" : ""}${plural(connections, "open connection")}.`;
+}
+
 // Differences between two documents of one service, as sentences.
 export function differences(before, after) {
   const known = new Map(before.backends.map((each) => [each.backend, each]));

@@ -56,6 +56,8 @@ def backend_remove(vip: Vip, backend: str, request: Request) -> None:
 
     \b
     Examples:
+      # Show how many open connections would end
+      xdp-lb backend remove 10.0.0.1:80 10.0.0.11 --dry-run
       xdp-lb backend remove 10.0.0.1:80 10.0.0.11
     """
     name = Backend.parse(backend, vip.fixed_port)

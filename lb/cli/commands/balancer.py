@@ -144,6 +144,9 @@ def detach(interfaces: tuple[str, ...], request: Request) -> None:
 def status(as_json: bool) -> None:
     """Show interfaces, services and counters.
 
+    OPEN counts the connections open now, CONNS those opened so far. OPEN is exact in mode nat. In
+    the other modes it is known only of backends that drain or are new (~: an estimate), else -.
+
     PACKETS and the first BYTES column count client to backend; REPLIES and the second count
     backend to client (mode nat only: in the other modes backends reply directly). RETRIES, shown
     if non-zero, counts SYN retransmissions. Numbers are rounded; --json has exact values.
@@ -154,10 +157,12 @@ def status(as_json: bool) -> None:
       interfaces  [{name, xdp_mode, attached, program_id}]
       services    [{vip, address, prefix_length, port, last_port, protocol,
                     set, mode, ring_size, flow_timeout_s, options,
-                    slots_in_transition, COUNTERS, backends}]
+                    slots_in_transition, open, COUNTERS, backends}]
       options     as in vip list
       backends    [{backend, address, port, weight, draining, server_ids,
-                    resolved, state, share, why, since, COUNTERS}]
+                    resolved, state, share, why, since, open,
+                    COUNTERS}]
+      open        {connections, estimated}, open now; null: unknown
       COUNTERS    packets, bytes, reply_packets, reply_bytes, connections,
                   repeated_syns
       answered    {reason: packets}, answered by the balancer

@@ -49,6 +49,8 @@ def top_command(delay_s: float, count: int | None, once: bool) -> None:
     Full-screen on a terminal, otherwise one block of lines per sample. Columns are dropped if the
     terminal is too narrow.
 
+    OPEN counts the connections open now (~: an estimate, -: unknown; see xdp-lb status).
+
     REPLY/S and the BIT/S next to it count backend to client (mode nat). STATE of a service is its
     mode; ~N: N slots are in transition. The sparkline shows recent packet rates.
 

@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from lb.api.access import Access
 from lb.api.middleware import LARGEST_BODY
 from lb.formats.prometheus import CONTENT_TYPE
+from lb.model.forwarding import OpenConnections
+from lb.model.vip import Vip
 from lb.tests.fakes.daemon import Running, serving
 from lb.tests.fakes.host import Host
 
@@ -151,7 +153,24 @@ def test_counters_come_with_the_status_and_alone(http: httpx.Client) -> None:
     (service,) = http.get("/v1/status").json()["services"]
     (alone,) = http.get("/v1/stats").json()["services"]
     assert alone["vip"] == service["vip"]
-    assert [b["packets"] for b in alone["backends"]] == [b["packets"] for b in service["backends"]]
+    for key in ("packets", "open"):
+        assert [b[key] for b in alone["backends"]] == [b[key] for b in service["backends"]]
+
+
+def test_plans_and_changes_say_how_many_open_connections_end(http: httpx.Client, running: Running) -> None:
+    opened = running.host.dataplane.opened  # type: ignore[attr-defined]
+    opened[Vip.parse("10.0.0.1:80"), "10.0.0.11:80"] = OpenConnections(40)
+    counted = {"connections": 40, "estimated": False}
+    assert http.get("/v1/stats").json()["services"][0]["backends"][0]["open"] == counted
+    config = {"services": [{"vip": "10.0.0.1:80", "ring_size": 251, "backends": [{"backend": "10.0.0.12"}]}]}
+    for report in (
+        http.post("/v1/plan", json=config).json(),
+        http.delete(WEB, params={"dry_run": True}).json(),
+        http.delete("/v1/interfaces", params={"dry_run": True}).json(),
+        http.delete(f"{WEB}/backends/10.0.0.11:80").json(),
+    ):
+        assert report["ending"] == counted
+    assert http.patch(f"{WEB}/backends/10.0.0.12:80", json={"draining": True}).json()["ending"] is None
 
 
 # Entity tags

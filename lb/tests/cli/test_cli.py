@@ -20,7 +20,9 @@ from lb.cli.main import cli
 from lb.cli.progress import progress
 from lb.control.balancer import Balancer
 from lb.errors import Busy, DataplaneError
+from lb.model.forwarding import OpenConnections
 from lb.model.state import Interface
+from lb.model.vip import Vip
 from lb.tests.fakes.host import RING, WEB, Host, Opening
 from lb.tests.fakes.memory import MemoryDataplane
 
@@ -97,7 +99,8 @@ def test_detach_keeps_what_is_stored(serving: Host) -> None:
 
 
 def test_a_dry_run_of_detach_detaches_nothing(serving: Host) -> None:
-    assert serving.lines("detach", "--dry-run") == ["dry run: eth0: detached"]
+    serving.dataplane.opened[Vip.parse(WEB), "10.0.0.11:80"] = OpenConnections(40)
+    assert serving.lines("detach", "--dry-run") == ["dry run: eth0: detached", "  ends 40 open connections"]
     assert serving.json("status")["interfaces"][0]["attached"]
 
 
@@ -138,15 +141,30 @@ def test_a_backend_is_removed(serving: Host) -> None:
 
 
 def test_a_service_is_removed(serving: Host) -> None:
-    assert serving.lines("vip", "remove", WEB) == ["10.0.0.1:80/tcp: removed"]
+    assert serving.lines("vip", "remove", WEB) == ["10.0.0.1:80/tcp: removed, ends no open connections"]
     assert serving.json("vip", "list") == []
 
 
 def test_a_change_in_json(serving: Host) -> None:
     report = serving.json("backend", "drain", WEB, "10.0.0.11", "--dry-run")
-    assert report.keys() == {"dry_run", "changes", "attached", "detached", "notes", "warnings"}
+    assert report.keys() == {"dry_run", "changes", "ending", "attached", "detached", "notes", "warnings"}
     assert report["dry_run"] is True
     assert [(c["vip"], c["change"], c["plan"]["slots"]) for c in report["changes"]] == [(WEB, "change", 251)]
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_a_removed_backend_names_the_connections_that_end(serving: Host, dry_run: list[str]) -> None:
+    serving.dataplane.opened[Vip.parse(WEB), "10.0.0.11:80"] = OpenConnections(40)
+    (line,) = serving.lines("backend", "remove", WEB, "10.0.0.11", *dry_run)
+    assert line.endswith("), ends 40 open connections")
+
+
+def test_a_drained_backend_ends_its_connections_once_it_is_removed(serving: Host) -> None:
+    serving.dataplane.opened[Vip.parse(WEB), "10.0.0.11:80"] = OpenConnections(5)
+    assert "ends" not in serving.lines("backend", "drain", WEB, "10.0.0.11")[0]
+    report = serving.json("backend", "remove", WEB, "10.0.0.11", "--dry-run")
+    assert report["ending"] == report["changes"][0]["ending"] == {"connections": 5, "estimated": False}
+    assert report["changes"][0]["plan"]["moved"] == 0
 
 
 def test_status_in_json(serving: Host) -> None:
@@ -161,10 +179,10 @@ def test_status_for_people(serving: Host) -> None:
         "INTERFACE  XDP     PROGRAM",
         "eth0       native        1",
         "10.0.0.1:80/tcp: nat, 2 backends, ring 251",
-        "  BACKEND       WEIGHT  STATE     CONNS  PACKETS  BYTES  REPLIES  BYTES",
-        "  10.0.0.11:80       1  active        0        0      0        0      0",
-        "  10.0.0.12:80       1  active        0        0      0        0      0",
-        "  total                               0        0      0        0      0",
+        "  BACKEND       WEIGHT  STATE     OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES",
+        "  10.0.0.11:80       1  active       0      0        0      0        0      0",
+        "  10.0.0.12:80       1  active       0      0        0      0        0      0",
+        "  total                              0      0        0      0        0      0",
     ]
 
 
@@ -301,11 +319,11 @@ def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path)
         "  - backend 10.0.0.11:80",
         "  ~ backend 10.0.0.12:80 (weight 1 -> 2)",
         "  + backend 10.0.0.13:80",
-        "dry run: 1 service added, 1 service changed",
+        "dry run: 1 service added, 1 service changed, ends no open connections",
     ]
     done = serving.lines("apply", "-f", str(file))
     assert done.pop(2) == moves
-    assert done == [*planned[:-1], "1 service added, 1 service changed"]
+    assert done == [*planned[:-1], "1 service added, 1 service changed, ends no open connections"]
     assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
 
 

@@ -18,6 +18,7 @@ from lb.client.client import Client
 from lb.client.connect import daemon_listens
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists, Conflict, DaemonError, DataplaneError, InvalidInput, NotFound
+from lb.model.forwarding import OpenConnections
 from lb.model.state import Backend, Service
 from lb.model.vip import Vip
 from lb.tests.fakes.daemon import Running, serving, through
@@ -221,6 +222,13 @@ def test_changes_are_told_to_listeners_and_told_again_to_late_ones(client: Clien
     assert next(again) == first[3]
     client.remove_backend(VIP, Backend.parse("10.0.0.13", 80))
     assert next(seen).id == next(again).id
+
+
+def test_the_connections_that_end_are_what_the_daemon_has_counted(client: Client, host: Host) -> None:
+    host.dataplane.opened[VIP, "10.0.0.11:80"] = OpenConnections(7, estimated=True)
+    assert client.status().services[0].backends[0].open == OpenConnections(7, estimated=True)
+    report = client.remove_backend(VIP, Backend.parse("10.0.0.11", 80), dry_run=True)
+    assert report.ending == report.changes[0].ending == OpenConnections(7, estimated=True)
 
 
 def test_dry_runs_are_told_to_nobody(client: Client, daemon: Running) -> None:

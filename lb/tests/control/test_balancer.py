@@ -17,8 +17,9 @@ import pytest
 
 from lb.control.balancer import Balancer
 from lb.control.contracts import NoFilters
+from lb.control.open_count import OpenCount
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.report import ChangeKind, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip
@@ -701,6 +702,81 @@ def test_status_without_anything_is_empty(bed: Bed) -> None:
         store.load()
         status = Balancer(store, bed.dataplane, bed.network).status()
     assert (status.loaded, status.interfaces, status.services) == (False, (), ())
+
+
+def test_status_has_the_connections_that_are_open_now(serving: Bed) -> None:
+    serving.dataplane.opened[WEB, str(A)] = OpenConnections(7)
+    with Store.open(serving.path, write=False) as store:
+        store.load()
+        (web,) = Balancer(store, serving.dataplane, serving.network).status().services
+    assert [b.open for b in web.backends] == [OpenConnections(7), NONE_OPEN]
+    assert web.open == OpenConnections(7)
+
+
+# Open connections that a change ends
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_change_counts_the_open_connections_of_the_backends_that_it_removes(serving: Bed, dry_run: bool) -> None:
+    serving.run(lambda b: b.drain_backend(WEB, A))
+    serving.dataplane.opened = {(WEB, str(A)): OpenConnections(5), (WEB, str(B)): OpenConnections(40)}
+    report = serving.run(lambda b: b.remove_backend(WEB, A, dry_run=dry_run))
+    assert [c.ending for c in report.changes] == [OpenConnections(5)]
+    assert report.ending == OpenConnections(5)
+
+
+def test_a_change_that_removes_no_backend_ends_no_connection(serving: Bed) -> None:
+    serving.dataplane.opened = {(WEB, str(A)): OpenConnections(5)}
+    commands: list[Callable[[Balancer], Report]] = [
+        lambda b: b.add_backends(WEB, [C]),
+        lambda b: b.drain_backend(WEB, A),
+        lambda b: b.set_weight(WEB, A, 0),
+        lambda b: b.add_service(service(TLS, A)),
+    ]
+    for command in commands:
+        report = serving.run(command)
+        assert (report.ending, [c.ending for c in report.changes]) == (None, [None])
+
+
+def test_all_that_is_served_ends_with_the_last_interface(serving: Bed) -> None:
+    serving.run(lambda b: b.add_service(service(DNS, Backend.parse("10.0.0.11:53"))))
+    serving.dataplane.opened = {
+        (WEB, str(A)): OpenConnections(5),
+        (DNS, "10.0.0.11:53"): OpenConnections(2, estimated=True),
+    }
+    assert serving.run(lambda b: b.detach(dry_run=True)).ending == OpenConnections(7, estimated=True)
+    assert serving.run(lambda b: b.apply([service(DNS, C)], dry_run=True)).ending == OpenConnections(7, estimated=True)
+    assert serving.run(lambda b: b.remove_service(WEB, dry_run=True)).ending == OpenConnections(5)
+
+
+def test_what_comes_through_one_of_two_interfaces_is_unknown(serving: Bed) -> None:
+    serving.run(lambda b: b.attach([ETH1]))
+    assert serving.run(lambda b: b.detach(["eth1"], dry_run=True)).ending == UNKNOWN
+
+
+def test_one_unknown_number_makes_the_sum_unknown(serving: Bed) -> None:
+    serving.dataplane.opened = {(WEB, str(A)): OpenConnections(5), (WEB, str(B)): UNKNOWN}
+    report = serving.run(lambda b: b.remove_service(WEB, dry_run=True))
+    assert (report.ending, report.changes[0].ending) == (UNKNOWN, UNKNOWN)
+
+
+def test_nothing_ends_where_nothing_is_attached(serving: Bed) -> None:
+    serving.run(lambda b: b.detach())
+    assert serving.run(lambda b: b.remove_service(WEB)).ending is None
+
+
+def test_open_connections_are_counted_again_only_after_a_change_or_twenty_times_as_long_as_it_took() -> None:
+    now_s, counted = [100.0], list[State]()
+
+    def count(state: State) -> dict[Vip, dict[str, OpenConnections]]:
+        counted.append(state)
+        now_s[0] += 0.1
+        return {WEB: {str(A): OpenConnections(len(counted))}}
+
+    recent, state, other = OpenCount(count, lambda: now_s[0]), State(), State((service(WEB, A),))
+    for at_s, given, times in ((100, state, 1), (102, state, 1), (102.2, state, 2), (103, other, 3), (104, other, 3)):
+        now_s[0] = at_s
+        assert recent.of(given) == {WEB: {str(A): OpenConnections(times)}}
 
 
 # Cut short. Each scenario: what was there, and the change.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -29,7 +30,7 @@ from lb.dataplane import allocation, lookup
 from lb.dataplane.dataplane import KernelDataplane
 from lb.errors import DataplaneError
 from lb.hashing.ring import MEMBER_MASK, TRACK, Plan, current_member
-from lb.model.forwarding import Attachment, Counters, NextHop
+from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, NextHop, OpenConnections
 from lb.model.options import Options
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Address, Vip
@@ -416,26 +417,6 @@ def test_the_next_hops_of_new_and_unresolved_backends_are_unknown_and_the_others
     assert kernel.dataplane.statistics().unresolved == {B.address}
 
 
-@pytest.mark.parametrize("vip", [WEB, Vip.parse("[fd00::1]:80/tcp")], ids=str)
-def test_a_plan_counts_the_open_connections_on_the_slots_that_move(kernel: Kernel, vip: Vip) -> None:
-    near, far = backends(11, 12, family=vip.address.version)
-    kernel.serve(service(vip, near))
-    for port in range(2000, 2100):
-        kernel.send(frame(vip, port))
-    for port in range(2000, 2010):
-        kernel.send(frame(vip, port, "R"))
-    assert kernel.dataplane.plan(service(vip, near)).flows == 0
-    assert kernel.dataplane.plan(service(vip, far)).flows == 90
-    half = kernel.dataplane.plan(service(vip, near, far)).flows
-    assert half is not None
-    assert 20 < half < 70
-
-
-def test_a_plan_of_direct_routing_counts_no_connections_since_nobody_knows_them(kernel: Kernel) -> None:
-    kernel.serve(service(WEB, A, mode=Mode.DR))
-    assert kernel.dataplane.plan(service(WEB, A, B, mode=Mode.DR)).flows is None
-
-
 def test_hop_of_a_backend_is_rewritten_and_one_that_is_silent_keeps_the_last_on_its_link(kernel: Kernel) -> None:
     given = service(WEB, A)
     kernel.serve(given)
@@ -802,6 +783,132 @@ def test_slots_with_flows_that_are_open_are_settled_but_not_tried_again_at_once(
     assert all(word >> 15 & MEMBER_MASK == 0 for word in words)
     assert kernel.dataplane.due() == []
     assert kernel.reopen().due() == [WEB]  # who comes anew knows nothing of that
+
+
+# Open connections
+
+
+def open_now(kernel: Kernel, *services: Service) -> dict[str, OpenConnections]:
+    """By backend, of services on one VIP each."""
+    found = kernel.dataplane.open_connections(services)
+    return {name: count for each in services for name, count in found[each.vip].items()}
+
+
+def estimate(number: int) -> OpenConnections:
+    return OpenConnections(number, estimated=True)
+
+
+def connect(kernel: Kernel, vip: Vip, ports: Iterable[int]) -> None:
+    """With the client's half of a handshake."""
+    for port, flags in product(ports, "SA"):
+        kernel.send(frame(vip, port, flags))
+
+
+WEB6, DNS = Vip.parse("[fd00::1]:80/tcp"), Vip.parse("10.0.0.1:53/udp")
+
+
+@pytest.mark.parametrize("vip", [WEB, WEB6], ids=str)
+def test_open_connections_of_mode_nat_are_those_of_each_backend(kernel: Kernel, vip: Vip) -> None:
+    near, far = backends(11, 12, family=vip.address.version)
+    both = service(vip, near, far)
+    kernel.serve(both)
+    assert open_now(kernel, both) == dict.fromkeys(map(str, both.backends), NONE_OPEN)
+    ports = range(2000, 2100)
+    connect(kernel, vip, ports)
+    of_near = sum(kernel.backend_of(vip, port, "A") == near.address for port in ports)
+    wanted = dict(zip(map(str, both.backends), map(OpenConnections, (of_near, 100 - of_near)), strict=True))
+    assert open_now(kernel, both) == wanted
+    kernel.reopen()
+    assert open_now(kernel, both) == wanted
+
+
+@pytest.mark.parametrize(("flags", "left"), [("R", 90), ("F", 100), ("S", 100)])
+def test_a_reset_connection_is_not_open_and_one_that_a_client_has_half_closed_is(
+    kernel: Kernel, flags: str, left: int
+) -> None:
+    alone = service(WEB, A)
+    kernel.serve(alone)
+    connect(kernel, WEB, range(2000, 2100))
+    for port in range(2000, 2010) if flags != "S" else range(3000, 3010):  # S: not answered
+        kernel.send(frame(WEB, port, flags))
+    assert open_now(kernel, alone) == {str(alone.backends[0]): OpenConnections(left)}
+
+
+def test_a_connection_that_both_ends_have_closed_is_not_open(kernel: Kernel) -> None:
+    alone = service(WEB, A)
+    kernel.serve(alone)
+    connect(kernel, WEB, [2000])
+    closed = Ether(kernel.send(frame(WEB, 2000, "FA")))
+    ip, tcp = closed[IP], closed[TCP]
+    reply = IP(src=ip.dst, dst=ip.src) / TCP(sport=tcp.dport, dport=tcp.sport, flags="FA")
+    kernel.send(bytes(Ether(dst=SRC_MAC, src=DST_MAC) / reply))
+    assert open_now(kernel, alone) == {str(alone.backends[0]): NONE_OPEN}
+
+
+def test_flows_of_udp_and_connections_that_have_timed_out_are_told_apart(kernel: Kernel) -> None:
+    brief, names = service(WEB, A, flow_timeout_s=1), service(DNS, B)
+    kernel.serve(brief, names)
+    connect(kernel, WEB, [2000])
+    kernel.send(frame(DNS, 2000))
+    counted = {str(brief.backends[0]): NONE_OPEN, str(names.backends[0]): OpenConnections(1)}
+    assert becomes_true(lambda: open_now(kernel, brief, names) == counted)
+
+
+def test_open_connections_of_a_removed_backend_do_not_come_back_with_it(kernel: Kernel) -> None:
+    alone = service(WEB, A)
+    kernel.serve(alone)
+    connect(kernel, WEB, range(2000, 2010))
+    kernel.serve(service(WEB, B))
+    kernel.serve(alone)
+    assert open_now(kernel, alone) == {str(alone.backends[0]): NONE_OPEN}
+
+
+@pytest.mark.parametrize("vip", [WEB, WEB6], ids=str)
+def test_open_connections_of_direct_routing_are_estimated_where_all_flows_are_recorded(
+    kernel: Kernel, vip: Vip
+) -> None:
+    near, far = backends(11, 12, family=vip.address.version)
+    alone = service(vip, near, mode=Mode.DR)
+    kernel.serve(alone)
+    connect(kernel, vip, range(2000, 2100))
+    assert open_now(kernel, alone) == {str(alone.backends[0]): UNKNOWN}
+    drained = service(vip, replace(near, draining=True), far, mode=Mode.DR)
+    kernel.serve(drained)
+    old, new = map(str, drained.backends)
+    assert open_now(kernel, drained) == {old: UNKNOWN, new: estimate(0)}  # none of them has been heard of since
+    for port in range(2000, 2080):
+        kernel.send(frame(vip, port, "A"))
+    connect(kernel, vip, range(3000, 3010))
+    assert open_now(kernel, drained) == {old: estimate(80), new: estimate(10)}
+    for port in range(2000, 2020):
+        kernel.send(frame(vip, port, "FA"))
+    assert open_now(kernel, drained) == {old: estimate(60), new: estimate(10)}
+
+
+def test_a_backend_that_keeps_slots_as_they_were_has_connections_that_nobody_counts(kernel: Kernel) -> None:
+    kernel.serve(service(WEB, A, mode=Mode.DR))
+    both = service(WEB, A, B, mode=Mode.DR)
+    kernel.serve(both)
+    connect(kernel, WEB, range(2000, 2100))
+    first, second = map(str, both.backends)
+    found = open_now(kernel, both)
+    assert found[first] == UNKNOWN
+    assert found[second].estimated
+    assert 20 < (found[second].number or 0) < 70
+
+
+def test_connections_of_clients_with_affinity_are_not_told_from_each_other(kernel: Kernel) -> None:
+    drained = service(WEB, replace(A, draining=True), B, mode=Mode.DR, options=Options(affinity_s=60))
+    kernel.serve(replace(drained, backends=(A,)))
+    kernel.serve(drained)
+    connect(kernel, WEB, range(2000, 2010))
+    assert set(open_now(kernel, drained).values()) == {UNKNOWN}
+
+
+def test_services_that_are_not_in_force_have_no_counts(kernel: Kernel) -> None:
+    assert kernel.dataplane.open_connections([service(WEB, A)]) == {}
+    kernel.serve(service(WEB, A))
+    assert kernel.dataplane.open_connections([service(TLS, A), service(WEB, A, mode=Mode.DR)]) == {}
 
 
 EVERYWHERE = Vip.parse("10.7.0.0/16:0/tcp")

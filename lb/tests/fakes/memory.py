@@ -15,7 +15,16 @@ from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip
 from lb.dataplane.members import numbered
 from lb.errors import DataplaneError, NoRoute
 from lb.hashing import maglev, ring
-from lb.model.forwarding import Attachment, Counters, InstalledNextHop, NextHop, Statistics
+from lb.model.forwarding import (
+    NONE_OPEN,
+    UNKNOWN,
+    Attachment,
+    Counters,
+    InstalledNextHop,
+    NextHop,
+    OpenConnections,
+    Statistics,
+)
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, XdpMode
 from lb.model.vip import Address, Vip
 
@@ -94,6 +103,7 @@ class MemoryDataplane:
     foreign: set[str] = field(default_factory=set)
     rings: dict[Vip, MemoryRing] = field(default_factory=dict)
     counters: dict[tuple[Vip, Backend], Counters] = field(default_factory=dict)
+    opened: dict[tuple[Vip, str], OpenConnections] = field(default_factory=dict)  # open connections, by backend
     reasons: dict[str, int] = field(default_factory=dict)
     published: set[Vip] = field(default_factory=set)
     outdated: str = ""
@@ -287,6 +297,17 @@ class MemoryDataplane:
             },
             reasons=dict(self.reasons),
         )
+
+    def open_connections(self, services: Collection[Service]) -> dict[Vip, dict[str, OpenConnections]]:
+        """Unknown in the other modes unless a test says otherwise."""
+        return {
+            each.vip: {
+                str(b): self.opened.get((each.vip, str(b)), NONE_OPEN if each.mode is Mode.NAT else UNKNOWN)
+                for b in each.backends
+            }
+            for each in services
+            if each.vip in self.rings
+        }
 
 
 InterfaceAddress = IPv4Interface | IPv6Interface

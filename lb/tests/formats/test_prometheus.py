@@ -24,7 +24,7 @@ from lb.control.balancer import Balancer
 from lb.formats.documents import read_status, status_document, to_json
 from lb.formats.prometheus import exposition
 from lb.model.conditions import Condition
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import Attachment, Counters, OpenConnections
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
@@ -51,6 +51,7 @@ NAMES = {
     "xdp_lb_backend_share_ratio": ("gauge", {"vip", "backend"}),
     "xdp_lb_backend_packets_total": ("counter", {"vip", "backend", "direction"}),
     "xdp_lb_backend_bytes_total": ("counter", {"vip", "backend", "direction"}),
+    "xdp_lb_backend_open_connections": ("gauge", {"vip", "backend"}),
     "xdp_lb_backend_connections_total": ("counter", {"vip", "backend"}),
     "xdp_lb_backend_repeated_syns_total": ("counter", {"vip", "backend"}),
     "xdp_lb_dropped_packets_total": ("counter", {"reason"}),
@@ -78,7 +79,7 @@ STATUS = Status(
             slots_in_transition=8190,
             backends=(
                 BackendStatus(FIRST, True, Counters(12_345, 9_876_543, 9999, 2**53 + 1, 801), Condition(share=25)),
-                BackendStatus(DRAINING, True, Counters(5, 300, 4, 9000, 1, 6)),
+                BackendStatus(DRAINING, True, Counters(5, 300, 4, 9000, 1, 6), open=OpenConnections(37)),
                 BackendStatus(THIRD, False, Counters(), Condition(down=True, share=100, why="refused", since=1.5)),
             ),
         ),
@@ -152,6 +153,11 @@ def test_syns_that_came_again_are_counted_where_there_are_syns() -> None:
     found = samples(exposition(STATUS), "xdp_lb_backend_repeated_syns_total")
     counts = {(dict(labels)["vip"], dict(labels)["backend"]): count for labels, count in found.items()}
     assert counts == {(str(WEB), "10.0.0.11:80"): 0, (str(WEB), "10.0.0.12:80"): 6, (str(WEB), "10.0.0.13:80"): 0}
+
+
+def test_open_connections_are_those_of_backends_of_which_they_are_known() -> None:
+    found = samples(exposition(STATUS), "xdp_lb_backend_open_connections")
+    assert {dict(labels)["backend"]: count for labels, count in found.items()} == {"10.0.0.12:80": 37}
 
 
 def test_memory_is_told_of_each_map() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lb.formats import documents
 from lb.formats import text as output
 from lb.hashing.ring import Plan
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.options import Options, parse_network
 from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service, XdpMode
@@ -20,6 +20,8 @@ FIRST, SECOND, THIRD = (Backend.parse(f"10.0.0.1{n}:80") for n in (1, 2, 3))
 WEB_SERVICE = Service(WEB, Mode.NAT, (FIRST, SECOND))
 DNS6_SERVICE = Service(DNS6, Mode.DR, (Backend.parse("[2001:db8::11]:53"),), 251, 60)
 PLAN = Plan(slots=16381, moved=5461, minimum=5460, in_transition=5461)
+
+MANY, ONE, SOME = OpenConnections(37), OpenConnections(1), OpenConnections(12_345, estimated=True)
 
 
 def changed(after: Service, plan: Plan | None = PLAN) -> Change:
@@ -42,8 +44,8 @@ STATUS = Status(
             replace(WEB_SERVICE, backends=(FIRST, replace(SECOND, draining=True, weight=3))),
             slots_in_transition=8190,
             backends=(
-                BackendStatus(FIRST, True, Counters(12_345, 9_876_543, 9999, 1_234_567_890, 801)),
-                BackendStatus(replace(SECOND, draining=True, weight=3), True, Counters(5, 300, 4, 9000, 1)),
+                BackendStatus(FIRST, True, Counters(12_345, 9_876_543, 9999, 1_234_567_890, 801), open=MANY),
+                BackendStatus(replace(SECOND, draining=True, weight=3), True, Counters(5, 300, 4, 9000, 1), open=ONE),
             ),
         ),
         ServiceStatus(
@@ -68,14 +70,14 @@ eth0       native         37
 eth1       detached        -
 
 10.0.0.1:80/tcp: nat, 2 backends, ring 16381, 8190 slots in transition
-  BACKEND            WEIGHT  STATE     CONNS  PACKETS  BYTES  REPLIES  BYTES
-  10.0.0.11:80            1  active      801    12.3k  9.88M     9999  1.23G
-  10.0.0.12:80            3  draining      1        5    300        4   9000
-  total                                  802    12.3k  9.88M    10.0k  1.23G
+  BACKEND            WEIGHT  STATE     OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES
+  10.0.0.11:80            1  active      37    801    12.3k  9.88M     9999  1.23G
+  10.0.0.12:80            3  draining     1      1        5    300        4   9000
+  total                                  38    802    12.3k  9.88M    10.0k  1.23G
 
 [2001:db8::1]:53/udp: dr, 1 backend, ring 251
-  BACKEND            WEIGHT  STATE       CONNS  PACKETS  BYTES  REPLIES  BYTES
-  [2001:db8::11]:53       1  unresolved      0        0      0        0      0
+  BACKEND            WEIGHT  STATE       OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES
+  [2001:db8::11]:53       1  unresolved     -      0        0      0        0      0
 
 REASON           PACKETS
 answered_echo          7
@@ -91,24 +93,35 @@ def test_status_shows_how_often_clients_tried_again_where_they_did() -> None:
     status = replace(STATUS, services=(replace(service, backends=backends), STATUS.services[1]))
     found = output.status_lines(status, colour=False)
     assert found[7:11] == lines("""
-  BACKEND            WEIGHT  STATE     CONNS  RETRIES  PACKETS  BYTES  REPLIES  BYTES
-  10.0.0.11:80            1  active      801        2    12.3k  9.88M     9999  1.23G
-  10.0.0.12:80            3  draining      1    12.3k        5    300        4   9000
-  total                                  802    12.3k    12.3k  9.88M    10.0k  1.23G
+  BACKEND            WEIGHT  STATE     OPEN  CONNS  RETRIES  PACKETS  BYTES  REPLIES  BYTES
+  10.0.0.11:80            1  active      37    801        2    12.3k  9.88M     9999  1.23G
+  10.0.0.12:80            3  draining     1      1    12.3k        5    300        4   9000
+  total                                  38    802    12.3k    12.3k  9.88M    10.0k  1.23G
 """)
-    assert found[13].split()[:4] == ["BACKEND", "WEIGHT", "STATE", "CONNS"]
+    assert found[13].split()[:5] == ["BACKEND", "WEIGHT", "STATE", "OPEN", "CONNS"]
     assert "RETRIES" not in found[13]
 
 
-def test_status_of_the_longest_ipv4_backends_fits_80_columns() -> None:
+def test_open_connections_are_marked_where_they_are_estimated_and_unknown_ones_make_the_sum_unknown() -> None:
+    def cells(*each: OpenConnections) -> list[str]:
+        web = STATUS.services[0]
+        backends = tuple(replace(b, open=o) for b, o in zip(web.backends, each, strict=True))
+        found = output.status_lines(replace(STATUS, services=(replace(web, backends=backends),)), colour=False)
+        return [line.split()[column] for line, column in zip(found[8:11], (3, 3, 1), strict=True)]
+
+    assert cells(MANY, SOME) == ["37", "~12.3k", "~12.4k"]
+    assert cells(SOME, UNKNOWN) == ["~12.3k", "-", "-"]
+
+
+def test_status_of_the_longest_ipv4_backends_fits_90_columns() -> None:
     backend = Backend.parse("255.255.255.254:65535@65535")
     busy = ServiceStatus(
         replace(WEB_SERVICE, backends=(backend,)),
         slots_in_transition=16381,
-        backends=(BackendStatus(backend, True, Counters(*[999_499_999_999] * 5)),),
+        backends=(BackendStatus(backend, True, Counters(*[999_499_999_999] * 5), open=SOME),),
     )
     text = output.status_lines(replace(STATUS, services=(busy,)), colour=False)
-    assert max(map(len, text)) <= 80
+    assert max(map(len, text)) <= 90
 
 
 def test_an_address_is_never_shortened() -> None:
@@ -405,6 +418,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                 "flow_timeout_s": 3600,
                 "options": PLAIN_OPTIONS,
                 "slots_in_transition": 8190,
+                "open": {"connections": 38, "estimated": False},
                 "packets": 12_350,
                 "bytes": 9_876_843,
                 "reply_packets": 10_003,
@@ -424,6 +438,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "share": 100,
                         "why": "",
                         "since": None,
+                        "open": {"connections": 37, "estimated": False},
                         "packets": 12_345,
                         "bytes": 9_876_543,
                         "reply_packets": 9999,
@@ -443,6 +458,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "share": 100,
                         "why": "",
                         "since": None,
+                        "open": {"connections": 1, "estimated": False},
                         "packets": 5,
                         "bytes": 300,
                         "reply_packets": 4,
@@ -465,6 +481,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                 "flow_timeout_s": 60,
                 "options": PLAIN_OPTIONS,
                 "slots_in_transition": 0,
+                "open": {"connections": None, "estimated": False},
                 "packets": 0,
                 "bytes": 0,
                 "reply_packets": 0,
@@ -484,6 +501,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
                         "share": 100,
                         "why": "",
                         "since": None,
+                        "open": {"connections": None, "estimated": False},
                         "packets": 0,
                         "bytes": 0,
                         "reply_packets": 0,
@@ -534,7 +552,8 @@ def test_service_document_has_what_a_wide_vip_a_set_and_options_are() -> None:
 
 def test_report_document_has_the_documented_keys() -> None:
     report = Report(
-        changes=(changed(WEB_SERVICE.without_backend(FIRST)),),
+        changes=(replace(changed(WEB_SERVICE.without_backend(FIRST)), ending=UNKNOWN),),
+        ending=SOME,
         attached=(Attachment("eth0", "generic", 37, "eth0: the driver has no native XDP"),),
         detached=("eth1",),
         notes=("a note",),
@@ -563,11 +582,49 @@ def test_report_document_has_the_documented_keys() -> None:
                 "change": "change",
                 "before": {**service, "backends": [first, second]},
                 "after": {**service, "backends": [second]},
-                "plan": {"slots": 16381, "moved": 5461, "minimum": 5460, "in_transition": 5461, "flows": None},
+                "plan": {"slots": 16381, "moved": 5461, "minimum": 5460, "in_transition": 5461},
+                "ending": {"connections": None, "estimated": False},
             }
         ],
+        "ending": {"connections": 12_345, "estimated": True},
         "attached": [{"name": "eth0", "xdp_mode": "generic", "program_id": 37}],
         "detached": ["eth1"],
         "notes": ["a note"],
         "warnings": ["a warning", "eth0: the driver has no native XDP"],
     }
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (None, ""),
+        (OpenConnections(0), ", ends no open connections"),
+        (ONE, ", ends 1 open connection"),
+        (MANY, ", ends 37 open connections"),
+        (SOME, ", ends ~12345 open connections"),
+        (OpenConnections(0, estimated=True), ", ends ~0 open connections"),
+        (UNKNOWN, ", ends an unknown number of open connections"),
+    ],
+)
+def test_a_change_says_how_many_open_connections_it_ends(ending: OpenConnections | None, said: str) -> None:
+    smaller = replace(changed(WEB_SERVICE.without_backend(FIRST)), ending=ending)
+    moves = "backend 10.0.0.11:80 removed: 5461 of 16381 slots move (minimum 5460)"
+    assert output.change_sentence(smaller) == f"10.0.0.1:80/tcp: {moves}{said}"
+    gone = Change(WEB, WEB_SERVICE, None, ending=ending)
+    assert output.change_sentence(gone) == f"10.0.0.1:80/tcp: removed{said}"
+    report = Report((gone,), ending=ending, dry_run=True)
+    assert output.diff_lines(report)[-1] == f"dry run: 1 service removed{said}"
+
+
+def test_detaching_says_how_many_open_connections_it_ends() -> None:
+    report = Report(detached=("eth0",), ending=MANY, notes=("a note",))
+    assert output.report_lines(report) == ["eth0: detached", "  ends 37 open connections", "  a note"]
+
+
+def test_a_report_and_a_status_are_the_same_when_they_are_read_back() -> None:
+    report = Report((replace(changed(WEB_SERVICE.without_backend(FIRST)), ending=SOME),), ending=SOME)
+    assert documents.read_report(documents.report_document(report)) == report
+    assert [each.open for each in documents.read_status(documents.status_document(STATUS)).services] == [
+        OpenConnections(38),
+        UNKNOWN,
+    ]

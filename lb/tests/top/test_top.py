@@ -26,7 +26,7 @@ from click.testing import CliRunner, Result
 from lb.cli.main import cli
 from lb.errors import DataplaneError
 from lb.model.conditions import Condition
-from lb.model.forwarding import Attachment, Counters
+from lb.model.forwarding import UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.report import BackendStatus, InterfaceStatus, ServiceStatus, Status
 from lb.model.state import Backend, Interface, Mode, Service
 from lb.model.vip import Vip
@@ -42,8 +42,11 @@ ETH0 = InterfaceStatus(Interface("eth0"), Attachment("eth0", "native", 37))
 Counts = dict[Backend, Counters]
 
 
+OPEN = {FIRST: OpenConnections(37), RESOLVER: OpenConnections(12, estimated=True)}
+
+
 def service(vip: Vip, counts: Counts, mode: Mode = Mode.NAT, moving: int = 0) -> ServiceStatus:
-    backends = tuple(BackendStatus(backend, True, counters) for backend, counters in counts.items())
+    backends = tuple(BackendStatus(b, True, counters, open=OPEN.get(b, UNKNOWN)) for b, counters in counts.items())
     return ServiceStatus(Service(vip, mode, tuple(counts)), moving, backends)
 
 
@@ -202,12 +205,12 @@ def test_block_of_lines_for_a_file() -> None:
         "xdp-lb top  12:00:00  by packets  eth0 native  every 2 s",
         "45 conn/s  1238 pkt/s  1.20M bit/s  10 dropped/s  1233 replies/s  2.40M bit/s  0 passed/s",
         "",
-        "VIP, BACKEND    STATE       CONN/S PKT/S BIT/S REPLY/S BIT/S",
-        "10.0.0.1:80/tcp nat ~125        45  1238 1.20M    1233 2.40M",
-        "  10.0.0.11:80  active          45  1234 1.20M    1230 2.40M",
-        "  10.0.0.12:80  draining         0   3.5  2800     3.0     0",
-        "10.0.0.1:53/udp dr               0   0.5   240",
-        "  10.0.0.19:53  active           0   0.5   240",
+        "VIP, BACKEND    STATE         OPEN CONN/S PKT/S BIT/S REPLY/S BIT/S",
+        "10.0.0.1:80/tcp nat ~125         -     45  1238 1.20M    1233 2.40M",
+        "  10.0.0.11:80  active          37     45  1234 1.20M    1230 2.40M",
+        "  10.0.0.12:80  draining         -      0   3.5  2800     3.0     0",
+        "10.0.0.1:53/udp dr             ~12      0   0.5   240",
+        "  10.0.0.19:53  active         ~12      0   0.5   240",
         "",
         "REASON          PKT/S PACKETS",
         "drop_no_backend    10      25",
@@ -222,10 +225,10 @@ RETRIED = (
 
 def test_retries_are_shown_once_there_have_been_any() -> None:
     assert plain(measured(*RETRIED), Display())[3:7] == [
-        "VIP, BACKEND    STATE       CONN/S RETRY/S PKT/S BIT/S REPLY/S BIT/S",
-        "10.0.0.1:80/tcp nat             20      20    60 28.8k      30 16.8k",
-        "  10.0.0.12:80  active          10       0    30 14.4k      30 16.8k",
-        "  10.0.0.11:80  active          10      20    30 14.4k       0     0",
+        "VIP, BACKEND    STATE         OPEN CONN/S RETRY/S PKT/S BIT/S REPLY/S BIT/S",
+        "10.0.0.1:80/tcp nat              -     20      20    60 28.8k      30 16.8k",
+        "  10.0.0.12:80  active           -     10       0    30 14.4k      30 16.8k",
+        "  10.0.0.11:80  active          37     10      20    30 14.4k       0     0",
     ]
     quiet = measured(RETRIED[1], RETRIED[1])
     assert "RETRY/S" in plain(quiet, Display())[3], "columns come and go as rates do"
@@ -242,7 +245,7 @@ def texts(view: View, display: Display) -> list[str]:
 def test_screen_has_totals_services_reasons_and_keys() -> None:
     lines = texts(measured(*TWO), Display(80, 24, clock="12:00:00"))
     assert lines[0] == "xdp-lb top  12:00:00  by packets  eth0 native  every 1 s"
-    assert lines[4] == "10.0.0.1:80/tcp nat ~125        45  1238 1.20M    1233 2.40M █"
+    assert lines[4] == "10.0.0.1:80/tcp nat ~125         -     45  1238 1.20M    1233 2.40M █"
     assert lines[-4:] == [
         "",
         "REASON          PKT/S PACKETS",
@@ -256,8 +259,8 @@ def test_columns_are_left_out_before_names_are_shortened() -> None:
     view = measured(*TWO)
     headings = {width: texts(view, Display(width, 24))[3].split()[2:] for width in (80, 60, 50, 40, 30)}
     assert headings == {
-        80: ["STATE", "CONN/S", "PKT/S", "BIT/S", "REPLY/S", "BIT/S"],
-        60: ["STATE", "CONN/S", "PKT/S", "BIT/S", "REPLY/S", "BIT/S"],
+        80: ["STATE", "OPEN", "CONN/S", "PKT/S", "BIT/S", "REPLY/S", "BIT/S"],
+        60: ["STATE", "OPEN", "CONN/S", "PKT/S", "BIT/S"],
         50: ["STATE", "CONN/S", "PKT/S", "BIT/S"],
         40: ["STATE", "PKT/S", "BIT/S"],
         30: ["PKT/S", "BIT/S"],
