@@ -242,6 +242,7 @@ async def put_config(
     request: Request,
     body: models.ConfigBody,
     own_address: OwnAddresses = True,
+    prune: Annotated[bool, Query(description="Allow removing more than half of the services or backends")] = False,
     dry_run: DryRun = False,
     if_match: IfMatch = None,
 ) -> Response:
@@ -250,9 +251,12 @@ async def put_config(
     def apply(balancer: Balancer) -> Report:
         services = body.to_model()
         _check_scripts(request, balancer.state, services)
-        return balancer.apply(services, own_addresses=own_address, dry_run=dry_run)
+        return balancer.apply(services, own_addresses=own_address, prune=prune, dry_run=dry_run)
 
-    return await _change(request, apply, if_match=if_match)
+    answer = await _change(request, apply, if_match=if_match)
+    if prune and not dry_run:  # which is what a configuration file that was refused asks for
+        request.app.state.thread.set_config_fault("")
+    return answer
 
 
 @router.post("/plan", response_model=models.ReportAnswer, responses=CHANGES)

@@ -76,8 +76,15 @@ class RemoteBalancer:
     ) -> Report:
         return self._client.set_server_ids(vip, backend, server_ids, dry_run=dry_run)
 
-    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
-        return self._client.apply(services, own_addresses=own_addresses, dry_run=dry_run)
+    def apply(
+        self,
+        services: Sequence[Service],
+        *,
+        own_addresses: bool = True,
+        prune: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        return self._client.apply(services, own_addresses=own_addresses, prune=prune, dry_run=dry_run)
 
     def status(self) -> Status:
         return self._client.status()

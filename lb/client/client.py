@@ -160,12 +160,14 @@ class Client:
         services: Sequence[Service],
         *,
         own_addresses: bool = True,
+        prune: bool = False,
         etag: str | None = None,
         dry_run: bool = False,
     ) -> Report:
-        """Make `services` all that is served."""
+        """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
+        or backends, unless told to `prune`."""
         body = {"services": [_service_body(service) for service in services]}
-        return self._change("PUT", "/v1/config", body, etag, dry_run, own_address=own_addresses)
+        return self._change("PUT", "/v1/config", body, etag, dry_run, own_address=own_addresses, prune=prune)
 
     def attach(
         self,

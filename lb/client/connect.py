@@ -73,7 +73,14 @@ class BalancerLike(Protocol):
         self, vip: Vip, backend: Backend, server_ids: tuple[str, ...], *, dry_run: bool = False
     ) -> Report: ...
 
-    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report: ...
+    def apply(
+        self,
+        services: Sequence[Service],
+        *,
+        own_addresses: bool = True,
+        prune: bool = False,
+        dry_run: bool = False,
+    ) -> Report: ...
 
 
 class FilterService(Protocol):

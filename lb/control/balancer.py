@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from lb.control.change import reply_interfaces, some
 from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
+from lb.control.prune import loss
 from lb.control.repair import Repairs
 from lb.control.writer import Writer
-from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
+from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound, PruneRequired
 from lb.model.conditions import Condition, Conditions
 from lb.model.forwarding import Counters, Statistics
 from lb.model.options import Options
@@ -24,6 +25,7 @@ from lb.model.vip import Vip
 from lb.paths import DEFAULT_NETNS
 from lb.store.store import Store
 
+PRUNE = "would remove {}: use --prune (API: prune=true) to remove them"
 UPGRADED = "program upgraded from xdp-lb {} to the installed version"
 
 
@@ -171,13 +173,25 @@ class Balancer:
         named = service.changing_backend(backend, lambda b: replace(b, server_ids=server_ids))
         return self._change_service(named, dry_run)
 
-    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
-        """Make `services` all that is served."""
+    def apply(
+        self,
+        services: Sequence[Service],
+        *,
+        own_addresses: bool = True,
+        prune: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
+        or backends, unless told to `prune`."""
         goal = replace(self.state, services=tuple(services))
+        lost = "" if prune else loss(self.state.services, goal.services)
+        if lost and not dry_run:
+            raise PruneRequired(PRUNE.format(lost), lost)
         if self.state.interfaces:
             _check_same_shape(self.state, goal)
         goal = self._with_own_addresses(goal, goal.services, own_addresses)
-        return self.writer.change(goal, dry_run=dry_run)
+        report = self.writer.change(goal, dry_run=dry_run)
+        return replace(report, warnings=(PRUNE.format(lost), *report.warnings)) if lost else report
 
     def status(self) -> Status:
         loaded = self.writer.dataplane.loaded

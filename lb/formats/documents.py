@@ -132,7 +132,8 @@ def status_document(status: Status) -> Document:
     keys of `service_document`, `slots_in_transition` and the sums of the counters; in their
     `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since` and the counters;
     `answered`, `drops`, `passes` and `noted`: reason -> packets; `maps`: map -> bytes of kernel memory; `outdated`: the
-    version that the program in force is of, null if it is the installed one.
+    version that the program in force is of, null if it is the installed one; `config_fault`: why the daemon's
+    configuration file is not in force, null if it is, or there is none.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
     else 100; `why` the reason it is or was down, `since` the Unix time of its last change, null if unchecked.
@@ -152,6 +153,7 @@ def status_document(status: Status) -> Document:
         "noted": dict(status.noted),
         "maps": dict(status.maps),
         "outdated": status.outdated or None,
+        "config_fault": status.config_fault or None,
     }
 
 
@@ -269,6 +271,7 @@ def read_status(document: Document) -> Status:
         noted=document["noted"],
         maps=document["maps"],
         outdated=document["outdated"] or "",
+        config_fault=document["config_fault"] or "",
     )
 
 

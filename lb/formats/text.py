@@ -31,6 +31,7 @@ STYLES = {
     "total": "dim",
 }
 OUTDATED = "the running program is of xdp-lb {}, not the installed version: run xdp-lb attach IFACE to upgrade it"
+CONFIG_FAULT = "configuration file not applied: "
 WIDTH = 80  # of text that may be broken
 # Headings of the counters, by name. Bytes stand right of the packets they belong to.
 COUNTERS = {
@@ -289,7 +290,7 @@ def _state(backend: Backend, *, resolved: bool = True) -> str:
 def status_lines(status: Status, *, colour: bool) -> list[str]:
     """Interfaces, then each service with its backends, then what was not balanced and why."""
     paragraphs = [
-        _headline(status),
+        [*_headline(status), *([f"{CONFIG_FAULT}{status.config_fault}"] if status.config_fault else [])],
         _interfaces_table(status.interfaces, colour=colour),
         *_service_paragraphs(status, colour=colour),
         _reasons_table(status, colour=colour),

@@ -102,3 +102,4 @@ class Status:
     noted: Mapping[str, int] = field(default_factory=dict)  # counted in addition to the verdict
     maps: Mapping[str, int] = field(default_factory=dict)  # bytes of kernel memory
     outdated: str = ""  # the version of xdp-lb that the program in force is of, where it is not the installed one
+    config_fault: str = ""  # why the daemon's configuration file is not in force

@@ -343,6 +343,7 @@ class StatusAnswer(Reasons):
     services: list[ServiceStatusAnswer]
     maps: dict[str, int]
     outdated: str | None
+    config_fault: str | None
 
 
 class Health(Answer):

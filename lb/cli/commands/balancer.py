@@ -150,7 +150,7 @@ def status(as_json: bool) -> None:
 
     \b
     JSON: {netns, loaded, interfaces, services, answered, drops, passes,
-           noted, maps}
+           noted, maps, outdated, config_fault}
       interfaces  [{name, xdp_mode, attached, program_id}]
       services    [{vip, address, prefix_length, port, last_port, protocol,
                     set, mode, ring_size, flow_timeout_s, options,
@@ -188,12 +188,14 @@ def status(as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Configuration file, lb.toml(5).",
 )
+@click.option("--prune", is_flag=True, help="Allow removing more than half of the services or backends.")
 @vip_address_option
 @change_options
-def apply(path: Path, no_vip_address: bool, request: Request) -> None:
+def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> None:
     """Apply a configuration file and print the diff.
 
-    Services that are not in the file are removed.
+    Services and backends that are not in the file are removed. If that is all or more than half
+    of them, as with an empty or truncated file, nothing changes unless --prune is given.
 
     \b
     The file:
@@ -226,12 +228,16 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       # Show the diff only
       xdp-lb apply -f lb.toml --dry-run
       xdp-lb apply -f lb.toml
+      # Also if the file has less than half of what is served
+      xdp-lb apply --prune -f lb.toml
     """
     from lb.formats import config  # with tomllib, which no other command needs
 
     services = config.read(path)
     report = request.report(
-        lambda balancer: balancer.apply(services, own_addresses=not no_vip_address, dry_run=request.dry_run)
+        lambda balancer: balancer.apply(
+            services, own_addresses=not no_vip_address, prune=prune, dry_run=request.dry_run
+        )
     )
     request.show(report, coloured_diff)
 

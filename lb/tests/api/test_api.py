@@ -42,7 +42,7 @@ def http(running: Running) -> Iterator[httpx.Client]:
     """What is served is SERVICE alone when a test begins."""
     transport = httpx.HTTPTransport(uds=str(running.settings.socket))
     with httpx.Client(transport=transport, base_url="http://xdp-lb") as client:
-        done = client.put("/v1/config", json={"services": [{"vip": "10.0.0.1:80", **SERVICE}]})
+        done = client.put("/v1/config?prune=true", json={"services": [{"vip": "10.0.0.1:80", **SERVICE}]})
         assert done.status_code == 200, done.text
         yield client
 
@@ -138,6 +138,17 @@ def test_plan_and_dry_runs_say_what_would_change_and_change_nothing(http: httpx.
     assert http.put("/v1/config?dry_run=true", json=body).json() == planned
     assert http.delete(WEB, params={"dry_run": True}).json()["dry_run"]
     assert http.get("/v1/config").headers["etag"] == before.headers["etag"]
+
+
+def test_a_configuration_that_removes_most_is_refused_unless_told_to_prune(http: httpx.Client) -> None:
+    empty: dict[str, Any] = {"services": []}
+    refused = http.put("/v1/config", json=empty)
+    assert (refused.status_code, refused.json()["type"]) == (409, "urn:xdp-lb:problem:prune-required")
+    assert "prune=true" in refused.json()["detail"]
+    assert http.get("/v1/services").json()
+    assert "would remove" in http.post("/v1/plan", json=empty).json()["warnings"][0]
+    assert http.put("/v1/config", json=empty, params={"prune": True}).status_code == 200
+    assert http.get("/v1/services").json() == []
 
 
 def test_interfaces_are_attached_and_detached(http: httpx.Client) -> None:

@@ -309,6 +309,19 @@ def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path)
     assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
 
 
+def test_apply_of_an_empty_file_removes_nothing_unless_told_to_prune(serving: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text("")
+    lost = "would remove 1 of 1 service (10.0.0.1:80/tcp): use --prune (API: prune=true) to remove them"
+    assert serving.error("apply", "-f", str(file)) == f"xdp-lb: {lost}"
+    dry = serving.run("apply", "-f", str(file), "--dry-run")
+    assert (dry.exit_code, dry.stderr) == (0, f"xdp-lb: warning: {lost}\n")
+    assert dry.stdout == "- service 10.0.0.1:80/tcp\ndry run: 1 service removed\n"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+    assert serving.lines("apply", "-f", str(file), "--prune")[-1] == "1 service removed"
+    assert serving.names() == []
+
+
 def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_path: Path) -> None:
     """Backends without a port get that of the VIP, here and there."""
     file = tmp_path / "lb.toml"

@@ -500,6 +500,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
         "noted": {},
         "maps": {"rings": 4_194_304},
         "outdated": None,
+        "config_fault": None,
     }
 
 
