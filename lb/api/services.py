@@ -193,6 +193,34 @@ async def add_backends(
     )
 
 
+@router.patch("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_backends(
+    request: Request, vip: VipInPath, body: models.BackendsPatch, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Change several backends, as one change."""
+    return await _change(
+        request,
+        lambda balancer: balancer.put_service(body.applied(balancer.state.service(vip)), dry_run=dry_run),
+        vip=vip,
+        if_match=if_match,
+    )
+
+
+@router.delete("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_backends(
+    request: Request,
+    vip: VipInPath,
+    backend: Annotated[list[str], Query(description="ADDR:PORT; may be repeated", min_length=1)],
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Remove several backends at once, as one change: their connections end."""
+    backends = [Backend.parse(name, vip.fixed_port) for name in backend]
+    return await _change(
+        request, lambda balancer: balancer.remove_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
 @router.patch("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
 async def patch_backend(
     request: Request,

@@ -27,6 +27,7 @@ from lb.model.vip import Vip
 
 if TYPE_CHECKING:
     from lb.client.connect import BalancerLike, Connector
+    from lb.model.report import Status
     from lb.model.state import State
 
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
@@ -35,6 +36,11 @@ EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
 def open_balancer(*, write: bool) -> AbstractContextManager[BalancerLike]:
     """By the Connector that the caller of `cli` passed as `obj`."""
     return _connector().open(write=write)
+
+
+def current_status() -> Status:
+    with open_balancer(write=False) as balancer:
+        return balancer.status()
 
 
 def stored_state() -> State:

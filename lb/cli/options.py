@@ -33,6 +33,9 @@ def json_option(text: str) -> Decorator:
 
 vip_argument = click.argument("vip", type=Vip.parse, shell_complete=completion.vips)
 backend_argument = click.argument("backend", shell_complete=completion.backends)
+backends_argument = click.argument(
+    "backends", nargs=-1, required=True, metavar="BACKEND...", shell_complete=completion.backends
+)
 
 
 def interfaces_argument(*, required: bool) -> Decorator:

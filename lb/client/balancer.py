@@ -56,14 +56,17 @@ class RemoteBalancer:
     def add_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
         return self._client.add_backends(vip, backends, dry_run=dry_run)
 
-    def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        return self._client.remove_backend(vip, backend, dry_run=dry_run)
+    def remove_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.remove_backends(vip, backends, dry_run=dry_run)
 
-    def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        return self._client.drain_backend(vip, backend, dry_run=dry_run)
+    def drain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.drain_backends(vip, backends, dry_run=dry_run)
 
-    def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
-        return self._client.set_weight(vip, backend, weight, dry_run=dry_run)
+    def undrain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.undrain_backends(vip, backends, dry_run=dry_run)
+
+    def set_weights(self, vip: Vip, backends: Iterable[Backend], weight: int, *, dry_run: bool = False) -> Report:
+        return self._client.set_weights(vip, backends, weight, dry_run=dry_run)
 
     def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
         """Of those that were read, only what differs: what others have changed meanwhile stays."""

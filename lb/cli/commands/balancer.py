@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.cli.common import Request, change_options, current_status, echo_json, echo_lines, make_service, wants_colour
 from lb.cli.options import (
     OptionWords,
     backends_option,
@@ -171,8 +171,7 @@ def status(as_json: bool) -> None:
       xdp-lb status
       xdp-lb status --json | jq '.services[].backends[] | {backend, packets}'
     """
-    with open_balancer(write=False) as balancer:
-        now = balancer.status()
+    now = current_status()
     if as_json:
         echo_json(documents.status_document(now))
     else:

@@ -122,6 +122,22 @@ def test_backends_are_added_weighed_drained_and_removed(http: httpx.Client) -> N
     assert http.get(f"{WEB}/backends").json()[1]["draining"]  # its weight alone does not end a drain
 
 
+def test_several_backends_are_changed_or_none(http: httpx.Client) -> None:
+    url = f"{WEB}/backends"
+    http.post(url, json={"backends": [{"backend": "10.0.0.13"}]})
+    both = [{"backend": "10.0.0.12", "draining": True}, {"backend": "10.0.0.13", "weight": 5}]
+    assert http.patch(url, json={"backends": both}).status_code == 200
+    before = http.get(url).json()
+    assert [(b["weight"], b["draining"]) for b in before] == [(1, False), (3, True), (5, False)]
+    unknown = http.patch(url, json={"backends": [{"backend": "10.0.0.12", "weight": 9}, {"backend": "10.0.0.99"}]})
+    assert (unknown.status_code, unknown.json()["field"]) == (422, "/backends/1")
+    assert http.delete(url, params={"backend": ["10.0.0.12", "10.0.0.99"]}).status_code == 404
+    assert http.get(url).json() == before
+    assert http.delete(url, params={"backend": ["10.0.0.12", "10.0.0.13"]}).status_code == 200
+    assert len(http.get(url).json()) == 1
+    assert http.delete(url).status_code == 422
+
+
 def test_delete_takes_a_service_away(http: httpx.Client) -> None:
     http.put("/v1/services/10.0.0.102:80", json=SERVICE)
     assert http.delete("/v1/services/10.0.0.102:80").json()["changes"][0]["change"] == "remove"

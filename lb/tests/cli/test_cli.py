@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from lb.cli import drain
 from lb.cli.main import cli
 from lb.cli.progress import progress
 from lb.control.balancer import Balancer
@@ -130,6 +131,39 @@ def test_a_backend_drains_and_its_weight_ends_the_drain(serving: Host) -> None:
     assert [b["draining"] for b in serving.json("backend", "list", WEB)] == [True, False]
     (weighed,) = serving.lines("backend", "weight", WEB, "10.0.0.11", "3")
     assert weighed.startswith("10.0.0.1:80/tcp: backend 10.0.0.11:80 weight 1 -> 3, active again: ")
+
+
+@pytest.mark.parametrize("words", [("10.0.0.11", "10.0.0.12"), ("10.0.0.11,10.0.0.12",)])
+def test_several_backends_are_drained_undrained_weighed_and_removed_at_once(
+    serving: Host, words: tuple[str, ...]
+) -> None:
+    def backends() -> list[tuple[int, bool]]:
+        return [(b["weight"], b["draining"]) for b in serving.json("backend", "list")]
+
+    (line,) = serving.lines("backend", "drain", WEB, *words)
+    assert "backend 10.0.0.11:80 draining, backend 10.0.0.12:80 draining" in line
+    assert backends() == [(1, True), (1, True)]
+    serving.lines("backend", "undrain", WEB, *words)
+    assert backends() == [(1, False), (1, False)]
+    serving.lines("backend", "weight", WEB, *words, "3")
+    assert backends() == [(3, False), (3, False)]
+    serving.lines("backend", "remove", WEB, *words)
+    assert backends() == []
+
+
+@pytest.mark.parametrize("verb", ["drain", "undrain", "weight", "remove"])
+def test_of_several_backends_none_is_changed_if_one_is_unknown(serving: Host, verb: str) -> None:
+    before = serving.state()
+    weight = ["2"] if verb == "weight" else []
+    error = serving.error("backend", verb, WEB, "10.0.0.11", "10.0.0.99", *weight)
+    assert error == "xdp-lb: backend 10.0.0.99:80: not in service 10.0.0.1:80/tcp"
+    assert serving.state() == before
+
+
+def test_drain_waits_until_the_backend_is_idle(serving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "QUIET_S", 0.0)
+    lines = serving.lines("backend", "drain", WEB, "10.0.0.11", "10.0.0.12", "--wait")
+    assert lines[1:] == ["10.0.0.1:80/tcp: backend 10.0.0.11:80 idle", "10.0.0.1:80/tcp: backend 10.0.0.12:80 idle"]
 
 
 def test_a_backend_is_removed(serving: Host) -> None:
@@ -501,6 +535,9 @@ def test_ctrl_c_is_quiet() -> None:
         ("backend", "add", WEB),
         ("backend", "weight", WEB, "10.0.0.11", "heavy"),
         ("apply",),
+        ("backend", "drain", WEB, "10.0.0.11", "--wait", "soon"),
+        ("backend", "drain", WEB, "10.0.0.11", "--wait", "--dry-run"),
+        ("backend", "undrain", WEB),
         ("nonsense",),
     ],
 )

@@ -491,6 +491,27 @@ def test_a_new_certificate_is_taken_up_and_a_wrong_one_is_not(remote: Remote) ->
         assert http.get("/healthz").status_code == 200
 
 
+def test_a_certificate_and_a_file_are_loaded_whatever_is_wrong_with_the_other(
+    host: Host, tmp_path: Path, certificate: Certificate
+) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    with serving_tcp(host, tmp_path, certificate, config=file) as remote:
+        certificate.renew()
+        file.write_text("nonsense")
+        remote.running.call(remote.running.daemon.reload)
+        wait_for(lambda: reload_failures(remote.running), "the error")
+        with remote.http() as http:
+            assert http.get("/healthz").status_code == 200
+        certificate.key.write_text("no key")
+        file.write_text(TOML.format(vip=WEB) + TOML.format(vip="10.0.0.51:80"))
+        remote.running.call(remote.running.daemon.reload)
+        wait_for(lambda: vips(host) == [WEB, "10.0.0.51:80/tcp"], "the new file")
+        unreadable, no_key = reload_failures(remote.running)
+        assert "not valid TOML" in unreadable
+        assert "not a PEM certificate and its key" in no_key
+
+
 @pytest.mark.parametrize(("text", "error"), [("no certificate", "not a PEM certificate"), (None, "No such file")])
 def test_a_certificate_that_is_none_is_one_line(
     host: Host, tmp_path: Path, certificate: Certificate, text: str | None, error: str
