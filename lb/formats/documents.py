@@ -69,9 +69,9 @@ def services_document(services: Iterable[Service]) -> list[Document]:
     return [service_document(s) for s in services]
 
 
-def backends_document(services: Iterable[Service]) -> list[Document]:
-    """An array of backends, see `backend_document`, each with the `vip` it serves."""
-    return [{"vip": str(s.vip), **backend_document(b)} for s in services for b in s.backends]
+def backends_document(status: Status) -> list[Document]:
+    """An array of backends, as in `status_document` but for the counters, each with the `vip` it serves."""
+    return [{"vip": str(s.service), **_backend_state_document(b)} for s in status.services for b in s.backends]
 
 
 def report_document(report: Report) -> Document:
@@ -177,11 +177,14 @@ def _service_status_document(status: ServiceStatus) -> Document:
 
 
 def _backend_status_document(status: BackendStatus) -> Document:
+    return _backend_state_document(status) | counters_document(status.counters)
+
+
+def _backend_state_document(status: BackendStatus) -> Document:
     return {
         **backend_document(status.backend),
         "resolved": status.resolved,
         **_condition_document(status),
-        **counters_document(status.counters),
     }
 
 

@@ -15,7 +15,6 @@ from lb.cli.common import (
     echo_json,
     echo_lines,
     parse_backends,
-    stored_state,
     wants_colour,
 )
 from lb.cli.drain import wait_until_idle
@@ -178,19 +177,21 @@ def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], reque
 @click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
 @json_option("Print JSON (keys above).")
 def backend_list(vip: Vip | None, as_json: bool) -> None:
-    """List the stored backends, of VIP or of all services.
+    """List the backends and their state, of VIP or of all services.
 
     \b
-    JSON: [{vip, backend, address, port, weight, draining, server_ids}]
+    JSON: [{vip, backend, address, port, weight, draining, server_ids,
+            resolved, state, share, why, since}]
 
     \b
     Examples:
       xdp-lb backend list
       xdp-lb backend list 10.0.0.1:80
     """
-    state = stored_state()
-    services = (state.service(vip),) if vip else state.services
+    status = current_status()
+    if vip:
+        status = status.of_service(vip)
     if as_json:
-        echo_json(documents.backends_document(services))
+        echo_json(documents.backends_document(status))
     else:
-        echo_lines(text.backends_table(services, colour=wants_colour()))
+        echo_lines(text.backends_table(status, colour=wants_colour()))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lb.cli import completion
 from lb.cli.common import Request, change_options, current_status, echo_json, echo_lines, make_service, wants_colour
 from lb.cli.options import (
     OptionWords,
@@ -140,9 +141,14 @@ def detach(interfaces: tuple[str, ...], request: Request) -> None:
 
 
 @click.command()
+@click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
+@click.option("--down", is_flag=True, help="Show only what is in trouble.")
 @json_option("Print JSON (keys above).")
-def status(as_json: bool) -> None:
-    """Show interfaces, services and counters.
+def status(vip: Vip | None, down: bool, as_json: bool) -> None:
+    """Show interfaces, services and counters, or the service at VIP.
+
+    Services in trouble come first: a backend is down or unresolved (no neighbour entry), or none
+    takes new connections. More than 10 services are shown in a line each; VIP shows the backends.
 
     PACKETS and the first BYTES column count client to backend; REPLIES and the second count
     backend to client (mode nat only: in the other modes backends reply directly). RETRIES, shown
@@ -169,13 +175,20 @@ def status(as_json: bool) -> None:
     \b
     Examples:
       xdp-lb status
+      # One service, with its backends
+      xdp-lb status 10.0.0.1:80
+      # Only detached interfaces, and services and backends in trouble
+      xdp-lb status --down
       xdp-lb status --json | jq '.services[].backends[] | {backend, packets}'
     """
     now = current_status()
+    lines = text.service_lines if vip else text.status_lines
+    if vip:
+        now = now.of_service(vip)
     if as_json:
-        echo_json(documents.status_document(now))
+        echo_json(documents.status_document(now.in_trouble() if down else now))
     else:
-        echo_lines(text.status_lines(now, colour=wants_colour()))
+        echo_lines((text.trouble_lines if down else lines)(now, colour=wants_colour()))
 
 
 @click.command()

@@ -190,6 +190,32 @@ def test_status_in_json(serving: Host) -> None:
     assert [b["backend"] for b in status["services"][0]["backends"]] == serving.names()
 
 
+def test_status_of_one_service(serving: Host) -> None:
+    serving.lines("vip", "add", "10.0.0.1:81", "--backends", "10.0.0.11:81", *RING)
+    assert serving.lines("status", "10.0.0.1:81")[0] == "10.0.0.1:81/tcp: nat, 1 backend, ring 251"
+    assert [s["vip"] for s in serving.json("status", "10.0.0.1:81")["services"]] == ["10.0.0.1:81/tcp"]
+    error = "xdp-lb: vip 10.0.0.1:82/tcp: no such service: see xdp-lb vip list"
+    assert serving.error("status", "10.0.0.1:82") == serving.error("backend", "list", "10.0.0.1:82") == error
+
+
+def test_status_of_what_is_down(serving: Host) -> None:
+    serving.lines("vip", "add", "10.0.0.1:81", "--backends", "10.0.0.11:81", *RING)
+    assert serving.lines("status", "--down") == ["2 services: nothing is down"]
+    serving.lines("backend", "drain", "10.0.0.1:81", "10.0.0.11")
+    fault = "10.0.0.1:81/tcp: nat, 1 backend, ring 251, 251 slots in transition, no backend takes new connections"
+    assert serving.lines("status", "--down") == [fault]
+    assert [s["vip"] for s in serving.json("status", "--down")["services"]] == ["10.0.0.1:81/tcp"]
+
+
+def test_backend_list_has_the_state_that_status_has(serving: Host) -> None:
+    serving.lines("backend", "drain", WEB, "10.0.0.11")
+    assert [line.split()[-1] for line in serving.lines("backend", "list")] == ["STATE", "draining", "active"]
+    listed, (service,) = serving.json("backend", "list"), serving.json("status")["services"]
+    for one, other in zip(listed, service["backends"], strict=True):
+        assert one.items() <= (other | {"vip": WEB}).items()
+        assert one["state"] == other["state"]
+
+
 def test_status_for_people(serving: Host) -> None:
     assert [line for line in serving.lines("status") if line] == [
         "INTERFACE  XDP     PROGRAM",
