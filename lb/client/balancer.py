@@ -26,12 +26,13 @@ class RemoteBalancer:
         self.network = network
         self.on_progress: Callable[[int, int], None] | None = None  # the daemon does not tell how far it is
         self._client = client
-        self._state = State()
+        self._state, self._etag = State(), ""
 
     @property
     def state(self) -> State:
         """The services; interfaces and addresses are the daemon's to know."""
-        self._state = State(self._client.services().value)
+        found = self._client.services()
+        self._state, self._etag = State(found.value), found.etag
         return self._state
 
     def attach(
@@ -87,7 +88,8 @@ class RemoteBalancer:
         prune: bool = False,
         dry_run: bool = False,
     ) -> Report:
-        return self._client.apply(services, own_addresses=own_addresses, prune=prune, dry_run=dry_run)
+        """Nothing, if others have changed meanwhile what was read."""
+        return self._client.apply(services, own_addresses=own_addresses, prune=prune, etag=self._etag, dry_run=dry_run)
 
     def status(self) -> Status:
         return self._client.status()

@@ -17,7 +17,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,8 +32,8 @@ from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_conte
 from lb.daemon.sd_notify import feed_watchdog, notify
 from lb.errors import LbError, PruneRequired
 from lb.formats import config
+from lb.model.desired import Desired
 from lb.model.report import Report
-from lb.model.state import Service
 from lb.paths import Paths
 from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
@@ -127,7 +127,7 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _run_tasks(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _run_tasks(self, thread: BalancerThread, wanted: Desired | None) -> None:
         await self._upgrade(thread)
         await self._reconcile(thread, wanted)
         self._on_ready()
@@ -145,7 +145,7 @@ class Daemon:
         for note in notes:
             (log.error if thread.refused else log.info)(note)
 
-    async def _reconcile(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile(self, thread: BalancerThread, wanted: Desired | None) -> None:
         """Apply the store to the kernel, and the configuration file to the store."""
         try:
             _log_report("reconciled", (await thread.change(lambda balancer: balancer.repairs.reconcile())).report)
@@ -157,7 +157,7 @@ class Daemon:
                 log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
-    async def _reconcile_again(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile_again(self, thread: BalancerThread, wanted: Desired | None) -> None:
         """Until it succeeds."""
         while self.unready:
             await asyncio.sleep(AGAIN_S)
@@ -180,10 +180,19 @@ class Daemon:
             except LbError as error:
                 _refuse_config(thread, str(error))
 
-    async def _configure(self, thread: BalancerThread, wanted: Sequence[Service], event: str) -> None:
+    async def _configure(self, thread: BalancerThread, wanted: Desired, event: str) -> None:
         """Have the services of the configuration file served, unless that removes most of them."""
+
+        def apply(balancer: Balancer) -> Report:
+            merged = wanted.over(balancer.state.services)
+            report = balancer.apply(merged.services)
+            return replace(report, notes=(*merged.kept, *merged.overridden, *report.notes))
+
         try:
-            _log_report(event, (await thread.change(lambda balancer: balancer.apply(wanted))).report)
+            report = (await thread.change(apply)).report
+            for note in report.notes:
+                log.info(note)
+            _log_report(event, report)
             thread.set_config_fault("")
         except PruneRequired as error:
             file = self._settings.config

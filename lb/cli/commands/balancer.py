@@ -207,7 +207,8 @@ def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> No
     """Apply a configuration file and print the diff.
 
     Services and backends that are not in the file are removed. If that is all or more than half
-    of them, as with an empty or truncated file, nothing changes unless --prune is given.
+    of them, as with an empty or truncated file, nothing changes unless --prune is given. The
+    weight and drain of a backend that is served stay as they are unless the file gives them.
 
     \b
     The file:
@@ -245,13 +246,14 @@ def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> No
     """
     from lb.formats import config  # with tomllib, which no other command needs
 
-    services = config.read(path)
-    report = request.report(
-        lambda balancer: balancer.apply(
-            services, own_addresses=not no_vip_address, prune=prune, dry_run=request.dry_run
-        )
-    )
-    request.show(report, coloured_diff)
+    desired = config.read(path)
+
+    def apply(balancer: BalancerLike) -> Report:
+        merged = desired.over(balancer.state.services)
+        report = balancer.apply(merged.services, own_addresses=not no_vip_address, prune=prune, dry_run=request.dry_run)
+        return replace(report, notes=(*merged.kept, *report.notes))
+
+    request.show(request.report(apply), coloured_diff)
 
 
 DIFF_COLOURS = {"+": "green", "~": "yellow", "-": "red"}

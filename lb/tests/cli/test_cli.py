@@ -348,6 +348,9 @@ backends = ["10.0.0.11:53"]
 """
 
 
+SERVICE = '[[service]]\nvip = "10.0.0.1:80"\nring_size = 251\nbackends = [{}]\n'
+
+
 def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path) -> None:
     file = tmp_path / "lb.toml"
     file.write_text(CONFIG)
@@ -380,6 +383,23 @@ def test_apply_of_an_empty_file_removes_nothing_unless_told_to_prune(serving: Ho
     assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
     assert serving.lines("apply", "-f", str(file), "--prune")[-1] == "1 service removed"
     assert serving.names() == []
+
+
+def test_apply_keeps_a_drain_and_a_weight_that_the_file_does_not_give(serving: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(SERVICE.format('"10.0.0.11", "10.0.0.12"'))
+    serving.lines("backend", "weight", WEB, "10.0.0.12", "3")
+    serving.lines("backend", "drain", WEB, "10.0.0.11")
+    assert serving.lines("apply", "-f", str(file)) == [
+        "nothing to change",
+        "  10.0.0.1:80/tcp: backend 10.0.0.11:80: draining kept: drain is not in the file",
+        "  10.0.0.1:80/tcp: backend 10.0.0.12:80: weight 3 kept: weight is not in the file",
+    ]
+    file.write_text(SERVICE.format('{address = "10.0.0.11", drain = false}, "10.0.0.12@1"'))
+    assert serving.lines("apply", "-f", str(file))[1:3] == [
+        "  ~ backend 10.0.0.11:80 (active again)",
+        "  ~ backend 10.0.0.12:80 (weight 3 -> 1)",
+    ]
 
 
 def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_path: Path) -> None:

@@ -203,6 +203,30 @@ def test_a_file_that_is_empty_from_the_start_leaves_what_is_stored_in_force(host
         assert "would remove 1 of 1 service" in http.get("/readyz").json()["problem"]
 
 
+def test_a_reload_keeps_drains_and_weights_that_the_file_does_not_give_and_says_what_it_overrides(
+    host: Host, tmp_path: Path
+) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    with serving(host, tmp_path, config=file) as daemon, Client.unix(daemon.settings.socket) as client:
+        served = client.services().value[0]
+        client.set_weight(served.vip, served.backends[0], 5)
+        client.drain_backend(served.vip, served.backends[0])
+        drained = stored(host)
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: "reloaded" in [line["event"] for line in daemon.said], "the reload")
+        assert stored(host) == drained
+        file.write_text(TOML.format(vip=WEB).replace('"10.0.0.11"', '"10.0.0.11@2"'))
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: stored(host) != drained, "the new file")
+        (backend,) = stored(host).services[0].backends
+        assert (backend.weight, backend.draining) == (2, True)
+        wait_for(lambda: [line["event"] for line in daemon.said].count("reloaded") == 2, "the log")
+        said, where = [line["event"] for line in daemon.said], f"{WEB}: backend 10.0.0.11:80"
+        assert f"{where}: draining kept: drain is not in the file" in said
+        assert f"{where}: weight 5 -> weight 2: given by the file" in said
+
+
 def test_a_file_that_is_wrong_from_the_start_is_one_line(host: Host, tmp_path: Path) -> None:
     file = tmp_path / "lb.toml"
     file.write_text("nonsense")
