@@ -322,12 +322,12 @@ def trouble_lines(status: Status, *, colour: bool) -> list[str]:
     detached = [i for i in status.interfaces if i.attached is None]
     troubled = status.in_trouble()
     services = (replace(s, backends=tuple(b for b in s.backends if b.in_trouble)) for s in troubled.services)
-    paragraphs = (
-        _faults(status),
+    found = _spaced(
         _interfaces_table(detached, colour=colour),
         *_service_paragraphs(replace(status, services=tuple(services)), colour=colour, total=False),
     )
-    return _spaced(*paragraphs) or [f"{_count(len(status.services), 'service')}: nothing is down"]
+    nothing = [f"{_count(len(status.services), 'service')}: nothing is down"] if status.loaded else []
+    return _spaced(_faults(status), found or nothing)
 
 
 def _spaced(*paragraphs: list[str]) -> list[str]:

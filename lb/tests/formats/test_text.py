@@ -169,6 +169,11 @@ def test_what_is_in_trouble_is_shown_alone() -> None:
     assert not any("10.0.0.11:80" in line for line in text)
     calm = many()[0]
     assert output.trouble_lines(status_of(calm), colour=False) == ["1 service: nothing is down"]
+    assert output.trouble_lines(replace(status_of(calm), loaded=False), colour=False) == [
+        "not attached: run xdp-lb attach IFACE"
+    ]
+    named = output.trouble_lines(replace(status_of(calm), netns="lb1"), colour=False)
+    assert named == ["network namespace lb1", "", "1 service: nothing is down"]
     (drained,) = output.trouble_lines(status_of(*many()), colour=False)
     assert drained == "10.0.0.109:80/tcp: nat, 2 backends, ring 16381, no backend takes new connections"
     (_, interface) = output.trouble_lines(replace(STATUS, netns="default", services=()), colour=False)
