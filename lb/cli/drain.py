@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lb.cli.common import Failure
+from lb.cli.failures import Failure
 from lb.model.report import BackendStatus, Status
 from lb.model.state import Backend
 from lb.model.vip import Vip

@@ -195,11 +195,11 @@ class Balancer:
         """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
         or backends, unless told to `prune`."""
         goal = replace(self.state, services=tuple(services))
+        if self.state.interfaces:
+            _check_same_shape(self.state, goal)
         lost = "" if prune else loss(self.state.services, goal.services)
         if lost and not dry_run:
             raise PruneRequired(PRUNE.format(lost), lost)
-        if self.state.interfaces:
-            _check_same_shape(self.state, goal)
         goal = self._with_own_addresses(goal, goal.services, own_addresses)
         report = self.writer.change(goal, dry_run=dry_run)
         return replace(report, warnings=(PRUNE.format(lost), *report.warnings)) if lost else report

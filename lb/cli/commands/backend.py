@@ -18,16 +18,17 @@ from lb.cli.common import (
     wants_colour,
 )
 from lb.cli.drain import wait_until_idle
+from lb.cli.failures import parsing_words
 from lb.cli.options import (
     backend_argument,
     backends_argument,
     json_option,
+    parsed_vip,
     server_id_option,
     split_list,
     vip_argument,
 )
 from lb.formats import documents, text
-from lb.model.state import Backend
 from lb.model.vip import Vip
 
 NO_SERVER_ID = ("none",)
@@ -145,7 +146,8 @@ def backend_weight(vip: Vip, backends: tuple[str, ...], weight: int, request: Re
       # Three times the share of a backend of weight 1
       xdp-lb backend weight 10.0.0.1:80 10.0.0.11 3
     """
-    names = tuple(replace(b, weight=weight) for b in parse_backends(split_list(backends), vip.fixed_port))
+    with parsing_words():
+        names = [replace(b, weight=weight) for b in parse_backends(split_list(backends), vip.fixed_port)]
     request.run(lambda balancer: balancer.set_weights(vip, names, weight, dry_run=request.dry_run))
 
 
@@ -168,13 +170,13 @@ def backend_server_id(vip: Vip, backend: str, server_ids: tuple[str, ...], reque
       xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 0:0a1b 1:00c4d2
       xdp-lb backend server-id 10.0.0.1:443/udp 10.0.0.11 none
     """
-    name = Backend.parse(backend, vip.fixed_port)
+    (name,) = parse_backends([backend], vip.fixed_port)
     ids = () if server_ids == NO_SERVER_ID else server_ids
     request.run(lambda balancer: balancer.set_server_ids(vip, name, ids, dry_run=request.dry_run))
 
 
 @backend.command("list")
-@click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
+@click.argument("vip", type=parsed_vip, required=False, shell_complete=completion.vips)
 @json_option("Print JSON (keys above).")
 def backend_list(vip: Vip | None, as_json: bool) -> None:
     """List the backends and their state, of VIP or of all services.

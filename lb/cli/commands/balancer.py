@@ -17,6 +17,7 @@ from lb.cli.options import (
     json_option,
     mode_option,
     option_words,
+    parsed_vip,
     ring_size_option,
     split_list,
     vip_address_option,
@@ -37,7 +38,7 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 @interfaces_argument(required=True)
 @click.option(
     "--vip",
-    type=Vip.parse,
+    type=parsed_vip,
     metavar="VIP",
     help="Service address.  [default: first interface's own address, port 80/tcp]",
 )
@@ -141,7 +142,7 @@ def detach(interfaces: tuple[str, ...], request: Request) -> None:
 
 
 @click.command()
-@click.argument("vip", type=Vip.parse, required=False, shell_complete=completion.vips)
+@click.argument("vip", type=parsed_vip, required=False, shell_complete=completion.vips)
 @click.option("--down", is_flag=True, help="Show only what is in trouble.")
 @json_option("Print JSON (keys above).")
 def status(vip: Vip | None, down: bool, as_json: bool) -> None:

@@ -426,6 +426,51 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("vip", "add", "10.0.0.2:80", "--backends", "2001:db8::11"),
             "backend [2001:db8::11]:80: mode nat needs an IPv4 backend for 10.0.0.2:80/tcp",
         ),
+        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
+        (
+            ("backend", "list", "10.0.0.2:80"),
+            "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list",
+        ),
+        (
+            ("backend", "remove", WEB, "10.0.0.19"),
+            "backend 10.0.0.19:80: not in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.11"),
+            "backend 10.0.0.11:80: already in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.13", "--server-id", "0:aa"),
+            "backend 10.0.0.13:80: server id 0:aa: needs a UDP service",
+        ),
+        (
+            ("backend", "server-id", WEB, "10.0.0.11", "9:aa"),
+            "server id 9:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
+        ),
+        (("vip", "set", WEB, "--second-chance"), "10.0.0.1:80/tcp: second chance: needs mode gue"),
+        (
+            ("vip", "set", WEB, "--affinity", "60"),
+            "vip 10.0.0.1:80/tcp: affinity cannot be changed on an existing service: remove it first",
+        ),
+        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
+        (
+            ("vip", "add", "10.0.0.1:80@near"),
+            "10.0.0.1:80/tcp@near: sources: missing: a member set requires source prefixes",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
+            "vip 10.0.0.2:80/tcp@near: member set of 10.0.0.2:80/tcp, which does not exist",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_status_1(serving: Host, words: tuple[str, ...], message: str) -> None:
+    assert serving.error(*words) == f"xdp-lb: {message}"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (
             ("vip", "add", "10.0.0.300:80"),
             "address 10.0.0.300: not an IPv4 or IPv6 address",
@@ -446,19 +491,6 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("vip", "add", "10.0.0.2:80", "--flow-timeout", "0"),
             "10.0.0.2:80/tcp: flow timeout 0 s: out of range 1 s to 7 days",
         ),
-        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
-        (
-            ("backend", "list", "10.0.0.2:80"),
-            "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list",
-        ),
-        (
-            ("backend", "remove", WEB, "10.0.0.19"),
-            "backend 10.0.0.19:80: not in service 10.0.0.1:80/tcp",
-        ),
-        (
-            ("backend", "add", WEB, "10.0.0.11"),
-            "backend 10.0.0.11:80: already in service 10.0.0.1:80/tcp",
-        ),
         (
             ("backend", "weight", WEB, "10.0.0.11", "65536"),
             "backend 10.0.0.11:80: weight 65536: out of range 0 to 65535",
@@ -467,38 +499,18 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("backend", "weight", WEB, "10.0.0.11", "-1"),
             "backend 10.0.0.11:80: weight -1: out of range 0 to 65535",
         ),
-        (
-            ("backend", "add", WEB, "10.0.0.13", "--server-id", "0:aa"),
-            "backend 10.0.0.13:80: server id 0:aa: needs a UDP service",
-        ),
-        (
-            ("backend", "server-id", WEB, "10.0.0.11", "9:aa"),
-            "server id 9:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
-        ),
         (("vip", "set", WEB, "--mss", "87"), "mss 87: out of range 88 to 65495"),
-        (("vip", "set", WEB, "--second-chance"), "10.0.0.1:80/tcp: second chance: needs mode gue"),
         (("vip", "set", WEB, "--allow", "10.0.0.1/8"), "prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8"),
-        (
-            ("vip", "set", WEB, "--affinity", "60"),
-            "vip 10.0.0.1:80/tcp: affinity cannot be changed on an existing service: remove it first",
-        ),
-        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
-        (
-            ("vip", "add", "10.0.0.1:80@near"),
-            "10.0.0.1:80/tcp@near: sources: missing: a member set requires source prefixes",
-        ),
-        (
-            ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
-            "vip 10.0.0.2:80/tcp@near: member set of 10.0.0.2:80/tcp, which does not exist",
-        ),
         (
             ("backend", "add", WEB, "10.0.0.13:http"),
             "backend 10.0.0.13:http: port http: not a number from 0 to 65535",
         ),
     ],
 )
-def test_bad_input_is_one_line(serving: Host, words: tuple[str, ...], message: str) -> None:
-    assert serving.error(*words) == f"xdp-lb: {message}"
+def test_words_that_are_malformed_are_one_line_and_exit_status_2(
+    serving: Host, words: tuple[str, ...], message: str
+) -> None:
+    assert serving.error(*words, status=2) == f"xdp-lb: {message}"
     assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
 
 
@@ -642,3 +654,28 @@ def test_help_of_each_command_has_examples_and_fits_80_columns(command: list[str
     text = CliRunner().invoke(cli, [*command, "--help"]).stdout
     assert "\n  Examples:\n" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def parameters(command: list[str]) -> list[Any]:
+    found: Any = cli
+    for name in command:
+        found = found.commands[name]
+    return list(found.params)
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_what_is_no_such_word_is_exit_status_2_for_each_command(serving: Host, command: list[str]) -> None:
+    named = {parameter.name: parameter for parameter in parameters(command)}
+    misused = [["--no-such-option"]]
+    if any(parameter.required for parameter in named.values()):
+        misused.append([])
+    if "vip" in named:
+        misused.append(["--vip", "nonsense", "eth0"] if command == ["attach"] else ["nonsense", "10.0.0.11", "1"])
+    if "backends" in named and command[0] == "backend":
+        misused.append([WEB, "10.0.0.300", "1"])
+    before = serving.state()
+    for words in misused:
+        result = serving.run(*command, *words)
+        assert (result.exit_code, result.stdout) == (2, ""), words
+        assert "Error: " in result.stderr or result.stderr.startswith("xdp-lb: "), words
+    assert serving.state() == before

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lb.cli.common import Failure
 from lb.cli.drain import POLL_S, QUIET_S, wait_until_idle
+from lb.cli.failures import Failure
 from lb.model.forwarding import Counters
 from lb.model.report import BackendStatus, ServiceStatus, Status
 from lb.model.state import Backend, Service
