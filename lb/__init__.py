@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LbError,
         NoRoute,
         NotFound,
+        PruneRequired,
         StoreError,
     )
     from lb.firewall.firewall import Firewall, open_firewall
@@ -50,6 +51,7 @@ _MODULES = {
         "LbError",
         "NoRoute",
         "NotFound",
+        "PruneRequired",
         "StoreError",
     ),
     "lb.firewall.firewall": ("Firewall", "open_firewall"),
@@ -87,6 +89,7 @@ __all__ = [
     "NotFound",
     "Options",
     "Paths",
+    "PruneRequired",
     "Rate",
     "Report",
     "Rule",

@@ -9,6 +9,7 @@ LbError
 ├── NoRoute            the host has no way to a backend that the mode can use
 ├── DataplaneError     the kernel refused; the old state is in force
 ├── Conflict           the thing is no longer as it was when it was read
+├── PruneRequired      a configuration would remove more than half of what is served
 └── DaemonError        the daemon does not answer, or refuses to
 """
 
@@ -62,6 +63,14 @@ class DataplaneError(LbError):
 
 class Conflict(LbError):
     pass
+
+
+class PruneRequired(LbError):
+    """`loss`: what would be removed, in words."""
+
+    def __init__(self, message: str, loss: str = "") -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 class DaemonError(LbError):

@@ -87,7 +87,7 @@ def cases_of(always: str) -> list[tuple[str, str]]:
 
 
 def test_what_is_applied_is_what_the_scale_says() -> None:
-    services = config.parse(Scale(3, 5).toml)
+    services = config.parse(Scale(3, 5).toml).services
     assert [len(service.backends) for service in services] == [5, 5, 5]
 
 

@@ -74,10 +74,12 @@ async def healthz() -> Response:
 
 def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[Response]]:
     async def readyz(thread: TheThread) -> Response:
-        """The kernel has what is stored. `problem`: why it is not by the installed program."""
+        """The kernel has what is stored. `problem`: why it is not by the installed program, or not as in the
+        configuration file."""
         if reason := unready():
             raise Problem(503, reason, headers={"Retry-After": "1"})
-        problem = {"problem": thread.refused} if thread.refused else {}
+        problems = [fault for fault in (thread.refused, thread.config_fault) if fault]
+        problem = {"problem": "; ".join(problems)} if problems else {}
         return Response(json_bytes.encode({"status": "ready"} | problem), media_type=JSON)
 
     return readyz

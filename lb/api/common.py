@@ -6,10 +6,12 @@ Enters: requests. Leaves: the parts of the daemon that serve them, and bodies wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Response
 
+from lb.control.balancer import Balancer
 from lb.errors import Conflict
 from lb.formats import json_bytes
 from lb.formats.problems import MEDIA_TYPE
@@ -81,4 +83,9 @@ def content(body: Callable[[], bytes], etag: str, if_none_match: str | None) -> 
 
 async def status_response(thread: BalancerThread, describe: Callable[[Status], object]) -> Response:
     """A document of the status, which may be large: it is made in the balancer's thread."""
-    return Response(await thread.call(lambda balancer: json_bytes.encode(describe(balancer.status()))), media_type=JSON)
+
+    def described(balancer: Balancer) -> bytes:
+        status = replace(balancer.status(), config_fault=thread.config_fault)
+        return json_bytes.encode(describe(status))
+
+    return Response(await thread.call(described), media_type=JSON)

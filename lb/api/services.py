@@ -193,6 +193,34 @@ async def add_backends(
     )
 
 
+@router.patch("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def patch_backends(
+    request: Request, vip: VipInPath, body: models.BackendsPatch, dry_run: DryRun = False, if_match: IfMatch = None
+) -> Response:
+    """Change several backends, as one change."""
+    return await _change(
+        request,
+        lambda balancer: balancer.put_service(body.applied(balancer.state.service(vip)), dry_run=dry_run),
+        vip=vip,
+        if_match=if_match,
+    )
+
+
+@router.delete("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
+async def delete_backends(
+    request: Request,
+    vip: VipInPath,
+    backend: Annotated[list[str], Query(description="ADDR:PORT; may be repeated", min_length=1)],
+    dry_run: DryRun = False,
+    if_match: IfMatch = None,
+) -> Response:
+    """Remove several backends at once, as one change: their connections end."""
+    backends = [Backend.parse(name, vip.fixed_port) for name in backend]
+    return await _change(
+        request, lambda balancer: balancer.remove_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
+    )
+
+
 @router.patch("/services/{vip}/backends/{backend}", response_model=models.ReportAnswer, responses=CHANGES)
 async def patch_backend(
     request: Request,
@@ -242,6 +270,7 @@ async def put_config(
     request: Request,
     body: models.ConfigBody,
     own_address: OwnAddresses = True,
+    prune: Annotated[bool, Query(description="Allow removing more than half of the services or backends")] = False,
     dry_run: DryRun = False,
     if_match: IfMatch = None,
 ) -> Response:
@@ -250,9 +279,12 @@ async def put_config(
     def apply(balancer: Balancer) -> Report:
         services = body.to_model()
         _check_scripts(request, balancer.state, services)
-        return balancer.apply(services, own_addresses=own_address, dry_run=dry_run)
+        return balancer.apply(services, own_addresses=own_address, prune=prune, dry_run=dry_run)
 
-    return await _change(request, apply, if_match=if_match)
+    answer = await _change(request, apply, if_match=if_match)
+    if prune and not dry_run:  # which is what a configuration file that was refused asks for
+        request.app.state.thread.set_config_fault("")
+    return answer
 
 
 @router.post("/plan", response_model=models.ReportAnswer, responses=CHANGES)

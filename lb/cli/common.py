@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.exceptions import Abort, Exit
 
+from lb.cli.failures import Failure, parsing_words
 from lb.cli.options import OptionWords, json_option, split_list
 from lb.cli.progress import progress
 from lb.formats import documents
 from lb.formats import text as output
 from lb.formats.error_text import explain, is_expected
 from lb.model.report import Report
-from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service
+from lb.model.state import DEFAULT_RING_SIZE, Backend, Mode, Service, check_ring_size
 from lb.model.vip import Vip
 
 if TYPE_CHECKING:
     from lb.client.connect import BalancerLike, Connector
+    from lb.model.report import Status
     from lb.model.state import State
 
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports a process that SIGINT ended
@@ -37,6 +39,11 @@ def open_balancer(*, write: bool) -> AbstractContextManager[BalancerLike]:
     return _connector().open(write=write)
 
 
+def current_status() -> Status:
+    with open_balancer(write=False) as balancer:
+        return balancer.status()
+
+
 def stored_state() -> State:
     return _connector().state()
 
@@ -44,13 +51,6 @@ def stored_state() -> State:
 def _connector() -> Connector:
     connector: Connector = click.get_current_context().find_root().obj
     return connector
-
-
-class Failure(click.ClickException):
-    """What ends the command with exit status 1."""
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"xdp-lb: {self.message}", err=True)
 
 
 @contextmanager
@@ -114,19 +114,18 @@ def change_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_backends(texts: Sequence[str], port: int) -> tuple[Backend, ...]:
-    return tuple(Backend.parse(text, port) for text in texts)
+    with parsing_words():
+        return tuple(Backend.parse(text, port) for text in texts)
 
 
 def make_service(
     vip: Vip, backends: Sequence[str], mode: str | None, ring_size: int | None, option_words: OptionWords
 ) -> Service:
-    return Service(
-        vip,
-        Mode(mode or Mode.NAT),
-        parse_backends(split_list(backends), vip.fixed_port),
-        DEFAULT_RING_SIZE if ring_size is None else ring_size,
-        options=option_words.change(vip),
-    )
+    size = DEFAULT_RING_SIZE if ring_size is None else ring_size
+    with parsing_words():
+        check_ring_size(size)
+    members = parse_backends(split_list(backends), vip.fixed_port)
+    return Service(vip, Mode(mode or Mode.NAT), members, size, options=option_words.change(vip))
 
 
 def echo_lines(lines: Sequence[str]) -> None:

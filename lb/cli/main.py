@@ -2,7 +2,7 @@
 
 Each command parses its words into the model, opens the balancer for as long as the one call takes,
 and prints the report. Exit status: 0; 1 with one line `xdp-lb: what: why` on standard error; 2 for
-usage; 130 after Ctrl-C.
+usage, with the line or click's; 130 after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lb.cli import completion
+from lb.cli.failures import parsing_words
 from lb.model.health_check import HealthCheck
 from lb.model.options import DEFAULTS, FIELDS, GUE_PORT, Network, Options, parse_network
 from lb.model.state import DEFAULT_RING_SIZE, Mode
@@ -31,8 +32,16 @@ def json_option(text: str) -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
-vip_argument = click.argument("vip", type=Vip.parse, shell_complete=completion.vips)
+def parsed_vip(text: str) -> Vip:
+    with parsing_words():
+        return Vip.parse(text)
+
+
+vip_argument = click.argument("vip", type=parsed_vip, shell_complete=completion.vips)
 backend_argument = click.argument("backend", shell_complete=completion.backends)
+backends_argument = click.argument(
+    "backends", nargs=-1, required=True, metavar="BACKEND...", shell_complete=completion.backends
+)
 
 
 def interfaces_argument(*, required: bool) -> Decorator:
@@ -96,8 +105,12 @@ class OptionWords:
         return bool(self.plain or self.allow or self.source or self.tunnel_source or self.health is not None)
 
     def change(self, vip: Vip, options: Options = DEFAULTS) -> Options:
-        """`options` of the service at `vip` with what is named here. Raises InvalidInput, click.UsageError."""
+        """`options` of the service at `vip` with what is named here. Raises Misuse, click.UsageError."""
         self._check_sources(vip)
+        with parsing_words():
+            return self._changed(options)
+
+    def _changed(self, options: Options) -> Options:
         parsed: dict[str, Any] = {}
         if sources := [*self.allow, *self.source]:
             parsed["sources"] = _prefixes(sources, ANY_SOURCE)

@@ -26,12 +26,13 @@ class RemoteBalancer:
         self.network = network
         self.on_progress: Callable[[int, int], None] | None = None  # the daemon does not tell how far it is
         self._client = client
-        self._state = State()
+        self._state, self._etag = State(), ""
 
     @property
     def state(self) -> State:
         """The services; interfaces and addresses are the daemon's to know."""
-        self._state = State(self._client.services().value)
+        found = self._client.services()
+        self._state, self._etag = State(found.value), found.etag
         return self._state
 
     def attach(
@@ -56,14 +57,17 @@ class RemoteBalancer:
     def add_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
         return self._client.add_backends(vip, backends, dry_run=dry_run)
 
-    def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        return self._client.remove_backend(vip, backend, dry_run=dry_run)
+    def remove_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.remove_backends(vip, backends, dry_run=dry_run)
 
-    def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        return self._client.drain_backend(vip, backend, dry_run=dry_run)
+    def drain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.drain_backends(vip, backends, dry_run=dry_run)
 
-    def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
-        return self._client.set_weight(vip, backend, weight, dry_run=dry_run)
+    def undrain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        return self._client.undrain_backends(vip, backends, dry_run=dry_run)
+
+    def set_weights(self, vip: Vip, backends: Iterable[Backend], weight: int, *, dry_run: bool = False) -> Report:
+        return self._client.set_weights(vip, backends, weight, dry_run=dry_run)
 
     def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
         """Of those that were read, only what differs: what others have changed meanwhile stays."""
@@ -76,8 +80,16 @@ class RemoteBalancer:
     ) -> Report:
         return self._client.set_server_ids(vip, backend, server_ids, dry_run=dry_run)
 
-    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
-        return self._client.apply(services, own_addresses=own_addresses, dry_run=dry_run)
+    def apply(
+        self,
+        services: Sequence[Service],
+        *,
+        own_addresses: bool = True,
+        prune: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        """Nothing, if others have changed meanwhile what was read."""
+        return self._client.apply(services, own_addresses=own_addresses, prune=prune, etag=self._etag, dry_run=dry_run)
 
     def status(self) -> Status:
         return self._client.status()

@@ -131,6 +131,28 @@ class Client:
         body = {"backends": [_backend_body(backend) for backend in backends]}
         return self._change("POST", f"{_path(vip)}/backends", body, etag, dry_run)
 
+    def remove_backends(
+        self, vip: Vip, backends: Iterable[Backend], *, etag: str | None = None, dry_run: bool = False
+    ) -> Report:
+        names = [str(backend) for backend in backends]
+        return self._change("DELETE", f"{_path(vip)}/backends", None, etag, dry_run, backend=names)
+
+    def drain_backends(
+        self, vip: Vip, backends: Iterable[Backend], *, etag: str | None = None, dry_run: bool = False
+    ) -> Report:
+        return self._change_backends(vip, backends, {"draining": True}, etag, dry_run)
+
+    def undrain_backends(
+        self, vip: Vip, backends: Iterable[Backend], *, etag: str | None = None, dry_run: bool = False
+    ) -> Report:
+        return self._change_backends(vip, backends, {"draining": False}, etag, dry_run)
+
+    def set_weights(
+        self, vip: Vip, backends: Iterable[Backend], weight: int, *, etag: str | None = None, dry_run: bool = False
+    ) -> Report:
+        """Also ends a drain."""
+        return self._change_backends(vip, backends, {"weight": weight, "draining": False}, etag, dry_run)
+
     def remove_backend(self, vip: Vip, backend: Backend, *, etag: str | None = None, dry_run: bool = False) -> Report:
         return self._change("DELETE", _path(vip, backend), None, etag, dry_run)
 
@@ -160,12 +182,14 @@ class Client:
         services: Sequence[Service],
         *,
         own_addresses: bool = True,
+        prune: bool = False,
         etag: str | None = None,
         dry_run: bool = False,
     ) -> Report:
-        """Make `services` all that is served."""
+        """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
+        or backends, unless told to `prune`."""
         body = {"services": [_service_body(service) for service in services]}
-        return self._change("PUT", "/v1/config", body, etag, dry_run, own_address=own_addresses)
+        return self._change("PUT", "/v1/config", body, etag, dry_run, own_address=own_addresses, prune=prune)
 
     def attach(
         self,
@@ -187,6 +211,12 @@ class Client:
         return self._change("DELETE", "/v1/interfaces", None, None, dry_run, name=list(names))
 
     # How the daemon is spoken to
+
+    def _change_backends(
+        self, vip: Vip, backends: Iterable[Backend], changes: Document, etag: str | None, dry_run: bool
+    ) -> Report:
+        body = {"backends": [{"backend": str(backend)} | changes for backend in backends]}
+        return self._change("PATCH", f"{_path(vip)}/backends", body, etag, dry_run)
 
     def _read(self, path: str, read: Callable[[Any], T]) -> WithEtag[T]:
         return self._http.ask("GET", path, read)

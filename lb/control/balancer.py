@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from lb.control.change import reply_interfaces, some
 from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
 from lb.control.open_count import OpenCount
+from lb.control.prune import loss
 from lb.control.repair import Repairs
 from lb.control.vip_addresses import with_homes
 from lb.control.writer import Writer
-from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound
+from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound, PruneRequired
 from lb.model.conditions import Condition, Conditions
 from lb.model.forwarding import UNKNOWN, Counters, OpenConnections, Statistics
 from lb.model.options import Options
@@ -26,6 +28,7 @@ from lb.model.vip import Vip
 from lb.paths import DEFAULT_NETNS
 from lb.store.store import Store
 
+PRUNE = "would remove {}: use --prune (API: prune=true) to remove them"
 UPGRADED = "program upgraded from xdp-lb {} to the installed version"
 
 
@@ -145,21 +148,33 @@ class Balancer:
     def add_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
         return self.add_backends(vip, [backend], dry_run=dry_run)
 
+    def remove_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        """At once: their connections end. See `drain_backends`."""
+        service = self.state.service(vip)
+        for backend in _each_once(backends):
+            service = service.without_backend(backend)
+        return self._change_service(service, dry_run)
+
     def remove_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        """At once: its connections end. See `drain_backend`."""
-        return self._change_service(self.state.service(vip).without_backend(backend), dry_run)
+        return self.remove_backends(vip, [backend], dry_run=dry_run)
+
+    def drain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        """No new connections for them; those they have go on."""
+        return self._change_backends(vip, backends, dry_run, draining=True)
 
     def drain_backend(self, vip: Vip, backend: Backend, *, dry_run: bool = False) -> Report:
-        """No new connections for it; those it has go on."""
-        service = self.state.service(vip)
-        drained = service.changing_backend(backend, lambda b: replace(b, draining=True))
-        return self._change_service(drained, dry_run)
+        return self.drain_backends(vip, [backend], dry_run=dry_run)
+
+    def undrain_backends(self, vip: Vip, backends: Iterable[Backend], *, dry_run: bool = False) -> Report:
+        """New connections again, by the weights they have."""
+        return self._change_backends(vip, backends, dry_run, draining=False)
+
+    def set_weights(self, vip: Vip, backends: Iterable[Backend], weight: int, *, dry_run: bool = False) -> Report:
+        """Also ends a drain."""
+        return self._change_backends(vip, backends, dry_run, weight=weight, draining=False)
 
     def set_weight(self, vip: Vip, backend: Backend, weight: int, *, dry_run: bool = False) -> Report:
-        """Also ends a drain."""
-        service = self.state.service(vip)
-        weighted = service.changing_backend(backend, lambda b: replace(b, weight=weight, draining=False))
-        return self._change_service(weighted, dry_run)
+        return self.set_weights(vip, [backend], weight, dry_run=dry_run)
 
     def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
         goal = self.state.replacing_service(replace(self.state.service(vip), options=options))
@@ -171,17 +186,27 @@ class Balancer:
         self, vip: Vip, backend: Backend, server_ids: tuple[str, ...], *, dry_run: bool = False
     ) -> Report:
         """What names the backend in QUIC connection IDs."""
-        service = self.state.service(vip)
-        named = service.changing_backend(backend, lambda b: replace(b, server_ids=server_ids))
-        return self._change_service(named, dry_run)
+        return self._change_backends(vip, [backend], dry_run, server_ids=server_ids)
 
-    def apply(self, services: Sequence[Service], *, own_addresses: bool = True, dry_run: bool = False) -> Report:
-        """Make `services` all that is served."""
+    def apply(
+        self,
+        services: Sequence[Service],
+        *,
+        own_addresses: bool = True,
+        prune: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
+        or backends, unless told to `prune`."""
         goal = replace(self.state, services=tuple(services))
         if self.state.interfaces:
             _check_same_shape(self.state, goal)
+        lost = "" if prune else loss(self.state.services, goal.services)
+        if lost and not dry_run:
+            raise PruneRequired(PRUNE.format(lost), lost)
         goal = self._with_own_addresses(goal, goal.services, own_addresses)
-        return self.writer.change(goal, dry_run=dry_run)
+        report = self.writer.change(goal, dry_run=dry_run)
+        return replace(report, warnings=(PRUNE.format(lost), *report.warnings)) if lost else report
 
     def status(self) -> Status:
         loaded = self.writer.dataplane.loaded
@@ -203,6 +228,12 @@ class Balancer:
             maps=statistics.maps,
             outdated=self.outdated if loaded else "",
         )
+
+    def _change_backends(self, vip: Vip, backends: Iterable[Backend], dry_run: bool, **changes: Any) -> Report:
+        service = self.state.service(vip)
+        for backend in backends:
+            service = service.changing_backend(backend, lambda b: replace(b, **changes))
+        return self._change_service(service, dry_run)
 
     def _change_service(self, service: Service, dry_run: bool) -> Report:
         return self.writer.change(self.state.replacing_service(service), dry_run=dry_run)
@@ -231,6 +262,10 @@ class Balancer:
                         f"interface {name}: nat replies of {some(backends)} arrive there:"
                         " detach all interfaces or remove these backends first"
                     )
+
+
+def _each_once(backends: Iterable[Backend]) -> Iterable[Backend]:
+    return {str(backend): backend for backend in backends}.values()
 
 
 def _including(state: State, service: Service) -> State:

@@ -118,10 +118,14 @@ def with_reply_interfaces(
 
 
 def some(backends: Sequence[Backend]) -> str:
-    """A few addresses, for a line that stays a line."""
-    addresses = list(dict.fromkeys(str(backend.address) for backend in backends))
-    rest = [f"{len(addresses) - 2} more"] if len(addresses) > 2 else []
-    *first, last = [*addresses[:2], *rest]
+    """A few addresses."""
+    return few(list(dict.fromkeys(str(backend.address) for backend in backends)))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of these, for a line that stays a line."""
+    rest = [f"{len(names) - 2} more"] if len(names) > 2 else []
+    *first, last = [*names[:2], *rest]
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -17,7 +17,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -30,10 +30,10 @@ from lb.api.middleware import AccessMiddleware, AccessThread
 from lb.control.balancer import Balancer
 from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.daemon.sd_notify import feed_watchdog, notify
-from lb.errors import LbError
+from lb.errors import LbError, PruneRequired
 from lb.formats import config
+from lb.model.desired import Desired
 from lb.model.report import Report
-from lb.model.state import Service
 from lb.paths import Paths
 from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
@@ -127,7 +127,7 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _run_tasks(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _run_tasks(self, thread: BalancerThread, wanted: Desired | None) -> None:
         await self._upgrade(thread)
         await self._reconcile(thread, wanted)
         self._on_ready()
@@ -145,19 +145,19 @@ class Daemon:
         for note in notes:
             (log.error if thread.refused else log.info)(note)
 
-    async def _reconcile(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile(self, thread: BalancerThread, wanted: Desired | None) -> None:
         """Apply the store to the kernel, and the configuration file to the store."""
         try:
             _log_report("reconciled", (await thread.change(lambda balancer: balancer.repairs.reconcile())).report)
             if wanted is not None:
-                _log_report("configured", (await thread.change(lambda balancer: balancer.apply(wanted))).report)
+                await self._configure(thread, wanted, "configured")
             self.unready = ""
         except LbError as error:
             if self.unready != str(error):
                 log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
-    async def _reconcile_again(self, thread: BalancerThread, wanted: Sequence[Service] | None) -> None:
+    async def _reconcile_again(self, thread: BalancerThread, wanted: Desired | None) -> None:
         """Until it succeeds."""
         while self.unready:
             await asyncio.sleep(AGAIN_S)
@@ -172,25 +172,51 @@ class Daemon:
             notify("READY=1")
 
     async def _reload(self, thread: BalancerThread) -> None:
+        """Certificate and configuration: neither waits for the other to be right."""
+        self._reload_certificate()
+        if self._settings.config:
+            try:
+                await self._configure(thread, config.read(self._settings.config), "reloaded")
+            except LbError as error:
+                _refuse_config(thread, str(error))
+
+    async def _configure(self, thread: BalancerThread, wanted: Desired, event: str) -> None:
+        """Have the services of the configuration file served, unless that removes most of them."""
+
+        def apply(balancer: Balancer) -> Report:
+            merged = wanted.over(balancer.state.services)
+            report = balancer.apply(merged.services)
+            return replace(report, notes=(*merged.kept, *merged.overridden, *report.notes))
+
         try:
-            self._reload_certificate()
-            if self._settings.config:
-                wanted = config.read(self._settings.config)
-                _log_report("reloaded", (await thread.change(lambda balancer: balancer.apply(wanted))).report)
-        except LbError as error:
-            log.error("reload failed: configuration unchanged", reason=str(error))
+            report = (await thread.change(apply)).report
+            for note in report.notes:
+                log.info(note)
+            _log_report(event, report)
+            thread.set_config_fault("")
+        except PruneRequired as error:
+            file = self._settings.config
+            _refuse_config(thread, f"{file}: would remove {error.loss}: to do so: xdp-lb apply --prune -f {file}")
 
     def _reload_certificate(self) -> None:
         certificate, key = self._settings.tls_certificate, self._settings.tls_key
         if self._tls and certificate and key:
-            load_certificate(self._tls, certificate, key)
-            log.info("certificate loaded", file=str(certificate))
+            try:
+                load_certificate(self._tls, certificate, key)
+                log.info("certificate loaded", file=str(certificate))
+            except LbError as error:
+                log.error("certificate reload failed: the previous one stays in use", reason=str(error))
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:
     if settings.tls_certificate and settings.tls_key and settings.listen:
         return tls_context(settings.tls_certificate, settings.tls_key)
     return None
+
+
+def _refuse_config(thread: BalancerThread, fault: str) -> None:
+    thread.set_config_fault(fault)
+    log.error("reload failed: configuration unchanged", reason=fault)
 
 
 def _log_report(event: str, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""lb.toml -> services.
+"""lb.toml -> services, and which weights and drains it gives.
 
 Enters: the text of a file such as
 
@@ -15,23 +15,24 @@ Enters: the text of a file such as
     ]
 
 where only `vip` must be there; the table of a backend may also have `server_ids = ["CONFIG:HEX"]`.
-Leaves: services, or InvalidInput with one line that names file, service and key.
+Leaves: a Desired, or InvalidInput with one line that names file, service and key.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lb.errors import InvalidInput, LbError
+from lb.model.desired import Desired, Given
 from lb.model.health_check import HealthCheck
 from lb.model.options import DEFAULTS, FIELDS, PREFIX_FIELDS, Options, parse_network
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Mode, Service
-from lb.model.vip import Vip
+from lb.model.vip import Vip, join_port
 
 Value = TypeVar("Value", str, int, bool, list[object])
 
@@ -52,8 +53,8 @@ BACKEND_KEYS = ("address", "weight", "drain", "server_ids")
 NOTHING: list[object] = []
 
 
-def read(path: Path) -> list[Service]:
-    """The services of a file. Raises InvalidInput."""
+def read(path: Path) -> Desired:
+    """Raises InvalidInput."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -63,16 +64,18 @@ def read(path: Path) -> list[Service]:
     return parse(text, str(path))
 
 
-def parse(text: str, name: str = "lb.toml") -> list[Service]:
-    """The services of a text. `name` is what the errors call it. Raises InvalidInput."""
+def parse(text: str, name: str = "lb.toml") -> Desired:
+    """`name` is what the errors call the text. Raises InvalidInput."""
     file = _Table(_document(text, name), name)
     file.allow(FILE_KEYS)
     services: dict[Vip, Service] = {}
+    given: Given = {}
     for entries in _service_tables(file):
-        service = _service(entries, name)
+        service, given_here = _service(entries, name)
         if services.setdefault(service.vip, service) is not service:
             raise InvalidInput(f"{name}: service {service}: vip: given twice")
-    return list(services.values())
+        given |= given_here
+    return Desired(tuple(services.values()), given)
 
 
 def _document(text: str, name: str) -> dict[str, object]:
@@ -137,7 +140,7 @@ def _service_tables(file: _Table) -> list[dict[str, object]]:
     raise InvalidInput(f"{file.name}: service: not a list of tables: write [[service]]")
 
 
-def _service(entries: Mapping[str, object], file: str) -> Service:
+def _service(entries: Mapping[str, object], file: str) -> tuple[Service, Given]:
     vip_text = _Table(entries, f"{file}: service").require("vip")
     with _speaking_of(f"{file}: service"):
         vip = Vip.parse(vip_text)
@@ -147,9 +150,19 @@ def _service(entries: Mapping[str, object], file: str) -> Service:
     flow_timeout_s = table.get("flow_timeout", DEFAULT_FLOW_TIMEOUT_S)
     mode = _mode(table)
     options = _options(table)
-    backends = tuple(_backend(entry, table.name) for entry in table.get("backends", NOTHING))
+    backend_entries = table.get("backends", NOTHING)
+    backends = tuple(_backend(entry, table.name) for entry in backend_entries)
     with _speaking_of(table.name, str(vip)):
-        return Service(vip, mode, backends, ring_size, flow_timeout_s, options)
+        service = Service(vip, mode, backends, ring_size, flow_timeout_s, options)
+    names = (join_port(b.address, b.port or vip.fixed_port) for b in backends)
+    return service, {(vip, name): _keys_of(entry) for name, entry in zip(names, backend_entries, strict=True)}
+
+
+def _keys_of(backend: object) -> Set[str]:
+    """See Given."""
+    table = backend if isinstance(backend, dict) else {"address": backend}
+    given = {"weight": "weight" in table or "@" in str(table["address"]), "draining": "drain" in table}
+    return frozenset(name for name, is_given in given.items() if is_given)
 
 
 def _mode(table: _Table) -> Mode:

@@ -69,9 +69,9 @@ def services_document(services: Iterable[Service]) -> list[Document]:
     return [service_document(s) for s in services]
 
 
-def backends_document(services: Iterable[Service]) -> list[Document]:
-    """An array of backends, see `backend_document`, each with the `vip` it serves."""
-    return [{"vip": str(s.vip), **backend_document(b)} for s in services for b in s.backends]
+def backends_document(status: Status) -> list[Document]:
+    """An array of backends, as in `status_document` but for the counters, each with the `vip` it serves."""
+    return [{"vip": str(s.service), **_backend_state_document(b)} for s in status.services for b in s.backends]
 
 
 def report_document(report: Report) -> Document:
@@ -143,7 +143,8 @@ def status_document(status: Status) -> Document:
     keys of `service_document`, `slots_in_transition`, `open` and the sums of the counters; in their
     `backends` the keys of `backend_document`, `resolved`, `state`, `share`, `why`, `since`, `open` and the counters;
     `answered`, `drops`, `passes` and `noted`: reason -> packets; `maps`: map -> bytes of kernel memory; `outdated`: the
-    version that the program in force is of, null if it is the installed one.
+    version that the program in force is of, null if it is the installed one; `config_fault`: why the daemon's
+    configuration file is not in force, null if it is, or there is none.
 
     `state` is active, draining or down; `share` the percent of its weight that a backend gets while it starts slowly,
     else 100; `why` the reason it is or was down, `since` the Unix time of its last change, null if unchecked.
@@ -164,6 +165,7 @@ def status_document(status: Status) -> Document:
         "noted": dict(status.noted),
         "maps": dict(status.maps),
         "outdated": status.outdated or None,
+        "config_fault": status.config_fault or None,
     }
 
 
@@ -188,12 +190,15 @@ def _service_status_document(status: ServiceStatus) -> Document:
 
 
 def _backend_status_document(status: BackendStatus) -> Document:
+    opened = {"open": open_document(status.open)}
+    return _backend_state_document(status) | opened | counters_document(status.counters)
+
+
+def _backend_state_document(status: BackendStatus) -> Document:
     return {
         **backend_document(status.backend),
         "resolved": status.resolved,
         **_condition_document(status),
-        "open": open_document(status.open),
-        **counters_document(status.counters),
     }
 
 
@@ -293,6 +298,7 @@ def read_status(document: Document) -> Status:
         noted=document["noted"],
         maps=document["maps"],
         outdated=document["outdated"] or "",
+        config_fault=document["config_fault"] or "",
     )
 
 

@@ -21,6 +21,7 @@ from lb.errors import (
     LbError,
     NoRoute,
     NotFound,
+    PruneRequired,
     StoreError,
 )
 
@@ -43,6 +44,7 @@ KINDS: dict[type[LbError], Kind] = {
     AlreadyExists: Kind("already-exists", "Already exists", 409),
     NoRoute: Kind("no-route", "No route to a backend", 409),
     Conflict: Kind("conflict", "Modified since it was read", 412),
+    PruneRequired: Kind("prune-required", "Would remove more than half of what is served", 409),
     Busy: Kind("busy", "Another process is changing this network namespace", 503),
     StoreError: Kind("store-error", "Store cannot be read or written", 503),
     DataplaneError: Kind("dataplane-error", "Rejected by the kernel; previous state kept", 503),

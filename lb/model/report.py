@@ -6,14 +6,17 @@ All values are frozen and plain, so that the command line, the JSON output and t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from operator import attrgetter
 
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition
 from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, OpenConnections
-from lb.model.state import Backend, Interface, Service
+from lb.model.state import Backend, Interface, Service, no_such_service
 from lb.model.vip import Vip
+
+_COUNTERS = [attrgetter(counter.name) for counter in fields(Counters)]
 
 
 class ChangeKind(StrEnum):
@@ -75,6 +78,11 @@ class BackendStatus:
             return "down"
         return "draining" if self.backend.draining else "active"
 
+    @property
+    def in_trouble(self) -> bool:
+        """Down, or unresolved: packets for it are dropped."""
+        return self.state == "down" or (self.state == "active" and not self.resolved)
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
@@ -85,8 +93,15 @@ class ServiceStatus:
     @property
     def total(self) -> Counters:
         """The counters of all backends together."""
-        each = [astuple(b.counters) for b in self.backends]
-        return Counters(*(sum(column) for column in zip(*each, strict=True)))
+        return Counters(*(sum(map(counter, (b.counters for b in self.backends))) for counter in _COUNTERS))
+
+    @property
+    def takes_connections(self) -> bool:
+        return any(b.backend.ring_weight for b in self.backends)
+
+    @property
+    def in_trouble(self) -> bool:
+        return not self.takes_connections or any(b.in_trouble for b in self.backends)
 
     @property
     def open(self) -> OpenConnections:
@@ -112,3 +127,15 @@ class Status:
     noted: Mapping[str, int] = field(default_factory=dict)  # counted in addition to the verdict
     maps: Mapping[str, int] = field(default_factory=dict)  # bytes of kernel memory
     outdated: str = ""  # the version of xdp-lb that the program in force is of, where it is not the installed one
+    config_fault: str = ""  # why the daemon's configuration file is not in force
+
+    def of_service(self, vip: Vip) -> Status:
+        """Of one service alone. Raises NotFound."""
+        found = tuple(s for s in self.services if s.service.vip == vip)
+        if not found:
+            raise no_such_service(vip)
+        return replace(self, services=found)
+
+    def in_trouble(self) -> Status:
+        """Of the services in trouble alone."""
+        return replace(self, services=tuple(s for s in self.services if self.loaded and s.in_trouble))

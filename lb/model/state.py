@@ -285,6 +285,10 @@ def _cross(one: range, other: range) -> bool:
     return first.start < second.start < first.stop < second.stop
 
 
+def no_such_service(vip: Vip) -> NotFound:
+    return NotFound(f"vip {vip}: no such service: see xdp-lb vip list")
+
+
 @dataclass(frozen=True, slots=True)
 class Interface:
     """An interface that the balancer is attached to, and its configured mode. replies_only: nobody named it, nat
@@ -327,7 +331,7 @@ class State:
         for service in self.services:
             if service.vip == vip:
                 return service
-        raise NotFound(f"vip {vip}: no such service: see xdp-lb vip list")
+        raise no_such_service(vip)
 
     def interface(self, name: str) -> Interface | None:
         return next((i for i in self.interfaces if i.name == name), None)

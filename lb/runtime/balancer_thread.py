@@ -32,6 +32,7 @@ class BalancerThread:
         self.metrics = DaemonMetrics()
         self.snapshot = Snapshot()
         self.refused = ""  # why the installed program is not in force
+        self.config_fault = ""  # why the configuration file is not in force
         self._opened = opener()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="balancer")
         self._balancer: Balancer | None = None
@@ -86,6 +87,10 @@ class BalancerThread:
     def _refuse(self, why: str) -> None:
         self.refused = why
         self.metrics.upgrade_refused(bool(why))
+
+    def set_config_fault(self, why: str) -> None:
+        self.config_fault = why
+        self.metrics.config_loaded(not why)
 
     async def change(self, work: Callable[[Balancer], Report]) -> AppliedChange:
         """As `call`, and listeners are told of what has changed."""

@@ -37,6 +37,16 @@ class DaemonMetrics:
             registry=self._registry,
         )
 
+        self._config_loaded = Gauge(
+            "xdp_lb_config_last_reload_successful",
+            "Whether the configuration file was applied when it was last read.",
+            registry=self._registry,
+        )
+        self._config_loaded.set(1)
+
+    def config_loaded(self, loaded: bool) -> None:
+        self._config_loaded.set(loaded)
+
     def upgrade_refused(self, refused: bool) -> None:
         self._refused.set(refused)
 

@@ -103,7 +103,7 @@ def apply(bed: Bed, *services: str) -> None:
     """Make `services` (see `service_toml`) all that is served."""
     path = bed.directory / "lb.toml"
     path.write_text("\n".join(services))
-    bed.xdp_lb("apply", "-f", str(path))
+    bed.xdp_lb("apply", "--prune", "-f", str(path))
 
 
 def status(bed: Bed) -> dict[str, Any]:

@@ -455,7 +455,7 @@ def test_the_real_path_of_every_mode_is_checked_under_three_capabilities(web: Be
     subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(mount_point)], check=True)
     process = start(web, under=[*UNDER, "--no-new-privs", *WITHOUT_CODE])
     assert effective(process) == THREE
-    web.xdp_lb("apply", "-f", str(checked_services(web)))
+    web.xdp_lb("apply", "--prune", "-f", str(checked_services(web)))
     web.xdp_lb("attach", "eth0")
     wait_until(lambda: all(each["since"] for each in found_of(web).values()), "all checked", timeout_s=20)
     assert states(web) == ["active"] * 12

@@ -190,7 +190,7 @@ def test_a_change_that_cannot_be_stored_is_refused_and_packets_go_on(bed: Bed) -
         bed.xdp_lb(*SERVE)
         process = start(bed)
         fill(state / "filler")
-        refused = bed.xdp_lb("apply", "-f", str(many_services(bed)), check=False)
+        refused = bed.xdp_lb("apply", "--prune", "-f", str(many_services(bed)), check=False)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "the disk is full" in refused.stderr
         assert curl(bed.client, f"http://{WEB}/") in {"b1", "b2"}

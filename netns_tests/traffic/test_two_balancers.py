@@ -84,7 +84,7 @@ class Pair:
         path = self.bed.directory / "lb.toml"
         path.write_text(services)
         for balancer in balancers:
-            self.bed.xdp_lb("apply", "-f", str(path), "--no-vip-address", on=balancer)
+            self.bed.xdp_lb("apply", "--prune", "-f", str(path), "--no-vip-address", on=balancer)
 
     def _route(self, family: str, spread: Spread) -> None:
         router = self.bed.router

@@ -24,7 +24,7 @@ from lb.model.vip import Vip
 
 ModeName = Annotated[Mode, Field(strict=False)]
 XdpModeName = Annotated[XdpMode, Field(strict=False)]
-
+BODY = Pointer()
 
 OPTION_TYPES = {list: list[str], int: Count, bool: bool, str: str}
 OPTION_FIELDS: dict[str, Any] = {name: (OPTION_TYPES[type(plain)], plain) for name, plain in values(DEFAULTS).items()}
@@ -191,12 +191,32 @@ class BackendPatch(Body):
     draining: bool | None = None
     server_ids: list[str] | None = None
 
-    def changed(self, backend: Backend) -> Backend:
-        changes = {key: value for key, value in self.given.items() if value is not None}
+    def changed(self, backend: Backend, pointer: Pointer = BODY) -> Backend:
+        changes = {key: value for key, value in self.given.items() if value is not None and key != "backend"}
         if "server_ids" in changes:
             changes["server_ids"] = tuple(changes["server_ids"])
-        with Pointer() / "server_ids":
+        with pointer / "server_ids":
             return replace(backend, **changes)
+
+
+class NamedBackendPatch(BackendPatch):
+    backend: str = Field(examples=["10.0.0.11:8080"])
+
+    def applied(self, service: Service, pointer: Pointer) -> Service:
+        with pointer:
+            name = Backend.parse(self.backend, service.vip.fixed_port)
+            return service.changing_backend(name, lambda backend: self.changed(backend, pointer))
+
+
+class BackendsPatch(Body):
+    """What is to change of some backends: of all of them, or of none."""
+
+    backends: Annotated[list[NamedBackendPatch], Field(min_length=1)]
+
+    def applied(self, service: Service) -> Service:
+        for number, patch in enumerate(self.backends):
+            service = patch.applied(service, BODY / "backends" / number)
+        return service
 
 
 class ServicePatch(Body):
@@ -355,6 +375,7 @@ class StatusAnswer(Reasons):
     services: list[ServiceStatusAnswer]
     maps: dict[str, int]
     outdated: str | None
+    config_fault: str | None
 
 
 class Health(Answer):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, open_balancer, wants_colour
+from lb.cli import completion
+from lb.cli.common import Request, change_options, current_status, echo_json, echo_lines, make_service, wants_colour
 from lb.cli.options import (
     OptionWords,
     backends_option,
@@ -16,6 +17,7 @@ from lb.cli.options import (
     json_option,
     mode_option,
     option_words,
+    parsed_vip,
     ring_size_option,
     split_list,
     vip_address_option,
@@ -36,7 +38,7 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 @interfaces_argument(required=True)
 @click.option(
     "--vip",
-    type=Vip.parse,
+    type=parsed_vip,
     metavar="VIP",
     help="Service address.  [default: first interface's own address, port 80/tcp]",
 )
@@ -140,9 +142,14 @@ def detach(interfaces: tuple[str, ...], request: Request) -> None:
 
 
 @click.command()
+@click.argument("vip", type=parsed_vip, required=False, shell_complete=completion.vips)
+@click.option("--down", is_flag=True, help="Show only what is in trouble.")
 @json_option("Print JSON (keys above).")
-def status(as_json: bool) -> None:
-    """Show interfaces, services and counters.
+def status(vip: Vip | None, down: bool, as_json: bool) -> None:
+    """Show interfaces, services and counters, or the service at VIP.
+
+    Services in trouble come first: a backend is down or unresolved (no neighbour entry), or none
+    takes new connections. More than 10 services are shown in a line each; VIP shows the backends.
 
     OPEN counts the connections open now, CONNS those opened so far. OPEN is exact in mode nat. In
     the other modes it is known only of backends that drain or are new (~: an estimate), else -.
@@ -153,7 +160,7 @@ def status(as_json: bool) -> None:
 
     \b
     JSON: {netns, loaded, interfaces, services, answered, drops, passes,
-           noted, maps}
+           noted, maps, outdated, config_fault}
       interfaces  [{name, xdp_mode, attached, program_id}]
       services    [{vip, address, prefix_length, port, last_port, protocol,
                     set, mode, ring_size, flow_timeout_s, options,
@@ -174,14 +181,20 @@ def status(as_json: bool) -> None:
     \b
     Examples:
       xdp-lb status
+      # One service, with its backends
+      xdp-lb status 10.0.0.1:80
+      # Only detached interfaces, and services and backends in trouble
+      xdp-lb status --down
       xdp-lb status --json | jq '.services[].backends[] | {backend, packets}'
     """
-    with open_balancer(write=False) as balancer:
-        now = balancer.status()
+    now = current_status()
+    lines = text.service_lines if vip else text.status_lines
+    if vip:
+        now = now.of_service(vip)
     if as_json:
-        echo_json(documents.status_document(now))
+        echo_json(documents.status_document(now.in_trouble() if down else now))
     else:
-        echo_lines(text.status_lines(now, colour=wants_colour()))
+        echo_lines((text.trouble_lines if down else lines)(now, colour=wants_colour()))
 
 
 @click.command()
@@ -193,12 +206,15 @@ def status(as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Configuration file, lb.toml(5).",
 )
+@click.option("--prune", is_flag=True, help="Allow removing more than half of the services or backends.")
 @vip_address_option
 @change_options
-def apply(path: Path, no_vip_address: bool, request: Request) -> None:
+def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> None:
     """Apply a configuration file and print the diff.
 
-    Services that are not in the file are removed.
+    Services and backends that are not in the file are removed. If that is all or more than half
+    of them, as with an empty or truncated file, nothing changes unless --prune is given. The
+    weight and drain of a backend that is served stay as they are unless the file gives them.
 
     \b
     The file:
@@ -231,14 +247,19 @@ def apply(path: Path, no_vip_address: bool, request: Request) -> None:
       # Show the diff only
       xdp-lb apply -f lb.toml --dry-run
       xdp-lb apply -f lb.toml
+      # Also if the file has less than half of what is served
+      xdp-lb apply --prune -f lb.toml
     """
     from lb.formats import config  # with tomllib, which no other command needs
 
-    services = config.read(path)
-    report = request.report(
-        lambda balancer: balancer.apply(services, own_addresses=not no_vip_address, dry_run=request.dry_run)
-    )
-    request.show(report, coloured_diff)
+    desired = config.read(path)
+
+    def apply(balancer: BalancerLike) -> Report:
+        merged = desired.over(balancer.state.services)
+        report = balancer.apply(merged.services, own_addresses=not no_vip_address, prune=prune, dry_run=request.dry_run)
+        return replace(report, notes=(*merged.kept, *report.notes))
+
+    request.show(request.report(apply), coloured_diff)
 
 
 DIFF_COLOURS = {"+": "green", "~": "yellow", "-": "red"}

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from lb.cli.common import Request, change_options, echo_json, echo_lines, make_service, stored_state, wants_colour
+from lb.cli.failures import parsing_words
 from lb.cli.options import (
     OptionWords,
     backends_option,
     json_option,
     mode_option,
     option_words,
+    parsed_vip,
     ring_size_option,
     vip_address_option,
     vip_argument,
@@ -32,7 +34,7 @@ def vip() -> None:
 
 
 @vip.command("add")
-@click.argument("vip", type=Vip.parse)
+@click.argument("vip", type=parsed_vip)
 @backends_option
 @mode_option
 @ring_size_option
@@ -76,7 +78,8 @@ def vip_add(
           --syn-limit 1000 --syn-limit-of-source 20
     """
     service = make_service(vip, backends, mode, ring_size, option_words)
-    service = replace(service, flow_timeout_s=flow_timeout)
+    with parsing_words():
+        service = replace(service, flow_timeout_s=flow_timeout)
     request.run(lambda balancer: balancer.add_service(service, own_address=not no_vip_address, dry_run=request.dry_run))
 
 

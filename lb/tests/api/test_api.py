@@ -44,7 +44,7 @@ def http(running: Running) -> Iterator[httpx.Client]:
     """What is served is SERVICE alone when a test begins."""
     transport = httpx.HTTPTransport(uds=str(running.settings.socket))
     with httpx.Client(transport=transport, base_url="http://xdp-lb") as client:
-        done = client.put("/v1/config", json={"services": [{"vip": "10.0.0.1:80", **SERVICE}]})
+        done = client.put("/v1/config?prune=true", json={"services": [{"vip": "10.0.0.1:80", **SERVICE}]})
         assert done.status_code == 200, done.text
         yield client
 
@@ -124,6 +124,22 @@ def test_backends_are_added_weighed_drained_and_removed(http: httpx.Client) -> N
     assert http.get(f"{WEB}/backends").json()[1]["draining"]  # its weight alone does not end a drain
 
 
+def test_several_backends_are_changed_or_none(http: httpx.Client) -> None:
+    url = f"{WEB}/backends"
+    http.post(url, json={"backends": [{"backend": "10.0.0.13"}]})
+    both = [{"backend": "10.0.0.12", "draining": True}, {"backend": "10.0.0.13", "weight": 5}]
+    assert http.patch(url, json={"backends": both}).status_code == 200
+    before = http.get(url).json()
+    assert [(b["weight"], b["draining"]) for b in before] == [(1, False), (3, True), (5, False)]
+    unknown = http.patch(url, json={"backends": [{"backend": "10.0.0.12", "weight": 9}, {"backend": "10.0.0.99"}]})
+    assert (unknown.status_code, unknown.json()["field"]) == (422, "/backends/1")
+    assert http.delete(url, params={"backend": ["10.0.0.12", "10.0.0.99"]}).status_code == 404
+    assert http.get(url).json() == before
+    assert http.delete(url, params={"backend": ["10.0.0.12", "10.0.0.13"]}).status_code == 200
+    assert len(http.get(url).json()) == 1
+    assert http.delete(url).status_code == 422
+
+
 def test_delete_takes_a_service_away(http: httpx.Client) -> None:
     http.put("/v1/services/10.0.0.102:80", json=SERVICE)
     assert http.delete("/v1/services/10.0.0.102:80").json()["changes"][0]["change"] == "remove"
@@ -140,6 +156,17 @@ def test_plan_and_dry_runs_say_what_would_change_and_change_nothing(http: httpx.
     assert http.put("/v1/config?dry_run=true", json=body).json() == planned
     assert http.delete(WEB, params={"dry_run": True}).json()["dry_run"]
     assert http.get("/v1/config").headers["etag"] == before.headers["etag"]
+
+
+def test_a_configuration_that_removes_most_is_refused_unless_told_to_prune(http: httpx.Client) -> None:
+    empty: dict[str, Any] = {"services": []}
+    refused = http.put("/v1/config", json=empty)
+    assert (refused.status_code, refused.json()["type"]) == (409, "urn:xdp-lb:problem:prune-required")
+    assert "prune=true" in refused.json()["detail"]
+    assert http.get("/v1/services").json()
+    assert "would remove" in http.post("/v1/plan", json=empty).json()["warnings"][0]
+    assert http.put("/v1/config", json=empty, params={"prune": True}).status_code == 200
+    assert http.get("/v1/services").json() == []
 
 
 def test_interfaces_are_attached_and_detached(http: httpx.Client) -> None:

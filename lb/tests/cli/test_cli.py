@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from lb.cli import drain
 from lb.cli.main import cli
 from lb.cli.progress import progress
 from lb.control.balancer import Balancer
@@ -135,6 +136,39 @@ def test_a_backend_drains_and_its_weight_ends_the_drain(serving: Host) -> None:
     assert weighed.startswith("10.0.0.1:80/tcp: backend 10.0.0.11:80 weight 1 -> 3, active again: ")
 
 
+@pytest.mark.parametrize("words", [("10.0.0.11", "10.0.0.12"), ("10.0.0.11,10.0.0.12",)])
+def test_several_backends_are_drained_undrained_weighed_and_removed_at_once(
+    serving: Host, words: tuple[str, ...]
+) -> None:
+    def backends() -> list[tuple[int, bool]]:
+        return [(b["weight"], b["draining"]) for b in serving.json("backend", "list")]
+
+    (line,) = serving.lines("backend", "drain", WEB, *words)
+    assert "backend 10.0.0.11:80 draining, backend 10.0.0.12:80 draining" in line
+    assert backends() == [(1, True), (1, True)]
+    serving.lines("backend", "undrain", WEB, *words)
+    assert backends() == [(1, False), (1, False)]
+    serving.lines("backend", "weight", WEB, *words, "3")
+    assert backends() == [(3, False), (3, False)]
+    serving.lines("backend", "remove", WEB, *words)
+    assert backends() == []
+
+
+@pytest.mark.parametrize("verb", ["drain", "undrain", "weight", "remove"])
+def test_of_several_backends_none_is_changed_if_one_is_unknown(serving: Host, verb: str) -> None:
+    before = serving.state()
+    weight = ["2"] if verb == "weight" else []
+    error = serving.error("backend", verb, WEB, "10.0.0.11", "10.0.0.99", *weight)
+    assert error == "xdp-lb: backend 10.0.0.99:80: not in service 10.0.0.1:80/tcp"
+    assert serving.state() == before
+
+
+def test_drain_waits_until_the_backend_is_idle(serving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "QUIET_S", 0.0)
+    lines = serving.lines("backend", "drain", WEB, "10.0.0.11", "10.0.0.12", "--wait")
+    assert lines[1:] == ["10.0.0.1:80/tcp: backend 10.0.0.11:80 idle", "10.0.0.1:80/tcp: backend 10.0.0.12:80 idle"]
+
+
 def test_a_backend_is_removed(serving: Host) -> None:
     serving.lines("backend", "remove", WEB, "10.0.0.11")
     assert serving.names() == ["10.0.0.12:80"]
@@ -172,6 +206,32 @@ def test_status_in_json(serving: Host) -> None:
     assert status["loaded"] is True
     assert status["interfaces"] == [{"name": "eth0", "xdp_mode": "native", "attached": True, "program_id": 1}]
     assert [b["backend"] for b in status["services"][0]["backends"]] == serving.names()
+
+
+def test_status_of_one_service(serving: Host) -> None:
+    serving.lines("vip", "add", "10.0.0.1:81", "--backends", "10.0.0.11:81", *RING)
+    assert serving.lines("status", "10.0.0.1:81")[0] == "10.0.0.1:81/tcp: nat, 1 backend, ring 251"
+    assert [s["vip"] for s in serving.json("status", "10.0.0.1:81")["services"]] == ["10.0.0.1:81/tcp"]
+    error = "xdp-lb: vip 10.0.0.1:82/tcp: no such service: see xdp-lb vip list"
+    assert serving.error("status", "10.0.0.1:82") == serving.error("backend", "list", "10.0.0.1:82") == error
+
+
+def test_status_of_what_is_down(serving: Host) -> None:
+    serving.lines("vip", "add", "10.0.0.1:81", "--backends", "10.0.0.11:81", *RING)
+    assert serving.lines("status", "--down") == ["2 services: nothing is down"]
+    serving.lines("backend", "drain", "10.0.0.1:81", "10.0.0.11")
+    fault = "10.0.0.1:81/tcp: nat, 1 backend, ring 251, 251 slots in transition, no backend takes new connections"
+    assert serving.lines("status", "--down") == [fault]
+    assert [s["vip"] for s in serving.json("status", "--down")["services"]] == ["10.0.0.1:81/tcp"]
+
+
+def test_backend_list_has_the_state_that_status_has(serving: Host) -> None:
+    serving.lines("backend", "drain", WEB, "10.0.0.11")
+    assert [line.split()[-1] for line in serving.lines("backend", "list")] == ["STATE", "draining", "active"]
+    listed, (service,) = serving.json("backend", "list"), serving.json("status")["services"]
+    for one, other in zip(listed, service["backends"], strict=True):
+        assert one.items() <= (other | {"vip": WEB}).items()
+        assert one["state"] == other["state"]
 
 
 def test_status_for_people(serving: Host) -> None:
@@ -306,6 +366,9 @@ backends = ["10.0.0.11:53"]
 """
 
 
+SERVICE = '[[service]]\nvip = "10.0.0.1:80"\nring_size = 251\nbackends = [{}]\n'
+
+
 def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path) -> None:
     file = tmp_path / "lb.toml"
     file.write_text(CONFIG)
@@ -325,6 +388,36 @@ def test_apply_prints_the_difference_and_makes_it(serving: Host, tmp_path: Path)
     assert done.pop(2) == moves
     assert done == [*planned[:-1], "1 service added, 1 service changed, ends no open connections"]
     assert serving.lines("apply", "-f", str(file)) == ["nothing to change"]
+
+
+def test_apply_of_an_empty_file_removes_nothing_unless_told_to_prune(serving: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text("")
+    lost = "would remove 1 of 1 service (10.0.0.1:80/tcp): use --prune (API: prune=true) to remove them"
+    assert serving.error("apply", "-f", str(file)) == f"xdp-lb: {lost}"
+    dry = serving.run("apply", "-f", str(file), "--dry-run")
+    assert (dry.exit_code, dry.stderr) == (0, f"xdp-lb: warning: {lost}\n")
+    assert dry.stdout == "- service 10.0.0.1:80/tcp\ndry run: 1 service removed\n"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+    assert serving.lines("apply", "-f", str(file), "--prune")[-1] == "1 service removed"
+    assert serving.names() == []
+
+
+def test_apply_keeps_a_drain_and_a_weight_that_the_file_does_not_give(serving: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(SERVICE.format('"10.0.0.11", "10.0.0.12"'))
+    serving.lines("backend", "weight", WEB, "10.0.0.12", "3")
+    serving.lines("backend", "drain", WEB, "10.0.0.11")
+    assert serving.lines("apply", "-f", str(file)) == [
+        "nothing to change",
+        "  10.0.0.1:80/tcp: backend 10.0.0.11:80: draining kept: drain is not in the file",
+        "  10.0.0.1:80/tcp: backend 10.0.0.12:80: weight 3 kept: weight is not in the file",
+    ]
+    file.write_text(SERVICE.format('{address = "10.0.0.11", drain = false}, "10.0.0.12@1"'))
+    assert serving.lines("apply", "-f", str(file))[1:3] == [
+        "  ~ backend 10.0.0.11:80 (active again)",
+        "  ~ backend 10.0.0.12:80 (weight 3 -> 1)",
+    ]
 
 
 def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_path: Path) -> None:
@@ -351,6 +444,51 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("vip", "add", "10.0.0.2:80", "--backends", "2001:db8::11"),
             "backend [2001:db8::11]:80: mode nat needs an IPv4 backend for 10.0.0.2:80/tcp",
         ),
+        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
+        (
+            ("backend", "list", "10.0.0.2:80"),
+            "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list",
+        ),
+        (
+            ("backend", "remove", WEB, "10.0.0.19"),
+            "backend 10.0.0.19:80: not in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.11"),
+            "backend 10.0.0.11:80: already in service 10.0.0.1:80/tcp",
+        ),
+        (
+            ("backend", "add", WEB, "10.0.0.13", "--server-id", "0:aa"),
+            "backend 10.0.0.13:80: server id 0:aa: needs a UDP service",
+        ),
+        (
+            ("backend", "server-id", WEB, "10.0.0.11", "9:aa"),
+            "server id 9:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
+        ),
+        (("vip", "set", WEB, "--second-chance"), "10.0.0.1:80/tcp: second chance: needs mode gue"),
+        (
+            ("vip", "set", WEB, "--affinity", "60"),
+            "vip 10.0.0.1:80/tcp: affinity cannot be changed on an existing service: remove it first",
+        ),
+        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
+        (
+            ("vip", "add", "10.0.0.1:80@near"),
+            "10.0.0.1:80/tcp@near: sources: missing: a member set requires source prefixes",
+        ),
+        (
+            ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
+            "vip 10.0.0.2:80/tcp@near: member set of 10.0.0.2:80/tcp, which does not exist",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_status_1(serving: Host, words: tuple[str, ...], message: str) -> None:
+    assert serving.error(*words) == f"xdp-lb: {message}"
+    assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (
             ("vip", "add", "10.0.0.300:80"),
             "address 10.0.0.300: not an IPv4 or IPv6 address",
@@ -371,19 +509,6 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("vip", "add", "10.0.0.2:80", "--flow-timeout", "0"),
             "10.0.0.2:80/tcp: flow timeout 0 s: out of range 1 s to 7 days",
         ),
-        (("vip", "remove", "10.0.0.2:80"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
-        (
-            ("backend", "list", "10.0.0.2:80"),
-            "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list",
-        ),
-        (
-            ("backend", "remove", WEB, "10.0.0.19"),
-            "backend 10.0.0.19:80: not in service 10.0.0.1:80/tcp",
-        ),
-        (
-            ("backend", "add", WEB, "10.0.0.11"),
-            "backend 10.0.0.11:80: already in service 10.0.0.1:80/tcp",
-        ),
         (
             ("backend", "weight", WEB, "10.0.0.11", "65536"),
             "backend 10.0.0.11:80: weight 65536: out of range 0 to 65535",
@@ -392,38 +517,18 @@ def test_what_the_command_line_made_is_what_the_file_says(serving: Host, tmp_pat
             ("backend", "weight", WEB, "10.0.0.11", "-1"),
             "backend 10.0.0.11:80: weight -1: out of range 0 to 65535",
         ),
-        (
-            ("backend", "add", WEB, "10.0.0.13", "--server-id", "0:aa"),
-            "backend 10.0.0.13:80: server id 0:aa: needs a UDP service",
-        ),
-        (
-            ("backend", "server-id", WEB, "10.0.0.11", "9:aa"),
-            "server id 9:aa: not CONFIG:HEX: 0 to 6, a colon, 1 to 15 bytes in hex",
-        ),
         (("vip", "set", WEB, "--mss", "87"), "mss 87: out of range 88 to 65495"),
-        (("vip", "set", WEB, "--second-chance"), "10.0.0.1:80/tcp: second chance: needs mode gue"),
         (("vip", "set", WEB, "--allow", "10.0.0.1/8"), "prefix 10.0.0.1/8: has host bits set: write 10.0.0.0/8"),
-        (
-            ("vip", "set", WEB, "--affinity", "60"),
-            "vip 10.0.0.1:80/tcp: affinity cannot be changed on an existing service: remove it first",
-        ),
-        (("vip", "set", "10.0.0.2:80", "--echo"), "vip 10.0.0.2:80/tcp: no such service: see xdp-lb vip list"),
-        (
-            ("vip", "add", "10.0.0.1:80@near"),
-            "10.0.0.1:80/tcp@near: sources: missing: a member set requires source prefixes",
-        ),
-        (
-            ("vip", "add", "10.0.0.2:80@near", "--source", "10.7.0.0/16"),
-            "vip 10.0.0.2:80/tcp@near: member set of 10.0.0.2:80/tcp, which does not exist",
-        ),
         (
             ("backend", "add", WEB, "10.0.0.13:http"),
             "backend 10.0.0.13:http: port http: not a number from 0 to 65535",
         ),
     ],
 )
-def test_bad_input_is_one_line(serving: Host, words: tuple[str, ...], message: str) -> None:
-    assert serving.error(*words) == f"xdp-lb: {message}"
+def test_words_that_are_malformed_are_one_line_and_exit_status_2(
+    serving: Host, words: tuple[str, ...], message: str
+) -> None:
+    assert serving.error(*words, status=2) == f"xdp-lb: {message}"
     assert serving.names() == ["10.0.0.11:80", "10.0.0.12:80"]
 
 
@@ -506,6 +611,9 @@ def test_ctrl_c_is_quiet() -> None:
         ("backend", "add", WEB),
         ("backend", "weight", WEB, "10.0.0.11", "heavy"),
         ("apply",),
+        ("backend", "drain", WEB, "10.0.0.11", "--wait", "soon"),
+        ("backend", "drain", WEB, "10.0.0.11", "--wait", "--dry-run"),
+        ("backend", "undrain", WEB),
         ("nonsense",),
     ],
 )
@@ -564,3 +672,28 @@ def test_help_of_each_command_has_examples_and_fits_80_columns(command: list[str
     text = CliRunner().invoke(cli, [*command, "--help"]).stdout
     assert "\n  Examples:\n" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def parameters(command: list[str]) -> list[Any]:
+    found: Any = cli
+    for name in command:
+        found = found.commands[name]
+    return list(found.params)
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_what_is_no_such_word_is_exit_status_2_for_each_command(serving: Host, command: list[str]) -> None:
+    named = {parameter.name: parameter for parameter in parameters(command)}
+    misused = [["--no-such-option"]]
+    if any(parameter.required for parameter in named.values()):
+        misused.append([])
+    if "vip" in named:
+        misused.append(["--vip", "nonsense", "eth0"] if command == ["attach"] else ["nonsense", "10.0.0.11", "1"])
+    if "backends" in named and command[0] == "backend":
+        misused.append([WEB, "10.0.0.300", "1"])
+    before = serving.state()
+    for words in misused:
+        result = serving.run(*command, *words)
+        assert (result.exit_code, result.stdout) == (2, ""), words
+        assert "Error: " in result.stderr or result.stderr.startswith("xdp-lb: "), words
+    assert serving.state() == before

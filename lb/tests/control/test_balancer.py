@@ -18,7 +18,7 @@ import pytest
 from lb.control.balancer import Balancer
 from lb.control.contracts import NoFilters
 from lb.control.open_count import OpenCount
-from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, StoreError
+from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, PruneRequired, StoreError
 from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.report import ChangeKind, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
@@ -626,7 +626,7 @@ def test_progress_counts_services(bed: Bed) -> None:
 
 def test_apply_makes_the_given_services_all_that_is_served(serving: Bed) -> None:
     serving.run(lambda b: b.add_service(service(TLS, A)))
-    report = serving.run(lambda b: b.apply([service(DNS, B), service(WEB, A, C)]))
+    report = serving.run(lambda b: b.apply([service(DNS, B), service(WEB, A, C)], prune=True))
     assert [(c.vip, c.kind) for c in report.changes] == [
         (WEB, ChangeKind.CHANGE),
         (TLS, ChangeKind.REMOVE),
@@ -666,6 +666,38 @@ def test_apply_cannot_change_the_shape_of_what_is_served(serving: Bed, wanted: S
     serving.run(lambda b: b.detach())
     serving.run(lambda b: b.apply([wanted]))
     assert serving.state.services == (wanted,)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lost"),
+    [
+        ([], "3 of 3 services (10.0.0.1:80/tcp, 10.0.0.1:443/tcp and 1 more)"),
+        ([service(WEB, A, B)], "2 of 3 services (10.0.0.1:443/tcp and 10.0.0.2:53/udp)"),
+        (
+            [service(WEB, A), service(TLS), service(DNS)],
+            "3 of 4 backends (10.0.0.12:80 of 10.0.0.1:80/tcp, 10.0.0.11:80 of 10.0.0.1:443/tcp and 1 more)",
+        ),
+    ],
+)
+def test_apply_removes_more_than_half_only_if_told_to_prune(serving: Bed, wanted: list[Service], lost: str) -> None:
+    serving.run(lambda b: b.add_service(service(TLS, A)))
+    serving.run(lambda b: b.add_service(service(DNS, B)))
+    before, message = serving.state, f"would remove {lost}: use --prune (API: prune=true) to remove them"
+    with pytest.raises(PruneRequired) as caught:
+        serving.run(lambda b: b.apply(wanted))
+    assert str(caught.value) == message
+    planned = serving.run(lambda b: b.apply(wanted, dry_run=True))
+    assert planned.warnings[0] == message
+    assert serving.state == before
+    serving.run(lambda b: b.apply(wanted, prune=True))
+    assert {s.vip for s in serving.state.services} == {s.vip for s in wanted}
+
+
+def test_apply_removes_half_without_being_told(serving: Bed) -> None:
+    serving.run(lambda b: b.add_service(service(TLS, A, B)))
+    serving.run(lambda b: b.apply([service(WEB, A, B)]))
+    serving.run(lambda b: b.apply([service(WEB, A)]))
+    assert serving.state.services == (service(WEB, A),)
 
 
 def test_apply_before_attach_is_stored(bed: Bed) -> None:
@@ -804,7 +836,7 @@ SCENARIOS: dict[str, tuple[list[Command], Command]] = {
     "weigh a backend": ([lambda b: b.attach([ETH0], BOTH)], lambda b: b.set_weight(WEB, A, 9)),
     "apply": (
         [lambda b: b.attach([ETH0], BOTH)],
-        lambda b: b.apply([service(WEB, B, C), service(TLS, A)]),
+        lambda b: b.apply([service(WEB, B, C), service(TLS, A)], prune=True),
     ),
 }
 

@@ -34,7 +34,7 @@ from lb.model.state import State
 from lb.model.vip import Vip
 from lb.runtime.balancer_thread import BalancerThread
 from lb.store.store import Store
-from lb.tests.fakes.daemon import Running, running, serving
+from lb.tests.fakes.daemon import Running, running, serving, through
 from lb.tests.fakes.host import RING, WEB, Host
 from lb.tests.fakes.tls import Certificate, Remote, serving_tcp
 
@@ -148,18 +148,83 @@ def get(daemon: Running) -> Iterator[httpx.Client]:
 # The configuration file
 
 
+def vips(host: Host) -> list[str]:
+    return [str(service) for service in stored(host).services]
+
+
+def reload_failures(daemon: Running) -> list[str]:
+    return [line["reason"] for line in daemon.said if "reload failed" in line["event"]]
+
+
 def test_a_file_is_what_is_served_and_is_read_again_when_told(host: Host, tmp_path: Path) -> None:
     file = tmp_path / "lb.toml"
-    file.write_text(TOML.format(vip="10.0.0.50:80"))
-    with serving(host, tmp_path, config=file) as daemon:
-        assert [str(s) for s in stored(host).services] == ["10.0.0.50:80/tcp"]
-        file.write_text(TOML.format(vip="10.0.0.51:80"))
+    both = TOML.format(vip=WEB) + TOML.format(vip="10.0.0.51:80")
+    file.write_text(TOML.format(vip=WEB))
+    with serving(host, tmp_path, config=file) as daemon, get(daemon) as http:
+        assert vips(host) == [WEB]
+        file.write_text(both)
         daemon.call(daemon.daemon.reload)
-        wait_for(lambda: [str(s) for s in stored(host).services] == ["10.0.0.51:80/tcp"], "the new file")
+        wait_for(lambda: vips(host) == [WEB, "10.0.0.51:80/tcp"], "the new file")
         file.write_text("nonsense")
         daemon.call(daemon.daemon.reload)
-        wait_for(lambda: any("reload failed" in line["event"] for line in daemon.said), "the error")
-        assert [str(s) for s in stored(host).services] == ["10.0.0.51:80/tcp"]
+        wait_for(lambda: reload_failures(daemon), "the error")
+        assert vips(host) == [WEB, "10.0.0.51:80/tcp"]
+        assert http.get("/readyz").json() == {"status": "ready", "problem": reload_failures(daemon)[0]}
+        file.write_text(both)
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: http.get("/readyz").json() == {"status": "ready"}, "the file to be right")
+
+
+def test_a_file_that_removes_most_of_what_is_served_is_refused_and_says_the_way_out(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    fault = f"{file}: would remove 1 of 1 service ({WEB}): to do so: xdp-lb apply --prune -f {file}"
+    with serving(host, tmp_path, config=file) as daemon, get(daemon) as http:
+        before = stored(host)
+        file.write_text("")
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: reload_failures(daemon) == [fault], "the refusal")
+        assert stored(host) == before
+        assert http.get("/readyz").json() == {"status": "ready", "problem": fault}
+        assert "xdp_lb_config_last_reload_successful 0.0" in http.get("/metrics").text
+        command = through(host, daemon)
+        status = CliRunner().invoke(cli, ["status"], obj=command).stdout
+        assert status.startswith(f"configuration file not applied: {fault}\n")
+        assert CliRunner().invoke(cli, ["apply", "--prune", "-f", str(file)], obj=command).exit_code == 0
+        assert http.get("/v1/status").json()["config_fault"] is None
+        assert vips(host) == []
+
+
+def test_a_file_that_is_empty_from_the_start_leaves_what_is_stored_in_force(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text("")
+    with serving(host, tmp_path, config=file) as daemon, get(daemon) as http:
+        assert vips(host) == [WEB]
+        assert "would remove 1 of 1 service" in http.get("/readyz").json()["problem"]
+
+
+def test_a_reload_keeps_drains_and_weights_that_the_file_does_not_give_and_says_what_it_overrides(
+    host: Host, tmp_path: Path
+) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    with serving(host, tmp_path, config=file) as daemon, Client.unix(daemon.settings.socket) as client:
+        served = client.services().value[0]
+        client.set_weight(served.vip, served.backends[0], 5)
+        client.drain_backend(served.vip, served.backends[0])
+        drained = stored(host)
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: "reloaded" in [line["event"] for line in daemon.said], "the reload")
+        assert stored(host) == drained
+        file.write_text(TOML.format(vip=WEB).replace('"10.0.0.11"', '"10.0.0.11@2"'))
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: stored(host) != drained, "the new file")
+        (backend,) = stored(host).services[0].backends
+        assert (backend.weight, backend.draining) == (2, True)
+        wait_for(lambda: [line["event"] for line in daemon.said].count("reloaded") == 2, "the log")
+        said, where = [line["event"] for line in daemon.said], f"{WEB}: backend 10.0.0.11:80"
+        assert f"{where}: draining kept: drain is not in the file" in said
+        assert f"{where}: weight 5 -> weight 2: given by the file" in said
 
 
 def test_a_file_that_is_wrong_from_the_start_is_one_line(host: Host, tmp_path: Path) -> None:
@@ -445,9 +510,30 @@ def test_a_new_certificate_is_taken_up_and_a_wrong_one_is_not(remote: Remote) ->
     old = remote.certificate.trusted
     remote.certificate.key.write_text("no key")
     remote.running.call(remote.running.daemon.reload)
-    wait_for(lambda: any("reload failed" in line["event"] for line in remote.running.said), "the error")
+    wait_for(lambda: reload_failures(remote.running), "the error")
     with httpx.Client(base_url=remote.url, verify=old, trust_env=False) as http:
         assert http.get("/healthz").status_code == 200
+
+
+def test_a_certificate_and_a_file_are_loaded_whatever_is_wrong_with_the_other(
+    host: Host, tmp_path: Path, certificate: Certificate
+) -> None:
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    with serving_tcp(host, tmp_path, certificate, config=file) as remote:
+        certificate.renew()
+        file.write_text("nonsense")
+        remote.running.call(remote.running.daemon.reload)
+        wait_for(lambda: reload_failures(remote.running), "the error")
+        with remote.http() as http:
+            assert http.get("/healthz").status_code == 200
+        certificate.key.write_text("no key")
+        file.write_text(TOML.format(vip=WEB) + TOML.format(vip="10.0.0.51:80"))
+        remote.running.call(remote.running.daemon.reload)
+        wait_for(lambda: vips(host) == [WEB, "10.0.0.51:80/tcp"], "the new file")
+        unreadable, no_key = reload_failures(remote.running)
+        assert "not valid TOML" in unreadable
+        assert "not a PEM certificate and its key" in no_key
 
 
 @pytest.mark.parametrize(("text", "error"), [("no certificate", "not a PEM certificate"), (None, "No such file")])

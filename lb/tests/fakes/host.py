@@ -66,10 +66,10 @@ class Host:
     def json(self, *words: str) -> Any:
         return json.loads("\n".join(self.lines(*words, "--json")))
 
-    def error(self, *words: str) -> str:
+    def error(self, *words: str, status: int = 1) -> str:
         """The one line of a command that fails."""
         result = self.run(*words)
-        assert (result.exit_code, result.stdout) == (1, "")
+        assert (result.exit_code, result.stdout) == (status, "")
         assert result.stderr.count("\n") == 1
         return result.stderr.removesuffix("\n")
 

@@ -37,7 +37,7 @@ def backend(address: str, port: int, weight: int = 1, draining: bool = False) ->
 
 
 def test_every_key_is_read_and_every_default_filled_in() -> None:
-    assert config.parse(WHOLE) == [
+    assert config.parse(WHOLE).services == (
         Service(
             Vip.parse("10.0.0.2:443/tcp"),
             Mode.DR,
@@ -56,7 +56,7 @@ def test_every_key_is_read_and_every_default_filled_in() -> None:
             ring_size=16381,
             flow_timeout_s=3600,
         ),
-    ]
+    )
 
 
 def test_every_option_is_read() -> None:
@@ -77,7 +77,7 @@ second_chance = true
 health = "http /healthz interval=1s"
 slow_start = 30
 fail_closed = true
-""")
+""").services
     assert service.mode is Mode.GUE
     assert service.options == Options(
         affinity_s=300,
@@ -100,7 +100,7 @@ def test_server_ids_are_read_of_a_backend_with_a_table() -> None:
     (service,) = config.parse(
         '[[service]]\nvip = "10.0.0.1:443/udp"\n'
         'backends = [{address = "10.0.0.11", server_ids = ["1:0A0B", "0:0a"]}, "10.0.0.12"]'
-    )
+    ).services
     assert [b.server_ids for b in service.backends] == [("0:0a", "1:0a0b"), ()]
 
 
@@ -108,12 +108,36 @@ def test_a_set_is_a_service_beside_that_of_its_vip() -> None:
     own, members = config.parse(
         '[[service]]\nvip = "10.0.0.0/24:8000-8999"\n'
         '[[service]]\nvip = "10.0.0.0/24:8000-8999@eu"\nmode = "ipip"\nsources = ["10.7.0.0/16"]'
-    )
+    ).services
     assert (members.vip.own, members.vip.set, members.mode) == (own.vip, "eu", Mode.IPIP)
 
 
+def test_weights_and_drains_that_the_file_gives_are_known() -> None:
+    vip = Vip.parse("10.0.0.1:80")
+    given = config.parse(
+        """
+[[service]]
+vip = "10.0.0.1:80"
+backends = [
+    "10.0.0.11",
+    "10.0.0.12:8080@1",
+    {address = "10.0.0.13", weight = 1},
+    {address = "10.0.0.14@2", drain = false},
+    {address = "10.0.0.15"},
+]
+"""
+    ).given
+    assert {name: set(keys) for (of, name), keys in given.items() if of == vip} == {
+        "10.0.0.11:80": set(),
+        "10.0.0.12:8080": {"weight"},
+        "10.0.0.13:80": {"weight"},
+        "10.0.0.14:80": {"weight", "draining"},
+        "10.0.0.15:80": set(),
+    }
+
+
 def test_an_empty_file_asks_for_nothing() -> None:
-    assert config.parse("") == []
+    assert config.parse("").services == ()
 
 
 SERVICE = '[[service]]\nvip = "10.0.0.1:80"\n'

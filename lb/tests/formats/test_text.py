@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lb.formats import documents
 from lb.formats import text as output
 from lb.hashing.ring import Plan
+from lb.model.conditions import Condition
 from lb.model.forwarding import UNKNOWN, Attachment, Counters, OpenConnections
 from lb.model.options import Options, parse_network
 from lb.model.report import BackendStatus, Change, InterfaceStatus, Report, ServiceStatus, Status
@@ -61,7 +63,25 @@ STATUS = Status(
 )
 
 
-def test_status_shows_interfaces_services_and_why_packets_were_not_balanced() -> None:
+def status_of(*services: Service, down: Collection[Backend] = ()) -> Status:
+    """Loaded; all backends are resolved, and those in `down` are down."""
+    dead = Condition(down=True, share=100, why="connect: refused", since=0)
+    return Status(
+        "default",
+        True,
+        (InterfaceStatus(Interface("eth0"), Attachment("eth0", "native", 37)),),
+        tuple(
+            ServiceStatus(
+                s, 0, tuple(BackendStatus(b, True, Counters(), dead if b in down else None) for b in s.backends)
+            )
+            for s in services
+        ),
+        {},
+        {},
+    )
+
+
+def test_status_shows_interfaces_services_in_trouble_first_and_why_packets_were_not_balanced() -> None:
     assert output.status_lines(STATUS, colour=False) == lines("""
 network namespace lb1
 
@@ -69,15 +89,15 @@ INTERFACE  XDP       PROGRAM
 eth0       native         37
 eth1       detached        -
 
+[2001:db8::1]:53/udp: dr, 1 backend, ring 251
+  BACKEND            WEIGHT  STATE       OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES
+  [2001:db8::11]:53       1  unresolved     -      0        0      0        0      0
+
 10.0.0.1:80/tcp: nat, 2 backends, ring 16381, 8190 slots in transition
   BACKEND            WEIGHT  STATE     OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES
   10.0.0.11:80            1  active      37    801    12.3k  9.88M     9999  1.23G
   10.0.0.12:80            3  draining     1      1        5    300        4   9000
   total                                  38    802    12.3k  9.88M    10.0k  1.23G
-
-[2001:db8::1]:53/udp: dr, 1 backend, ring 251
-  BACKEND            WEIGHT  STATE       OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES
-  [2001:db8::11]:53       1  unresolved     -      0        0      0        0      0
 
 REASON           PACKETS
 answered_echo          7
@@ -92,14 +112,14 @@ def test_status_shows_how_often_clients_tried_again_where_they_did() -> None:
     backends = tuple(replace(b, counters=c) for b, c in zip(service.backends, counts, strict=True))
     status = replace(STATUS, services=(replace(service, backends=backends), STATUS.services[1]))
     found = output.status_lines(status, colour=False)
-    assert found[7:11] == lines("""
+    assert found[11:15] == lines("""
   BACKEND            WEIGHT  STATE     OPEN  CONNS  RETRIES  PACKETS  BYTES  REPLIES  BYTES
   10.0.0.11:80            1  active      37    801        2    12.3k  9.88M     9999  1.23G
   10.0.0.12:80            3  draining     1      1    12.3k        5    300        4   9000
   total                                  38    802    12.3k    12.3k  9.88M    10.0k  1.23G
 """)
-    assert found[13].split()[:5] == ["BACKEND", "WEIGHT", "STATE", "OPEN", "CONNS"]
-    assert "RETRIES" not in found[13]
+    assert found[7].split()[:5] == ["BACKEND", "WEIGHT", "STATE", "OPEN", "CONNS"]
+    assert "RETRIES" not in found[7]
 
 
 def test_open_connections_are_marked_where_they_are_estimated_and_unknown_ones_make_the_sum_unknown() -> None:
@@ -124,10 +144,59 @@ def test_status_of_the_longest_ipv4_backends_fits_90_columns() -> None:
     assert max(map(len, text)) <= 90
 
 
+def many() -> list[Service]:
+    """Eleven, of which the last drains one backend and the second but last both."""
+    services = [Service(Vip.parse(f"10.0.0.{n}:80"), Mode.NAT, (FIRST, SECOND)) for n in range(100, 111)]
+    one = services[-1].changing_backend(FIRST, lambda b: replace(b, draining=True))
+    both = replace(services[-2], backends=tuple(replace(b, draining=True) for b in services[-2].backends))
+    return [*services[:-2], both, one]
+
+
+def test_more_than_ten_services_are_shown_in_a_line_each_those_in_trouble_first() -> None:
+    text = output.status_lines(status_of(*many()), colour=False)
+    assert len(text) == 3 + 12
+    assert text[3:6] == lines("""
+VIP                MODE  BACKENDS  OPEN  CONNS  PACKETS  BYTES  REPLIES  BYTES  STATE
+10.0.0.109:80/tcp  nat          2     -      0        0      0        0      0  2 draining
+10.0.0.100:80/tcp  nat          2     -      0        0      0        0      0  active
+""")
+    assert text[-1].endswith("1 draining")
+    text = output.status_lines(status_of(*many(), down=[SECOND]), colour=False)
+    assert text[-1].endswith("1 down, 1 draining")
+
+
+def test_one_service_is_shown_with_its_backends_however_many_there_are() -> None:
+    text = output.service_lines(status_of(*many()).of_service(many()[0].vip), colour=False)
+    assert [line.split()[0] for line in text] == [
+        "10.0.0.100:80/tcp:",
+        "BACKEND",
+        "10.0.0.11:80",
+        "10.0.0.12:80",
+        "total",
+    ]
+
+
+def test_what_is_in_trouble_is_shown_alone() -> None:
+    text = output.trouble_lines(status_of(*many(), down=[SECOND]), colour=False)
+    assert [line.split()[0] for line in text if "10.0.0.12:80" in line and "down" in line]
+    assert not any("10.0.0.11:80" in line for line in text)
+    calm = many()[0]
+    assert output.trouble_lines(status_of(calm), colour=False) == ["1 service: nothing is down"]
+    assert output.trouble_lines(replace(status_of(calm), loaded=False), colour=False) == [
+        "not attached: run xdp-lb attach IFACE"
+    ]
+    named = output.trouble_lines(replace(status_of(calm), netns="lb1"), colour=False)
+    assert named == ["network namespace lb1", "", "1 service: nothing is down"]
+    (drained,) = output.trouble_lines(status_of(*many()), colour=False)
+    assert drained == "10.0.0.109:80/tcp: nat, 2 backends, ring 16381, no backend takes new connections"
+    (_, interface) = output.trouble_lines(replace(STATUS, netns="default", services=()), colour=False)
+    assert interface.split() == ["eth1", "detached", "-"]
+
+
 def test_an_address_is_never_shortened() -> None:
     backend = Backend.parse("[2001:db8:1111:2222:3333:4444:5555:6666]:65535")
     service = replace(DNS6_SERVICE, mode=Mode.NAT, backends=(backend,))
-    assert str(backend) in "".join(output.backends_table([service], colour=False))
+    assert str(backend) in "".join(output.backends_table(status_of(service), colour=False))
 
 
 def test_colour_changes_nothing_but_colour() -> None:
@@ -188,7 +257,7 @@ def test_many_options_stay_within_80_columns_and_whole() -> None:
 def test_backend_list_has_server_ids_where_there_are_some() -> None:
     named = replace(FIRST, server_ids=("0:0a1b", "1:00c4d2"))
     quic = Service(Vip.parse("10.0.0.1:80/udp"), Mode.NAT, (named, SECOND))
-    assert output.backends_table([quic], colour=False) == lines("""
+    assert output.backends_table(status_of(quic), colour=False) == lines("""
 VIP              BACKEND       WEIGHT  STATE   SERVER IDS
 10.0.0.1:80/udp  10.0.0.11:80       1  active  0:0a1b 1:00c4d2
 10.0.0.1:80/udp  10.0.0.12:80       1  active
@@ -197,9 +266,9 @@ VIP              BACKEND       WEIGHT  STATE   SERVER IDS
 
 def test_backend_list() -> None:
     draining = WEB_SERVICE.changing_backend(SECOND, lambda b: replace(b, draining=True, weight=20))
-    assert output.backends_table([draining, DNS6_SERVICE], colour=False) == lines("""
+    assert output.backends_table(status_of(draining, DNS6_SERVICE, down=[FIRST]), colour=False) == lines("""
 VIP                   BACKEND            WEIGHT  STATE
-10.0.0.1:80/tcp       10.0.0.11:80            1  active
+10.0.0.1:80/tcp       10.0.0.11:80            1  down
 10.0.0.1:80/tcp       10.0.0.12:80           20  draining
 [2001:db8::1]:53/udp  [2001:db8::11]:53       1  active
 """)
@@ -207,7 +276,7 @@ VIP                   BACKEND            WEIGHT  STATE
 
 def test_empty_lists_say_what_to_do() -> None:
     assert output.services_table([], colour=False) == ["no services: add one with xdp-lb vip add"]
-    assert output.backends_table([], colour=False) == ["no backends: add one with xdp-lb backend add"]
+    assert output.backends_table(status_of(), colour=False) == ["no backends: add one with xdp-lb backend add"]
 
 
 @pytest.mark.parametrize(
@@ -518,6 +587,7 @@ def test_status_document_has_the_documented_keys_and_exact_numbers() -> None:
         "noted": {},
         "maps": {"rings": 4_194_304},
         "outdated": None,
+        "config_fault": None,
     }
 
 
