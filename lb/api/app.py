@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
-from lb.api import explain, filters, page, services, stages, status
+from lb.api import explain, filters, page, page_session, services, stages, status
 from lb.api.common import ALWAYS, JSON, TheThread, problems
 from lb.api.errors import HANDLERS
 from lb.api.models import balancer as models
 from lb.api.models.common import ProblemAnswer
+from lb.api.sessions import Sessions
 from lb.formats import json_bytes
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
@@ -25,9 +26,14 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(thread: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
+def create_app(
+    thread: BalancerThread,
+    unready: Callable[[], str],
+    features: FeatureThreads | None = None,
+    sessions: Sessions | None = None,
+) -> FastAPI:
     """`unready` says why the daemon is not ready, or nothing. `features`: the kernel that filters, explanations and
-    stages are of; None: there is none."""
+    stages are of; None: there is none. `sessions`: of the web page."""
     app = FastAPI(
         title="xdp-lb",
         version="1",
@@ -37,11 +43,12 @@ def create_app(thread: BalancerThread, unready: Callable[[], str], features: Fea
         redirect_slashes=False,
         exception_handlers=HANDLERS,
     )
-    app.state.thread, app.state.features = thread, features
+    app.state.thread, app.state.features, app.state.sessions = thread, features, sessions or Sessions()
     routers = [
         services.router,
         status.router,
         page.router,
+        page_session.router,
         *((filters.router, explain.router, stages.router) if features else ()),
     ]
     for each in routers:

@@ -26,6 +26,7 @@ from lb.api.common import (
     content,
     status_response,
 )
+from lb.api.middleware import Caller
 from lb.api.models import balancer as models
 from lb.api.models.balancer import backends_of, options_of, services_of
 from lb.control.balancer import Balancer
@@ -84,15 +85,16 @@ async def _change(
 
 
 def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -> None:
-    """A script of a health check is a program that the daemon runs: who comes over TCP may keep one, and set none.
-    Raises Problem."""
-    if request.scope["state"]["peer"].uid is not None:
+    """A script of a health check is a program that the daemon runs as root: who is not root on this host, or comes
+    through a browser, may keep one, and set none. Raises Problem."""
+    caller: Caller = request.scope["state"]["caller"]
+    if caller.uid == 0:
         return
     known = {service.vip: service.options.health for service in before.services}
     for service in wanted:
         check = service.options.health
         if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
-            raise Problem(403, f"vip {service}: script health checks can only be set on the balancer's host")
+            raise Problem(403, f"vip {service}: script health checks can only be set by root on the balancer's host")
 
 
 # Services

@@ -21,6 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lb.api.access import UNIX
 from lb.api.middleware import Peer
 from lb.errors import DaemonError, InvalidInput
 from lb.formats.problems import MEDIA_TYPE, Problem
@@ -31,6 +32,7 @@ IDLE_S = 75  # between requests
 HANDSHAKE_S = 10.0
 ENDING_S = 30  # for answers that are on their way when the daemon ends
 BACKLOG = 4096
+FORWARDERS = ("sshd", "sshd-session", "dropbear")  # by their name in /proc/PID/comm
 UCRED = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
 
 
@@ -86,11 +88,20 @@ class Http(H11Protocol):
 def peer_of(transport: asyncio.Transport) -> Peer:
     connection = transport.get_extra_info("socket")
     if connection.family == socket.AF_UNIX:
-        _, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-        return Peer("unix", uid)
+        pid, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        return Peer(UNIX, uid, forwarded=_is_forwarder(pid))
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     ends = Connection.parse(f"{client[0]} {client[1]} {server[0]} {server[1]}")
     return Peer(client[0].partition("%")[0], connection=ends)
+
+
+def _is_forwarder(pid: int) -> bool:
+    """Whether the process is an SSH server, behind whose end of the connection is somebody else. Of one in another PID
+    namespace (pid 0), or hidden, nothing is known."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() in FORWARDERS
+    except OSError:
+        return False
 
 
 class Listener(uvicorn.Server):

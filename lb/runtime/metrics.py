@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 from lb.model.report import Report
+from lb.runtime.rejections import REASONS
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -36,6 +37,18 @@ class DaemonMetrics:
             "Whether the last upgrade of the program failed and the older one is still running.",
             registry=self._registry,
         )
+
+        self._rejected = Counter(
+            "xdp_lb_api_rejected",
+            "Connections and requests that the API rejected.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in REASONS:
+            self._rejected.labels(reason)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
 
     def upgrade_refused(self, refused: bool) -> None:
         self._refused.set(refused)

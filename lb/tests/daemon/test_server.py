@@ -415,8 +415,8 @@ def test_who_guesses_is_made_to_wait(remote: Remote) -> None:
         answers = [http.get("/v1/status") for _ in range(12)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429] * 2
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
-    with remote.http(remote.tokens[Role.WRITE]) as http:
-        assert http.get("/v1/status").status_code == 429
+    with remote.http(remote.tokens[Role.WRITE]) as http:  # the right token is not locked out by wrong ones
+        assert http.get("/v1/status").status_code == 200
         assert http.get("/healthz").status_code == 200
     assert len(audit(remote)) == 10  # waiting fills no log
     assert stored_count(remote) == 1  # on the host itself all goes on
@@ -424,7 +424,7 @@ def test_who_guesses_is_made_to_wait(remote: Remote) -> None:
 
 def test_tcp_speaks_tls_and_nothing_else(remote: Remote) -> None:
     with closing(socket.create_connection(remote.address, timeout=DEADLINE_S)) as plain:
-        plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: xdp-lb\r\n\r\n")
         assert b"HTTP" not in plain.recv(1000)
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
@@ -498,7 +498,12 @@ def ends(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize(
     "beginning",
-    [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX:"],
+    [
+        b"",
+        b"G",
+        b"GET / HTTP/1.1\r\nHost: xdp-lb\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: xdp-lb\r\n\r\nGET / HTTP/1.1\r\nX:",
+    ],
 )
 def test_a_head_that_does_not_come_ends_the_connection(
     short_limits: None, host: Host, tmp_path: Path, beginning: bytes
@@ -531,7 +536,7 @@ def goes_on(connection: socket.socket) -> bool:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(short_limits: None, host: Host, tmp_path: Path) -> None:
-    head = b"PUT /v1/config HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    head = b"PUT /v1/config HTTP/1.1\r\nHost: xdp-lb\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     with serving(host, tmp_path) as daemon, local(daemon) as connection:
         connection.sendall(head)
         assert ends(connection).startswith(b"HTTP/1.1 408")
@@ -542,7 +547,7 @@ def test_a_reader_who_reads_nothing_is_cut_off(
     short_limits: None, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(host, tmp_path) as daemon, local(daemon) as connection:
-        connection.sendall(b"GET /v1/events HTTP/1.1\r\nHost: x\r\nLast-Event-ID: x-0\r\n\r\n")
+        connection.sendall(b"GET /v1/events HTTP/1.1\r\nHost: xdp-lb\r\nLast-Event-ID: x-0\r\n\r\n")
         connections = daemon.daemon._listeners[0].server_state.connections
         wait_for(lambda: connections, "connected")
         wait_for(lambda: has_gone(connections, daemon), "cut off")
@@ -606,7 +611,7 @@ def test_changes_of_many_at_once_are_all_made_one_after_the_other(host: Host, tm
 
         async def ask() -> list[int]:
             transport = httpx.AsyncHTTPTransport(uds=str(daemon.settings.socket))
-            async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=DEADLINE_S) as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://xdp-lb", timeout=DEADLINE_S) as http:
                 path = "/v1/services/10.0.0.1:80/backends"
                 bodies = [{"backends": [{"backend": f"10.0.0.{n}"}]} for n in range(100, 120)]
                 return [a.status_code for a in await asyncio.gather(*(http.post(path, json=b) for b in bodies))]

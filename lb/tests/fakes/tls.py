@@ -75,13 +75,14 @@ class Remote:
 
 
 @contextmanager
-def serving_tcp(host: Host, tmp_path: Path, certificate: Certificate) -> Iterator[Remote]:
+def serving_tcp(host: Host, tmp_path: Path, certificate: Certificate, **more: Any) -> Iterator[Remote]:
     with Access.open(tmp_path / "access.db") as access:
         tokens = {role: access.create(str(role), role) for role in Role}
     settings: dict[str, Any] = {
         "listen": (("127.0.0.1", 0),),
         "tls_certificate": certificate.certificate,
         "tls_key": certificate.key,
+        **more,
     }
     with serving(host, tmp_path, **settings) as daemon:
         port = daemon.daemon._listeners[1].sockets[0].getsockname()[1]
