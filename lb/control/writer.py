@@ -33,6 +33,7 @@ from lb.control.change import (
     with_reply_interfaces,
 )
 from lb.control.contracts import Dataplane, FilterHandover, Network
+from lb.control.scripts import check_scripts
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
 from lb.model.conditions import Condition, Conditions, in_force, left_behind, with_other_conditions
@@ -86,6 +87,7 @@ class Writer:
 
     def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         self._check_store_is_whole(goal)
+        check_scripts(self.state, goal)
         change_set = self._prepare(self.state, self._with_address_interfaces(goal), everything)
         if dry_run:
             self._release_unused(change_set.hops.keys())

@@ -27,6 +27,7 @@ from typing import Self
 from weakref import WeakKeyDictionary
 
 from lb.health.state import SUCCESS, Outcome
+from lb.host.trusted_file import fault_of_program
 from lb.model.health_check import HealthCheck, Kind, seconds_text
 from lb.model.vip import join_port
 
@@ -339,7 +340,9 @@ async def _script(target: Target) -> Outcome:
 
 
 async def _run(target: Target) -> Outcome:
-    """In its own session; of this process's environment it only gets PATH."""
+    """In its own session; of this process's environment it only gets PATH. What others can change is not run."""
+    if fault := fault_of_program(target.check.command[0]):
+        return Outcome(fault)
     try:
         process = await asyncio.create_subprocess_exec(
             *target.check.command,

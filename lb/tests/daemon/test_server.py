@@ -380,7 +380,7 @@ def test_a_token_that_may_read_changes_nothing(remote: Remote) -> None:
 
 
 def test_programs_to_run_are_set_on_the_host_itself_alone(remote: Remote) -> None:
-    check = {"health": "script /usr/local/bin/check", "mss": 1400}
+    check = {"health": "script /bin/true", "mss": 1400}
     service = {"ring_size": 251, "options": check, "backends": [{"backend": "10.0.0.11"}]}
     path = "/v1/services/10.0.0.1:80"
     with remote.http(remote.tokens[Role.WRITE]) as far, get(remote.running) as near:
@@ -396,10 +396,47 @@ def test_programs_to_run_are_set_on_the_host_itself_alone(remote: Remote) -> Non
         ):
             answer = far.request(method, where, json=body)
             assert (answer.status_code, far.get(path).json()["options"]["health"]) == (403, ""), where
+        browser = {"Sec-Fetch-Site": "same-origin", "Authorization": f"Bearer {remote.tokens[Role.WRITE]}"}
+        assert near.put(path, json=service, headers=browser).status_code == 403
         assert near.put(path, json=service).status_code == 200
         assert far.put(path, json=service).json()["changes"] == []
         assert far.patch(path, json={"options": {"mss": 1300}}).status_code == 200
         assert far.patch(path, json={"options": {"health": "tcp"}}).status_code == 200
+
+
+def test_programs_to_run_are_set_by_root_alone(host: Host, root_directory: Path) -> None:
+    """Not by the group that may write to the socket."""
+    body = '{"options": {"health": "script /bin/true"}}'
+    with serving(host, root_directory) as daemon:
+        asked = ["curl", "-s", "-X", "PATCH", "-H", "Content-Type: application/json", "-d", body]
+        asked += ["--unix-socket", str(daemon.settings.socket), "http://xdp-lb/v1/services/10.0.0.1:80"]
+        by_group = ["setpriv", "--reuid=65534", "--regid=0", "--clear-groups", *asked]
+        for command, answer in (
+            (by_group, "can only be set by root on the balancer's host"),
+            (asked, '"dry_run":false'),
+        ):
+            assert answer in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_programs_that_others_can_change_are_refused(host: Host, root_directory: Path) -> None:
+    script = root_directory / "check"
+    script.write_text("#!/bin/sh\n")
+    words = ("vip", "set", WEB, "--health", f"script {script}")
+    told = f"xdp-lb: vip {WEB}: health check script {script}: "
+    assert host.error(*words) == f"{told}not executable: run chmod +x {script}"
+    script.chmod(0o777)
+    assert host.error(*words) == f"{told}writable by others than root: run chmod go-w {script}"
+    script.chmod(0o755)
+    host.lines(*words)
+    script.chmod(0o777)
+    host.lines("vip", "set", WEB, "--mss", "1400")  # nothing about the script
+    script.unlink()
+    with serving(host, root_directory) as daemon, get(daemon) as http:
+        answer = http.patch("/v1/services/10.0.0.1:80", json={"options": {"health": "script /nowhere/check"}})
+        assert (answer.status_code, answer.json()["detail"]) == (
+            422,
+            f"vip {WEB}: health check script /nowhere/check: not found",
+        )
 
 
 def test_a_revoked_token_is_worth_nothing_at_once(remote: Remote) -> None:
