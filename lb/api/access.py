@@ -225,18 +225,18 @@ class Failures:
 
     def wait_s(self, address: str, now_s: float) -> float:
         """For how long requests from this address are refused; 0: they are not."""
-        failed = [at for at in self._failed.get(_network(address), ()) if now_s - at < self._period_s]
+        failed = [at for at in self._failed.get(network_of(address), ()) if now_s - at < self._period_s]
         return self._period_s - (now_s - failed[0]) if len(failed) >= self._rate else 0.0
 
     def record(self, address: str, now_s: float) -> None:
-        network = _network(address)
+        network = network_of(address)
         failed = self._failed.pop(network, [])
         self._failed[network] = [*failed, now_s][-self._rate :]
         while len(self._failed) > self._remembered:
             self._failed.popitem(last=False)
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """Of the Unix socket, itself: an attacker behind it is behind one forwarder."""
     if address == UNIX:
         return address

@@ -23,6 +23,8 @@ import structlog
 from lb.api import page
 from lb.api import sessions as page_sessions
 from lb.api.access import Access, Entry, Failures, Role
+from lb.api.body import LARGEST_ITEMS, LARGEST_LOCAL_ITEMS, check_items
+from lb.api.in_flight import InFlight
 from lb.api.origin import UNIX_NAMES, check_host, check_site, is_of_browser
 from lb.api.sessions import Sessions
 from lb.errors import LbError
@@ -30,6 +32,7 @@ from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.host.ssh import Connection
 from lb.runtime.rejections import Rejections
 
+LARGEST_OF_ANYBODY = 4 << 10  # a code
 LARGEST_BODY = 1 << 20
 LARGEST_LOCAL_BODY = 64 << 20  # of who may use the socket: a file of a hundred thousand backends goes through it
 LARGEST_RULES = 64 << 20  # of who may write rules: a million prefixes are 13 to 30 MB
@@ -112,6 +115,7 @@ class AccessMiddleware:
         self._rejections = rejections
         self._hosts = frozenset(host.lower() for host in hosts)
         self._failures = Failures()
+        self._in_flight = InFlight(rejections)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         send = _patient(scope, send)
@@ -121,10 +125,14 @@ class AccessMiddleware:
             self._check_origin(scope)
             caller = await self._admit(scope)
             scope["state"]["caller"] = caller
-            receive = await _with_whole_body(scope, receive)
+            with self._in_flight.entered(caller.who, scope["path"], limited=_has_token(caller)):
+                await self._serve(scope, caller, await _with_whole_body(scope, receive), send)
         except Problem as problem:
+            if problem.status == 413:
+                self._rejections.add("body_size", problem.detail, scope["state"]["peer"].address)
             await answer(problem, send)
-            return
+
+    async def _serve(self, scope: MutableMapping[str, Any], caller: Caller, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send if _reads(scope) else self._audited(scope, caller, send))
         except Exception:  # the API has answered, without what is in it
@@ -207,6 +215,10 @@ def _reads(scope: MutableMapping[str, Any]) -> bool:
     return scope["method"] in READING or scope["path"] in READING_PATHS
 
 
+def _has_token(caller: Caller) -> bool:
+    return not caller.local and caller is not ANYBODY
+
+
 def _opens_session(scope: MutableMapping[str, Any]) -> bool:
     return (scope["method"], scope["path"]) == ("POST", SESSIONS)
 
@@ -257,7 +269,10 @@ async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) ->
             408, f"request body not received within {patience_s:g} s", headers={"Connection": "close"}
         ) from None
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    _check_type(body, media_type, is_list=_is_set(scope["path"]))
+    is_list = _is_set(scope["path"])
+    _check_type(body, media_type, is_list=is_list)
+    if not is_list:
+        check_items(body, LARGEST_LOCAL_ITEMS if scope["state"]["caller"].local else LARGEST_ITEMS)
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -269,6 +284,8 @@ async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) ->
 def _limits(scope: MutableMapping[str, Any]) -> tuple[int, float]:
     """Bytes and seconds."""
     caller: Caller = scope["state"]["caller"]
+    if caller is ANYBODY:
+        return LARGEST_OF_ANYBODY, BODY_S
     if scope["path"].startswith(RULES) and caller.role is Role.WRITE:
         return LARGEST_RULES, RULES_S
     return (LARGEST_LOCAL_BODY if caller.local else LARGEST_BODY), BODY_S

@@ -127,10 +127,10 @@ class Daemon:
         )
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
-        self._listeners.append(Listener(app, [local]))
+        self._listeners.append(Listener(app, [local], rejections))
         if self._tls:
             sockets = [tcp_socket(address, port) for address, port in self._settings.listen]
-            self._listeners.append(Listener(app, sockets, self._tls))
+            self._listeners.append(Listener(app, sockets, rejections, self._tls))
         for listener in self._listeners:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))

@@ -12,7 +12,7 @@ import structlog
 
 REASONS = (
     "host", "cross_site", "invalid_token", "connections", "connections_of_address", "descriptors", "requests_of_token",
-    "streams", "body_items",
+    "streams", "body_size",
 )  # fmt: skip
 LOG_S = 10.0
 
