@@ -233,6 +233,23 @@ def test_udp_silence_is_a_success_where_no_answer_is_expected() -> None:
     assert asyncio.run(run()) == ""
 
 
+def test_no_pattern_takes_longer_than_the_answer_is_long() -> None:
+    """Backtracking would take 2**250000 steps."""
+    body = b"a" * 250_000 + b"!"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    assert why_of("http match='^(a+)+$' timeout=10s", answering(answer)) == "response body does not match ^(a+)+$"
+
+
+def test_an_answer_in_tiny_chunks_is_put_together() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000 + b"0\r\n\r\n"
+    assert why_of("http match='^x{1000}(x|y)*$' timeout=10s", answering(answer)) == ""
+
+
+def test_a_length_that_is_no_number_that_fits_ends_no_check() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nall good"
+    assert why_of("http body=good timeout=10s", answering(answer)) == ""
+
+
 # Scripts
 
 
