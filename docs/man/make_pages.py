@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, ...] | None] = {
     "xdp-lb.8": None,
     "xdp-lb-decap.8": ("decap",),
     "xdp-lb-filter.8": ("filter",),
-    "xdp-lb-serve.8": ("serve", "token", "audit"),
+    "xdp-lb-serve.8": ("serve", "web", "token", "audit"),
     "xdp-lb-stage.8": ("stage",),
     "xdp-dump.8": (),
     "lb.toml.5": (),

@@ -31,6 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 ENTRIES_KEPT = 100_000
 LOCK_WAIT_S = 5.0
 SCHEMA_VERSION = 1
+UNIX = "unix"  # the address of who comes by the Unix socket
 
 SCHEMA = f"""
 PRAGMA journal_mode = WAL;
@@ -224,18 +225,21 @@ class Failures:
 
     def wait_s(self, address: str, now_s: float) -> float:
         """For how long requests from this address are refused; 0: they are not."""
-        failed = [at for at in self._failed.get(_network(address), ()) if now_s - at < self._period_s]
+        failed = [at for at in self._failed.get(network_of(address), ()) if now_s - at < self._period_s]
         return self._period_s - (now_s - failed[0]) if len(failed) >= self._rate else 0.0
 
     def record(self, address: str, now_s: float) -> None:
-        network = _network(address)
+        network = network_of(address)
         failed = self._failed.pop(network, [])
         self._failed[network] = [*failed, now_s][-self._rate :]
         while len(self._failed) > self._remembered:
             self._failed.popitem(last=False)
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
+    """Of the Unix socket, itself: an attacker behind it is behind one forwarder."""
+    if address == UNIX:
+        return address
     found = ip_address(address)
     if isinstance(found, IPv4Address):
         return address

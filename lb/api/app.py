@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
-from lb.api import explain, filters, page, services, stages, status
+from lb.api import explain, filters, page, page_session, services, stages, status
 from lb.api.common import ALWAYS, JSON, TheThread, problems
 from lb.api.description import described
 from lb.api.errors import HANDLERS
 from lb.api.models import balancer as models
+from lb.api.sessions import Sessions
 from lb.formats import json_bytes
 from lb.formats.problems import Problem
 from lb.formats.prometheus import CONTENT_TYPE, exposition
@@ -24,9 +25,14 @@ Services, their backends and the interfaces of one network namespace. A VIP in a
 """
 
 
-def create_app(thread: BalancerThread, unready: Callable[[], str], features: FeatureThreads | None = None) -> FastAPI:
+def create_app(
+    thread: BalancerThread,
+    unready: Callable[[], str],
+    features: FeatureThreads | None = None,
+    sessions: Sessions | None = None,
+) -> FastAPI:
     """`unready` says why the daemon is not ready, or nothing. `features`: the kernel that filters, explanations and
-    stages are of; None: there is none."""
+    stages are of; None: there is none. `sessions`: of the web page."""
     app = FastAPI(
         title="xdp-lb",
         version="1",
@@ -37,11 +43,12 @@ def create_app(thread: BalancerThread, unready: Callable[[], str], features: Fea
         exception_handlers=HANDLERS,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.thread, app.state.features = thread, features
+    app.state.thread, app.state.features, app.state.sessions = thread, features, sessions or Sessions()
     routers = [
         services.router,
         status.router,
         page.router,
+        page_session.router,
         *((filters.router, explain.router, stages.router) if features else ()),
     ]
     for each in routers:

@@ -31,7 +31,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "A problem", "content": content} for status in statuses}
 
 
-ALWAYS = problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+ALWAYS = problems(400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503)
 CHANGES = ALWAYS | problems(409, 412)
 READS: dict[int | str, dict[str, Any]] = ALWAYS | {304: {"description": "Not modified"}}
 

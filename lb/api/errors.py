@@ -13,9 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from lb.api.models.common import invalid
 from lb.errors import InvalidInput, LbError
 from lb.formats import json_bytes
-from lb.formats.problems import MEDIA_TYPE, Problem, of_error, pointer
+from lb.formats.problems import MEDIA_TYPE, Problem, of_error
 
 
 def _response(request: Request, problem: Problem) -> Response:
@@ -40,10 +41,10 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     where, *steps = first["loc"]
     if first["type"] == "json_invalid":
         return _response(request, Problem(400, f"not valid JSON: {first['ctx']['error']} at character {steps[0]}"))
-    field = pointer(steps) if where == "body" else None
-    named = ".".join(map(str, steps if where == "body" else first["loc"])) or "body"
-    wrong = of_error(InvalidInput(f"{named}: {first['msg']}"), field=field)
-    return _response(request, wrong)
+    if where == "body":
+        return _response(request, invalid(first["msg"], steps))
+    named = ".".join(map(str, first["loc"]))
+    return _response(request, of_error(InvalidInput(f"{named}: {first['msg']}")))
 
 
 async def on_http(request: Request, error: Exception) -> Response:

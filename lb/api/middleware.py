@@ -1,7 +1,8 @@
 """ASGI middleware in front of the API: authentication, roles, size and time limits, audit log.
 
 Enters: a request. Leaves: the request with its complete body, passed on to the API, or a Problem. The Unix socket is
-protected by its file mode and identifies the peer by SO_PEERCRED (unix(7)); TCP uses bearer tokens (RFC 6750).
+protected by its file mode and identifies the peer by SO_PEERCRED (unix(7)); TCP, browsers and forwarded sockets use
+bearer tokens (RFC 6750).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import json
 import pwd
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
@@ -20,11 +21,18 @@ from urllib.parse import unquote_to_bytes
 import structlog
 
 from lb.api import page
+from lb.api import sessions as page_sessions
 from lb.api.access import Access, Entry, Failures, Role
+from lb.api.body import LARGEST_ITEMS, LARGEST_LOCAL_ITEMS, check_items
+from lb.api.in_flight import InFlight
+from lb.api.origin import UNIX_NAMES, check_host, check_site, is_of_browser
+from lb.api.sessions import Sessions
 from lb.errors import LbError
 from lb.formats.problems import MEDIA_TYPE, Problem
 from lb.host.ssh import Connection
+from lb.runtime.rejections import Rejections
 
+LARGEST_OF_ANYBODY = 4 << 10  # a code
 LARGEST_BODY = 1 << 20
 LARGEST_LOCAL_BODY = 64 << 20  # of who may use the socket: a file of a hundred thousand backends goes through it
 LARGEST_RULES = 64 << 20  # of who may write rules: a million prefixes are 13 to 30 MB
@@ -32,10 +40,14 @@ BODY_S = 10.0  # in all
 RULES_S = 120.0  # for those, which take 5 Mbit/s then
 SEND_S = 60.0  # for the client to take some of the answer
 OPEN_PATHS = ("/healthz", "/readyz", *page.ASSETS)  # tell nothing but yes or no, and the page nothing at all
+SESSIONS = "/v1/sessions"  # opened by POST with a code, which is what authenticates
 READING = ("GET", "HEAD", "OPTIONS")
 READING_PATHS = ("/v1/plan", "/v1/explain", "/v1/filter-test")  # whatever the method
 RULES = "/v1/filters/"
 SET = "/set"  # of a rule: /v1/filters/IFACE/N/set
+
+MISSING = "token missing: send Authorization: Bearer xlb_..."
+MISSING_HERE = f"{MISSING}, as browsers and forwarded sockets must: see xdp-lb web and xdp-lb token create"
 
 T = TypeVar("T")
 Message = MutableMapping[str, Any]
@@ -48,19 +60,30 @@ log = structlog.get_logger("xdp-lb")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a connection: `uid` on the Unix socket, else `connection`, its ends."""
+    """Who is at the other end of a connection: `uid` on the Unix socket, else `connection`, its ends. forwarded: by an
+    SSH server, for who knows whom."""
 
     address: str
     uid: int | None = None
     connection: Connection | None = None
+    forwarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, as the audit log has it, and what they may."""
+    """Who asks, as the audit log has it, and what they may. local: a program on this host, through the Unix socket; of
+    this `uid`."""
 
     who: str
     role: Role
+    uid: int | None = None
+
+    @property
+    def local(self) -> bool:
+        return self.uid is not None
+
+
+ANYBODY = Caller("anybody", Role.READ)
 
 
 class AccessThread:
@@ -82,34 +105,61 @@ class AccessMiddleware:
     """An ASGI application around another. `scope["state"]["peer"]` is the Peer; the API may leave sentences for the
     audit log: what has changed in `scope["state"]["change"]`, or why not in `["detail"]`."""
 
-    def __init__(self, app: App, access: AccessThread, failures: Failures | None = None) -> None:
+    def __init__(
+        self, app: App, access: AccessThread, sessions: Sessions, rejections: Rejections, hosts: Iterable[str] = ()
+    ) -> None:
+        """`hosts`: names besides the address of the connection by which the daemon may be called."""
         self._app = app
         self._access = access
-        self._failures = failures or Failures()
+        self._sessions = sessions
+        self._rejections = rejections
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._failures = Failures()
+        self._in_flight = InFlight(rejections)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         send = _patient(scope, send)
         # Slashes that are part of a VIP stay encoded until the route is found.
         scope["path"] = scope["raw_path"].decode("ascii")
         try:
+            self._check_origin(scope)
             caller = await self._admit(scope)
             scope["state"]["caller"] = caller
-            receive = await _with_whole_body(scope, receive)
+            with self._in_flight.entered(caller.who, scope["path"], limited=_has_token(caller)):
+                await self._serve(scope, caller, await _with_whole_body(scope, receive), send)
         except Problem as problem:
+            if problem.status == 413:
+                self._rejections.add("body_size", problem.detail, scope["state"]["peer"].address)
             await answer(problem, send)
-            return
+
+    async def _serve(self, scope: MutableMapping[str, Any], caller: Caller, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send if _reads(scope) else self._audited(scope, caller, send))
         except Exception:  # the API has answered, without what is in it
             log.exception("internal error", method=scope["method"], path=scope["path"])
 
+    def _check_origin(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises Problem."""
+        peer: Peer = scope["state"]["peer"]
+        try:
+            check_host(scope["headers"], self._hosts | _own_names(peer))
+        except Problem as problem:
+            self._rejections.add("host", problem.detail, peer.address)
+            raise
+        try:
+            if not (scope["path"] in OPEN_PATHS and scope["method"] in READING):
+                check_site(scope["headers"])
+        except Problem as problem:
+            self._rejections.add("cross_site", problem.detail, peer.address)
+            raise
+
     async def _admit(self, scope: MutableMapping[str, Any]) -> Caller:
         """Raises Problem."""
         peer: Peer = scope["state"]["peer"]
-        if peer.uid is not None:
-            return Caller(_user(peer.uid), Role.WRITE)
-        if scope["path"] in OPEN_PATHS and scope["method"] in READING:
-            return Caller("anybody", Role.READ)
+        if peer.uid is not None and not peer.forwarded and not is_of_browser(scope["headers"]):
+            return Caller(_user(peer.uid), Role.WRITE, peer.uid)
+        if (scope["path"] in OPEN_PATHS and scope["method"] in READING) or _opens_session(scope):
+            return ANYBODY
         caller = await self._authenticate(scope, peer)
         if caller.role is not Role.WRITE and not _reads(scope):
             await self._record(scope, caller.who, "403: the token is read-only")
@@ -118,22 +168,30 @@ class AccessMiddleware:
 
     async def _authenticate(self, scope: MutableMapping[str, Any], peer: Peer) -> Caller:
         now_s = time.monotonic()
+        secret = _bearer(scope)
+        if secret.startswith(page_sessions.PREFIX):
+            if who := self._sessions.who(secret, now_s):
+                return Caller(f"web page of {who}", Role.WRITE)
+        elif token := await self._access.call(lambda access: access.authenticate(secret)):
+            return Caller(f"token {token.name}", token.role)
+        await self._refuse(scope, peer, now_s)
+        raise _unauthorized("invalid token: see xdp-lb token list", 'error="invalid_token"')
+
+    async def _refuse(self, scope: MutableMapping[str, Any], peer: Peer, now_s: float) -> None:
+        """Only after a secret that is wrong: others from the same address are not locked out. Raises Problem."""
+        self._rejections.add("invalid_token", "invalid token", peer.address)
         if wait_s := self._failures.wait_s(peer.address, now_s):
             headers = {"Retry-After": str(ceil(wait_s))}
             raise Problem(429, "too many invalid tokens from this address: try again later", headers=headers)
-        secret = _bearer(scope)
-        token = await self._access.call(lambda access: access.authenticate(secret))
-        if token is None:
-            self._failures.record(peer.address, now_s)
-            await self._record(scope, "unknown", "401: invalid token")
-            raise _unauthorized("invalid token: see xdp-lb token list", 'error="invalid_token"')
-        return Caller(f"token {token.name}", token.role)
+        self._failures.record(peer.address, now_s)
+        await self._record(scope, "unknown", "401: invalid token")
 
     def _audited(self, scope: MutableMapping[str, Any], caller: Caller, send: Send) -> Send:
         """What is answered has been recorded."""
 
         async def recorded(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            # A code that is wrong is no change, and who guesses fills no log.
+            if message["type"] == "http.response.start" and not (caller is ANYBODY and message["status"] >= 400):
                 await self._record(scope, caller.who, _outcome(scope, message["status"]))
             await send(message)
 
@@ -157,6 +215,21 @@ def _reads(scope: MutableMapping[str, Any]) -> bool:
     return scope["method"] in READING or scope["path"] in READING_PATHS
 
 
+def _has_token(caller: Caller) -> bool:
+    return not caller.local and caller is not ANYBODY
+
+
+def _opens_session(scope: MutableMapping[str, Any]) -> bool:
+    return (scope["method"], scope["path"]) == ("POST", SESSIONS)
+
+
+def _own_names(peer: Peer) -> frozenset[str]:
+    """A port forwarder may make any address of this host `localhost`."""
+    if peer.uid is not None:
+        return UNIX_NAMES
+    return frozenset({"localhost", *([str(peer.connection.server)] if peer.connection else [])})
+
+
 def _user(uid: int) -> str:
     try:
         return f"uid {uid} ({pwd.getpwuid(uid).pw_name})"
@@ -173,7 +246,7 @@ def _bearer(scope: MutableMapping[str, Any]) -> str:
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, secret = given[0].decode("latin-1").partition(" ") if len(given) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not secret.strip():
-        raise _unauthorized("token missing: send Authorization: Bearer xlb_...")
+        raise _unauthorized(MISSING if scope["state"]["peer"].uid is None else MISSING_HERE)
     return secret.strip()
 
 
@@ -196,7 +269,10 @@ async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) ->
             408, f"request body not received within {patience_s:g} s", headers={"Connection": "close"}
         ) from None
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    _check_type(body, media_type, is_list=_is_set(scope["path"]))
+    is_list = _is_set(scope["path"])
+    _check_type(body, media_type, is_list=is_list)
+    if not is_list:
+        check_items(body, LARGEST_LOCAL_ITEMS if scope["state"]["caller"].local else LARGEST_ITEMS)
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -207,9 +283,12 @@ async def _with_whole_body(scope: MutableMapping[str, Any], receive: Receive) ->
 
 def _limits(scope: MutableMapping[str, Any]) -> tuple[int, float]:
     """Bytes and seconds."""
-    if scope["path"].startswith(RULES) and scope["state"]["caller"].role is Role.WRITE:
+    caller: Caller = scope["state"]["caller"]
+    if caller is ANYBODY:
+        return LARGEST_OF_ANYBODY, BODY_S
+    if scope["path"].startswith(RULES) and caller.role is Role.WRITE:
         return LARGEST_RULES, RULES_S
-    return (LARGEST_BODY if scope["state"]["peer"].uid is None else LARGEST_LOCAL_BODY), BODY_S
+    return (LARGEST_LOCAL_BODY if caller.local else LARGEST_BODY), BODY_S
 
 
 def _is_set(path: str) -> bool:

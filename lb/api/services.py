@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
+from lb.api.body import LargeBodyRoute, off_the_loop
 from lb.api.common import (
     ALWAYS,
     CHANGES,
@@ -26,6 +27,7 @@ from lb.api.common import (
     content,
     status_response,
 )
+from lb.api.middleware import Caller
 from lb.api.models import balancer as models
 from lb.api.models.balancer import backends_of, options_of, services_of
 from lb.control.balancer import Balancer
@@ -56,7 +58,7 @@ class _Path:
 VipInPath = Annotated[Vip, Depends(_Path.vip)]
 BackendInPath = Annotated[Backend, Depends(_Path.backend)]
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=LargeBodyRoute)
 
 
 async def _change(
@@ -84,15 +86,16 @@ async def _change(
 
 
 def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -> None:
-    """A script of a health check is a program that the daemon runs: who comes over TCP may keep one, and set none.
-    Raises Problem."""
-    if request.scope["state"]["peer"].uid is not None:
+    """A script of a health check is a program that the daemon runs as root: who is not root on this host, or comes
+    through a browser, may keep one, and set none. Raises Problem."""
+    caller: Caller = request.scope["state"]["caller"]
+    if caller.uid == 0:
         return
     known = {service.vip: service.options.health for service in before.services}
     for service in wanted:
         check = service.options.health
         if check and check.kind is Kind.SCRIPT and known.get(service.vip) != check:
-            raise Problem(403, f"vip {service}: script health checks can only be set on the balancer's host")
+            raise Problem(403, f"vip {service}: script health checks can only be set by root on the balancer's host")
 
 
 # Services
@@ -127,7 +130,7 @@ async def put_service(
     if_none_match: Annotated[str | None, Header(description="*: only create")] = None,
 ) -> Response:
     """Create or replace the service."""
-    service = body.to_model(Pointer(), vip)
+    service = await off_the_loop(lambda: body.to_model(Pointer(), vip))
 
     def put(balancer: Balancer) -> Report:
         _check_scripts(request, balancer.state, [service])
@@ -187,7 +190,7 @@ async def add_backends(
     request: Request, vip: VipInPath, body: models.BackendsBody, dry_run: DryRun = False, if_match: IfMatch = None
 ) -> Response:
     """Add backends. Connections stay where they are."""
-    backends = backends_of(body.backends, vip, Pointer() / "backends")
+    backends = await off_the_loop(lambda: backends_of(body.backends, vip, Pointer() / "backends"))
     return await _change(
         request, lambda balancer: balancer.add_backends(vip, backends, dry_run=dry_run), vip=vip, if_match=if_match
     )
@@ -275,9 +278,9 @@ async def put_config(
     if_match: IfMatch = None,
 ) -> Response:
     """Make the services of the body all that is served."""
+    services = await off_the_loop(body.to_model)
 
     def apply(balancer: Balancer) -> Report:
-        services = body.to_model()
         _check_scripts(request, balancer.state, services)
         return balancer.apply(services, own_addresses=own_address, prune=prune, dry_run=dry_run)
 
@@ -290,9 +293,8 @@ async def put_config(
 @router.post("/plan", response_model=models.ReportAnswer, responses=CHANGES)
 async def plan(request: Request, body: models.ConfigBody, own_address: OwnAddresses = True) -> Response:
     """What PUT /v1/config would do with the same body."""
-    return await _change(
-        request, lambda balancer: balancer.apply(body.to_model(), own_addresses=own_address, dry_run=True)
-    )
+    services = await off_the_loop(body.to_model)
+    return await _change(request, lambda balancer: balancer.apply(services, own_addresses=own_address, dry_run=True))
 
 
 # Interfaces
@@ -307,9 +309,9 @@ async def list_interfaces(thread: TheThread) -> Response:
 async def attach(request: Request, body: models.AttachBody, dry_run: DryRun = False) -> Response:
     """Attach to these interfaces too; all maps are rewritten."""
     interfaces = [interface.to_model() for interface in body.interfaces]
+    services = await off_the_loop(lambda: services_of(body.services, Pointer() / "services"))
 
     def attach(balancer: Balancer) -> Report:
-        services = services_of(body.services, Pointer() / "services")
         _check_scripts(request, balancer.state, services)
         return balancer.attach(interfaces, services, own_addresses=body.own_address, dry_run=dry_run)
 

@@ -20,7 +20,7 @@ from lb.cli.commands.doctor import doctor_command
 from lb.cli.commands.explain import explain_command
 from lb.cli.commands.filter import filter_group
 from lb.cli.commands.metrics import metrics_command
-from lb.cli.commands.serve import audit, serve, token
+from lb.cli.commands.serve import audit, serve, token, web
 from lb.cli.commands.stage import stage
 from lb.cli.commands.top import top_command
 from lb.cli.commands.vip import vip
@@ -93,6 +93,7 @@ cli.add_command(stage)
 cli.add_command(serve)
 cli.add_command(token)
 cli.add_command(audit)
+cli.add_command(web)
 
 
 def main() -> None:

@@ -102,6 +102,10 @@ class Client:
         with self._http.stream("/v1/events", headers) as lines:
             yield from _events(lines)
 
+    def web_code(self) -> str:
+        """Opens one session of the web page; given to programs on the host of the daemon alone."""
+        return self._http.ask("POST", "/v1/session-codes", lambda document: str(document["code"])).value
+
     # Changes
 
     def put_service(

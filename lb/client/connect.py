@@ -7,12 +7,13 @@ the same both ways. What either way imports is imported only when it is taken.
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lb.errors import StoreError
+from lb.errors import DaemonError, StoreError
 from lb.model.options import Options
 from lb.model.report import Report, Status
 from lb.model.state import Backend, Interface, Service, State
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lb.stages.local import StageService
 
 S = TypeVar("S")
+ACCEPT_S = 5  # for the daemon to accept a connection
 
 
 class BalancerLike(Protocol):
@@ -133,10 +135,15 @@ class HostConnector:
 
 def daemon_listens(path: Path) -> bool:
     """False also for the socket that a killed daemon has left, and where this process may not connect: it may do
-    nothing without the daemon either, and the error of that is the better one."""
+    nothing without the daemon either, and the error of that is the better one. Raises DaemonError for one that does not
+    accept."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        # Not settimeout(): connect() of a socket that does not block fails at once while the backlog is full, unix(7).
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", ACCEPT_S, 0))
         try:
             connection.connect(str(path))
+        except BlockingIOError:
+            raise DaemonError(f"daemon: {path} accepts no connection within {ACCEPT_S} s: check its log") from None
         except OSError:
             return False
     return True

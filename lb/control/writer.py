@@ -37,6 +37,7 @@ from lb.control.change import (
     with_reply_interfaces,
 )
 from lb.control.contracts import Dataplane, FilterHandover, Network
+from lb.control.scripts import check_scripts
 from lb.control.vip_addresses import check_new_vips, placed
 from lb.errors import DataplaneError, LbError, NoRoute
 from lb.hashing.ring import Plan
@@ -91,6 +92,7 @@ class Writer:
 
     def change(self, goal: State, *, everything: bool = False, dry_run: bool = False) -> Report:
         self._check_store_is_whole(goal)
+        check_scripts(self.state, goal)
         check_new_vips(self.state, goal, self.network)
         change_set = self._prepare(self.state, placed(self.state, goal, self.network), everything)
         change_set = replace(change_set, ending=self._ending(change_set))

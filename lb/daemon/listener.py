@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import ssl
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,18 +19,19 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from lb.api.middleware import Peer
+from lb.daemon.accept import TCP_LIMITS, UNIX_LIMITS, Acceptor, Admission, Connections
 from lb.errors import DaemonError, InvalidInput
 from lb.formats.problems import MEDIA_TYPE, Problem
-from lb.host.ssh import Connection
+from lb.runtime.rejections import Rejections
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a request, to the end of its head
 IDLE_S = 75  # between requests
 HANDSHAKE_S = 10.0
 ENDING_S = 30  # for answers that are on their way when the daemon ends
 BACKLOG = 4096
-UCRED = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
 
 
 class Http(H11Protocol):
@@ -39,9 +39,13 @@ class Http(H11Protocol):
 
     _head: asyncio.TimerHandle | None = None
 
+    def __init__(self, config: uvicorn.Config, state: ServerState, peer: Peer, admission: Admission) -> None:
+        super().__init__(config, state, {"peer": peer})
+        self._admission = admission
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "peer": peer_of(transport), "abort": transport.abort}
+        self.app_state = {**self.app_state, "abort": transport.abort}
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -62,6 +66,7 @@ class Http(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_wait()
+        self._admission.release()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -83,20 +88,12 @@ class Http(H11Protocol):
         self.transport.close()
 
 
-def peer_of(transport: asyncio.Transport) -> Peer:
-    connection = transport.get_extra_info("socket")
-    if connection.family == socket.AF_UNIX:
-        _, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-        return Peer("unix", uid)
-    client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-    ends = Connection.parse(f"{client[0]} {client[1]} {server[0]} {server[1]}")
-    return Peer(client[0].partition("%")[0], connection=ends)
-
-
 class Listener(uvicorn.Server):
     """Serves until `should_exit`; signals are the daemon's."""
 
-    def __init__(self, app: Any, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, app: Any, sockets: Sequence[socket.socket], rejections: Rejections, tls: ssl.SSLContext | None = None
+    ) -> None:
         config = uvicorn.Config(
             app,
             interface="asgi3",
@@ -112,7 +109,7 @@ class Listener(uvicorn.Server):
         )
         super().__init__(config)
         self.sockets = list(sockets)
-        self._tls = tls
+        self._tls, self._limits, self._rejections = tls, TCP_LIMITS if tls else UNIX_LIMITS, rejections
 
     async def run_until_exit(self) -> None:
         await self.serve(self.sockets)
@@ -122,17 +119,22 @@ class Listener(uvicorn.Server):
         yield
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        loop, patience = asyncio.get_running_loop(), HANDSHAKE_S if self._tls else None
-        self.servers = [
-            await loop.create_server(
-                self._connection, sock=each, ssl=self._tls, backlog=BACKLOG, ssl_handshake_timeout=patience
-            )
-            for each in self.sockets
-        ]
+        connections = Connections(self._limits)
+        self.servers = [Acceptor(each, connections, self._connect, self._rejections) for each in self.sockets]  # type: ignore[misc]
         self.started = True
 
-    def _connection(self) -> Http:
-        return Http(self.config, self.server_state, self.lifespan.state)
+    async def _connect(self, sock: socket.socket, peer: Peer, admission: Admission) -> None:
+        loop, patience_s = asyncio.get_running_loop(), HANDSHAKE_S if self._tls else None
+        try:
+            await loop.connect_accepted_socket(
+                lambda: Http(self.config, self.server_state, peer, admission),
+                sock,
+                ssl=self._tls,
+                ssl_handshake_timeout=patience_s,
+            )
+        except OSError:  # no TLS, or gone
+            sock.close()
+            admission.release()
 
 
 def unix_socket(path: Path) -> socket.socket:
@@ -147,6 +149,7 @@ def unix_socket(path: Path) -> socket.socket:
             listening.bind(str(path))
         finally:
             os.umask(mask)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         raise DaemonError(f"{path}: {error.strerror or error}: set XDP_LB_RUN_DIR to another directory") from None

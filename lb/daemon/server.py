@@ -27,6 +27,7 @@ from lb.api.access import Access
 from lb.api.app import create_app
 from lb.api.measured import Measured
 from lb.api.middleware import AccessMiddleware, AccessThread
+from lb.api.sessions import Sessions
 from lb.control.balancer import Balancer
 from lb.daemon.listener import Listener, load_certificate, tcp_socket, tls_context, unix_socket
 from lb.daemon.sd_notify import feed_watchdog, notify
@@ -37,6 +38,7 @@ from lb.model.report import Report
 from lb.paths import Paths
 from lb.runtime.balancer_thread import BalancerThread
 from lb.runtime.features import FeatureThreads
+from lb.runtime.rejections import Rejections
 
 log = structlog.get_logger("xdp-lb")
 
@@ -53,7 +55,8 @@ class Task(Protocol):
 @dataclass(frozen=True, slots=True)
 class Settings:
     """socket: Unix socket of the API. listen: address and port for TLS. config: lb.toml with the desired services.
-    paths: for filters, explain and stages in the API; None: without them."""
+    paths: for filters, explain and stages in the API; None: without them. allowed_hosts: names besides its addresses by
+    which clients call the daemon."""
 
     socket: Path
     access: Path
@@ -62,6 +65,7 @@ class Settings:
     tls_key: Path | None = None
     config: Path | None = None
     paths: Paths | None = None
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class Daemon:
@@ -116,13 +120,17 @@ class Daemon:
         features = FeatureThreads(self._settings.paths) if self._settings.paths else None
         if features:
             stack.callback(features.close)
-        app = Measured(AccessMiddleware(create_app(thread, lambda: self.unready, features), access), thread.metrics)
+        sessions, rejections = Sessions(), Rejections(thread.metrics.rejected)
+        api = create_app(thread, lambda: self.unready, features, sessions)
+        app = Measured(
+            AccessMiddleware(api, access, sessions, rejections, self._settings.allowed_hosts), thread.metrics
+        )
         local = unix_socket(self._settings.socket)
         stack.callback(self._settings.socket.unlink, missing_ok=True)
-        self._listeners.append(Listener(app, [local]))
+        self._listeners.append(Listener(app, [local], rejections))
         if self._tls:
             sockets = [tcp_socket(address, port) for address, port in self._settings.listen]
-            self._listeners.append(Listener(app, sockets, self._tls))
+            self._listeners.append(Listener(app, sockets, rejections, self._tls))
         for listener in self._listeners:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))

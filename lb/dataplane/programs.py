@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from lb.dataplane import clock
 from lb.dataplane.allocation import Sizes
-from lb.dataplane.errors import translated
+from lb.dataplane.errors import MORE_DESCRIPTORS, lacks_descriptors, translated
 from lb.dataplane.lookup import TABLES
 from lb.errors import DataplaneError
 from lb.model.forwarding import Attachment
@@ -125,6 +125,8 @@ class Programs:
         except NotPermitted:
             raise
         except XdpError as error:
+            if lacks_descriptors(error):  # which says nothing about the version
+                raise DataplaneError(f"{in_one_line(error)}: {MORE_DESCRIPTORS}") from error
             self._unusable = error
 
     @translated()

@@ -69,6 +69,7 @@ class Problem(Exception):
         super().__init__(detail)
         phrase = HTTPStatus(status).phrase
         self.status = status
+        self.detail = detail
         self.headers = dict(headers or {})
         self.document: dict[str, Any] = {
             "type": URN + (kind or phrase.lower().replace(" ", "-")),

@@ -27,7 +27,9 @@ from typing import Self
 from weakref import WeakKeyDictionary
 
 from lb.health.state import SUCCESS, Outcome
+from lb.host.trusted_file import fault_of_program
 from lb.model.health_check import HealthCheck, Kind, seconds_text
+from lb.model.regex import compiled
 from lb.model.vip import join_port
 
 OURS = {EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL, EAGAIN}
@@ -37,6 +39,7 @@ MORE_TIMES = 5
 MAX_HEAD = 16 << 10
 MAX_BODY = 256 << 10
 PIECE = 64 << 10
+CHUNK_HEAD = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n")
 MAX_SCRIPTS = 32  # at a time
 
 Read = Callable[[], Awaitable[bytes]]  # the next piece, empty at the end
@@ -296,7 +299,7 @@ async def _head(read: Read) -> tuple[bytes, bytes]:
 async def _body(head: bytes, received: bytes, read: Read) -> bytes:
     """Up to MAX_BODY bytes; it ends by its length, its last chunk or with the connection (RFC 9112, section 6)."""
     is_chunked = re.search(rb"(?im)^transfer-encoding:[ \t]*chunked[ \t]*\r$", head)
-    length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r$", head)
+    length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,18})[ \t]*\r$", head)
     limit = min(int(length[1]), MAX_BODY) if length and not is_chunked else MAX_BODY
     while len(received) < limit and not (is_chunked and received.endswith(b"0\r\n\r\n")):
         piece = await read()
@@ -307,20 +310,21 @@ async def _body(head: bytes, received: bytes, read: Read) -> bytes:
 
 
 def _unchunked(data: bytes) -> bytes:
-    body, rest = b"", data
-    while match := re.match(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n", rest):
+    body, at = bytearray(), 0
+    while match := CHUNK_HEAD.match(data, at):
         size, start = int(match[1], 16), match.end()
         if not size:
             break
-        body, rest = body + rest[start : start + size], rest[start + size + 2 :]
-    return body
+        body += data[start : start + size]
+        at = start + size + 2
+    return bytes(body)
 
 
 def _body_outcome(check: HealthCheck, body: bytes) -> Outcome:
     text = body.decode(errors="replace")
     if check.body not in text:
         return Outcome(f"response body does not contain {check.body}")
-    if not re.search(check.match, text):
+    if check.match and not compiled(check.match).search(text):
         return Outcome(f"response body does not match {check.match}")
     return SUCCESS
 
@@ -339,7 +343,9 @@ async def _script(target: Target) -> Outcome:
 
 
 async def _run(target: Target) -> Outcome:
-    """In its own session; of this process's environment it only gets PATH."""
+    """In its own session; of this process's environment it only gets PATH. What others can change is not run."""
+    if fault := fault_of_program(target.check.command[0]):
+        return Outcome(fault)
     try:
         process = await asyncio.create_subprocess_exec(
             *target.check.command,

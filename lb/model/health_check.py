@@ -22,6 +22,7 @@ from enum import StrEnum
 from typing import Any
 
 from lb.errors import InvalidInput
+from lb.model.regex import compiled
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
 INTERVALS = (0.1, 3600.0)
@@ -84,7 +85,7 @@ class HealthCheck:
             ("method", not re.fullmatch(r"[A-Z]+", self.method), "not a method in capital letters"),
             ("host", not re.fullmatch(r"[!-~]*", self.host), "not a host name"),
             ("status", any(not 100 <= a <= b <= 599 for a, b in self.status) or not self.status, "not from 100 to 599"),
-            ("match", not _is_regex(self.match), "not a regular expression"),
+            ("match", bool(fault := _fault_of_regex(self.match)), f"not a regular expression in RE2 syntax: {fault}"),
             (
                 "host",
                 self.kind is Kind.HTTPS and self.verify and not self.host,
@@ -120,12 +121,13 @@ def _check_within(name: str, value: float, ends: tuple[float, float], unit: str 
         raise InvalidInput(f"health check: {name} {value:g}{unit}: out of range {ends[0]:g} to {ends[1]:g}{unit}")
 
 
-def _is_regex(text: str) -> bool:
+def _fault_of_regex(text: str) -> str:
     try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+        if text:
+            compiled(text)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _split(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 from lb.model.report import Report
+from lb.runtime.rejections import REASONS
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -43,9 +44,20 @@ class DaemonMetrics:
             registry=self._registry,
         )
         self._config_loaded.set(1)
+        self._rejected = Counter(
+            "xdp_lb_api_rejected",
+            "Connections and requests that the API rejected.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in REASONS:
+            self._rejected.labels(reason)
 
     def config_loaded(self, loaded: bool) -> None:
         self._config_loaded.set(loaded)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
 
     def upgrade_refused(self, refused: bool) -> None:
         self._refused.set(refused)

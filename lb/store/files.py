@@ -7,7 +7,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EEXIST, EISDIR, ENOTDIR
+from errno import EEXIST, EISDIR, EMFILE, ENFILE, ENOTDIR
 from pathlib import Path
 
 from lb.errors import StoreError
@@ -36,6 +36,8 @@ def translated(path: Path) -> Iterator[None]:
         raise StoreError(f"store {path}: {_fix(error)}") from error
     except OSError as error:
         name, reason = error.filename or path, error.strerror
+        if error.errno in (EMFILE, ENFILE):
+            raise StoreError(f"store {name}: {reason}: raise the limit of open files (ulimit -n)") from error
         fix = "move it away" if error.errno in _BLOCKING else "run as root"
         raise StoreError(f"store {name}: {reason}: {fix}, or set XDP_LB_STATE_DIR") from error
 

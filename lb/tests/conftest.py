@@ -1,9 +1,11 @@
-"""The two implementations of the loops: a module that is tested on both asks for `implementation`."""
+"""The two implementations of the loops, for modules that are tested on both; a place for programs that root runs."""
 
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,11 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "pure":
             patch.setattr(native, "library", None)
         yield
+
+
+@pytest.fixture
+def root_directory() -> Iterator[Path]:
+    """Where root alone can change anything, up to the root; not so pytest's own, in /tmp."""
+    with tempfile.TemporaryDirectory(dir="/run", prefix="xdp-lb-test-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)

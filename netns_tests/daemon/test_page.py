@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
-from netns_tests.bed.daemon import certificate_of, end, start
+from netns_tests.bed.daemon import certificate_of, end, socket_of, start
 from netns_tests.bed.servers import start_http
 from netns_tests.bed.topology import Bed, Host, wait_until
 from netns_tests.bed.traffic import connections, deaf, loading, trying
@@ -100,7 +102,7 @@ def chromium(host: Host, directory: Path) -> Iterator[Browser]:
 
 
 @contextmanager
-def visiting(site: Site) -> Iterator[Visit]:
+def visiting(site: Site, origin: str = "") -> Iterator[Visit]:
     """A visit by a browser that knows nothing yet. In the end it has met no error that a test has not taken away, and
     has not left the origin."""
     expect.set_options(timeout=1000 * WAIT_S)
@@ -110,7 +112,7 @@ def visiting(site: Site) -> Iterator[Visit]:
     made.page.goto(site.url)
     yield made
     context.close()
-    assert [url for url in made.asked if not url.startswith(site.url)] == []
+    assert [url for url in made.asked if not url.startswith(origin or site.url)] == []
     assert made.faults == []
 
 
@@ -142,6 +144,61 @@ def test_a_visitor_without_a_token_sees_a_prompt_and_nothing_else(site: Site, vi
     expect(visitor.page.locator("main")).to_be_empty()
     assert "10.99." not in visitor.page.content()
     assert [url for url in visitor.asked if "/v1/" in url] == []
+
+
+FORWARD = """
+import asyncio, sys
+
+async def copy(reader, writer):
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+async def forward(reader, writer):
+    far_reader, far_writer = await asyncio.open_unix_connection(sys.argv[1])
+    await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer), return_exceptions=True)
+
+async def main():
+    open("/proc/self/comm", "w").write("sshd")
+    server = await asyncio.start_server(forward, "127.0.0.1", 8080)
+    print("listening", flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def forwarded_socket(bed: Bed) -> Iterator[str]:
+    """As by ssh -L 8080:SOCKET from the client."""
+    command = [sys.executable, "-c", FORWARD, str(socket_of(bed))]
+    process = bed.client.popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "listening\n"
+        yield "http://localhost:8080/"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_link_logs_in_once_through_a_forwarded_socket(site: Site) -> None:
+    with forwarded_socket(site.bed) as url:
+        link = site.bed.xdp_lb("web", "--url", url).stdout.strip()
+        forwarded = replace(site, url=link)
+        with visiting(forwarded, origin=url) as visit:
+            expect(visit.page.locator("#caller")).to_contain_text("web page of uid 0")
+            expect(visit.page.locator("#where")).to_contain_text("eth0")
+            assert visit.page.url == url
+            visit.page.reload()
+            expect(visit.page.locator("#where")).to_contain_text("eth0")
+        with visiting(forwarded, origin=url) as visit:
+            expect(visit.page.get_by_role("alert")).to_have_text("code expired or used: run xdp-lb web again")
+            expect(visit.page.locator("main")).to_be_empty()
+            visit.faults.clear()  # the browser says 401
+        with visiting(replace(site, url=url)) as visit:
+            expect(visit.page.get_by_label("Token")).to_be_focused()
 
 
 def test_a_wrong_token_is_said_to_be_wrong_and_is_kept_nowhere(site: Site, visitor: Visit) -> None:

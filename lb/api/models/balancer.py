@@ -7,17 +7,18 @@ from others (such as `address` from `vip`) may be there if they agree.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, create_model
+from pydantic import Field, SkipValidation, create_model
 
 from lb.api.access import Role
-from lb.api.models.common import Answer, Body, Count, Port, Weight
+from lb.api.models.common import Answer, Body, Count, Port, Weight, checked
 from lb.errors import InvalidInput, LbError
 from lb.formats.documents import backend_document, service_document
-from lb.formats.problems import Pointer
+from lb.formats.problems import Pointer, Problem
 from lb.model.options import DEFAULTS, Options, from_values, values
 from lb.model.state import DEFAULT_FLOW_TIMEOUT_S, DEFAULT_RING_SIZE, Backend, Interface, Mode, Service, XdpMode
 from lb.model.vip import Vip
@@ -25,6 +26,8 @@ from lb.model.vip import Vip
 ModeName = Annotated[Mode, Field(strict=False)]
 XdpModeName = Annotated[XdpMode, Field(strict=False)]
 BODY = Pointer()
+CHECK_S = 20.0  # for all services of a body; 18,000 take 2 s
+
 
 OPTION_TYPES = {list: list[str], int: Count, bool: bool, str: str}
 OPTION_FIELDS: dict[str, Any] = {name: (OPTION_TYPES[type(plain)], plain) for name, plain in values(DEFAULTS).items()}
@@ -74,7 +77,7 @@ class ServiceBody(Body):
     ring_size: Count = DEFAULT_RING_SIZE
     flow_timeout_s: Count = DEFAULT_FLOW_TIMEOUT_S
     options: OptionsBody = Field(default_factory=OptionsBody)  # type: ignore[valid-type]
-    backends: list[BackendBody] = Field(default_factory=list)
+    backends: list[SkipValidation[BackendBody]] = Field(default_factory=list)
 
     def to_model(self, pointer: Pointer, vip: Vip | None = None) -> Service:
         """`vip`: that of the address of the request."""
@@ -112,8 +115,13 @@ def _check_agrees(given: Mapping[str, Any], document: Mapping[str, Any], keys: S
                 )
 
 
-def backends_of(bodies: Sequence[BackendBody], vip: Vip, pointer: Pointer) -> tuple[Backend, ...]:
-    return tuple(body.to_model(vip, pointer / number) for number, body in enumerate(bodies))
+def backends_of(documents: Sequence[object], vip: Vip, pointer: Pointer) -> tuple[Backend, ...]:
+    """Raises Problem."""
+
+    def backend(document: object, where: Pointer) -> Backend:
+        return checked(BackendBody, document, where).to_model(vip, where)
+
+    return tuple(backend(document, pointer / number) for number, document in enumerate(documents))
 
 
 def options_of(given: Mapping[str, Any], before: Options, pointer: Pointer) -> Options:
@@ -164,16 +172,20 @@ def _growing(parts: Mapping[str, Any]) -> Iterator[tuple[str | int, dict[str, An
 class ConfigBody(Body):
     """All that is to be served."""
 
-    services: list[ServiceBody]
+    services: list[SkipValidation[ServiceBody]]
 
     def to_model(self) -> list[Service]:
         return services_of(self.services, Pointer(("services",)))
 
 
-def services_of(bodies: Sequence[ServiceBody], pointer: Pointer) -> list[Service]:
+def services_of(documents: Sequence[object], pointer: Pointer) -> list[Service]:
+    """Raises Problem."""
     found: dict[Vip, Service] = {}
-    for number, body in enumerate(bodies):
-        service = body.to_model(pointer / number)
+    ends_s = time.monotonic() + CHECK_S
+    for number, document in enumerate(documents):
+        if time.monotonic() > ends_s:
+            raise Problem(503, f"services: checking {len(documents)} took longer than {CHECK_S:g} s: try again later")
+        service = checked(ServiceBody, document, pointer / number).to_model(pointer / number)
         with pointer / number / "vip":
             if found.setdefault(service.vip, service) is not service:
                 raise InvalidInput(f"vip {service}: given twice")
@@ -181,7 +193,7 @@ def services_of(bodies: Sequence[ServiceBody], pointer: Pointer) -> list[Service
 
 
 class BackendsBody(Body):
-    backends: Annotated[list[BackendBody], Field(min_length=1)]
+    backends: Annotated[list[SkipValidation[BackendBody]], Field(min_length=1)]
 
 
 class BackendPatch(Body):
@@ -237,7 +249,7 @@ class AttachBody(Body):
     """Interfaces to attach to, and services to add to the stored ones."""
 
     interfaces: Annotated[list[InterfaceBody], Field(min_length=1)]
-    services: list[ServiceBody] = Field(default_factory=list)
+    services: list[SkipValidation[ServiceBody]] = Field(default_factory=list)
     own_address: bool = Field(True, description="Add a VIP that is no host's address to an interface")
 
 

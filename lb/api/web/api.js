@@ -1,4 +1,4 @@
-// The API of the daemon: JSON, problems (RFC 9457) and server-sent events. The token travels in a header only.
+// The API of the daemon: JSON, problems (RFC 9457) and server-sent events. Tokens travel in a header only.
 
 const SILENCE_MS = 45000; // three heartbeats of the daemon
 

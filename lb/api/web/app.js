@@ -27,7 +27,6 @@ const GROUPS = {
 };
 
 const byId = (id) => document.getElementById(id);
-const without = location.protocol === "http:"; // forwarded from the daemon's Unix socket, which needs no token
 
 let session = null;
 
@@ -328,7 +327,7 @@ function pause(ms, signal) {
 async function begin(token) {
   const api = new Api(token);
   const { document: caller } = await api.ask("GET", "/v1/whoami");
-  if (token) sessionStorage.setItem(TOKEN, token);
+  sessionStorage.setItem(TOKEN, token);
   session = new Session(api, caller);
   prompt(false);
   session.run();
@@ -344,7 +343,7 @@ function end(why = "") {
 function prompt(isShown, why = "") {
   set(byId("login"), "hidden", !isShown);
   set(byId("main"), "hidden", isShown);
-  set(byId("logout"), "hidden", isShown || without);
+  set(byId("logout"), "hidden", isShown);
   for (const id of ["where", "caller"]) if (isShown) say(byId(id), "");
   say(byId("login-fault"), why);
   set(byId("token"), "aria-invalid", why ? "true" : null);
@@ -359,6 +358,23 @@ async function login(token) {
     if (!(problem instanceof Problem)) throw problem;
     if (problem.status === 401) end(problem.message);
     else prompt(true, problem.message); // reloading the page tries the same token again
+  }
+}
+
+// The code in a link printed by `xdp-lb web`; it does not stay in the address bar or the history.
+function codeOfLink() {
+  const found = new URLSearchParams(location.hash.slice(1)).get("code");
+  if (found) history.replaceState(null, "", location.pathname);
+  return found;
+}
+
+async function open(code) {
+  try {
+    const { document: opened } = await new Api(null).ask("POST", "/v1/sessions", { body: { code } });
+    await login(opened.token);
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    prompt(true, problem.message);
   }
 }
 
@@ -384,6 +400,8 @@ byId("login").addEventListener("submit", (event) => {
   const token = byId("token").value.trim();
   if (token) login(token);
 });
+const code = codeOfLink();
 const kept = sessionStorage.getItem(TOKEN);
-if (kept || without) login(kept);
+if (code) open(code);
+else if (kept) login(kept);
 else prompt(true);

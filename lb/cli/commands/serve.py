@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lb.cli.options import json_option
-from lb.errors import InvalidInput
+from lb.errors import DaemonError, InvalidInput
 from lb.formats.documents import to_json
 from lb.paths import Paths
 
@@ -27,6 +27,7 @@ UNIT = Path(__file__).parents[2] / "daemon" / "systemd" / "xdp-lb.service"
 UNIT_PROGRAM = "/usr/local/bin/xdp-lb"
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))  # what ProtectHome= hides, systemd.exec(5)
 ROLES = ("read", "write")
+PAGE = "http://localhost:8080/"  # by ssh -L 8080:...
 FILE = click.Path(path_type=Path)
 
 
@@ -47,6 +48,12 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Format of log lines on standard error.",
 )
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Accept requests for this host name. Repeatable. Always accepted: localhost and the address connected to.",
+)
 @click.option("--print-unit", is_flag=True, help="Print a systemd unit for this installation and exit.")
 def serve(
     listen: tuple[str, ...],
@@ -54,6 +61,7 @@ def serve(
     tls_key: Path | None,
     config: Path | None,
     log_format: str,
+    allow_host: tuple[str, ...],
     print_unit: bool,
 ) -> None:
     """Run the daemon: REST API, health checks, reconciliation.
@@ -94,7 +102,7 @@ def serve(
     paths = Paths.here()
     logs.configure(as_json=log_format == "json")
     addresses = tuple(map(_listen_address, listen))
-    settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config, paths)
+    settings = server.Settings(paths.socket, paths.access, addresses, tls_cert, tls_key, config, paths, allow_host)
     checks = HealthTask(
         lambda: RealPath(Network(answer_timeout_s=FOLLOWED_TIMEOUT_S)),
         HealthFile(paths.health),
@@ -123,6 +131,30 @@ def _listen_address(text: str) -> tuple[str, int]:
     if port is None:
         raise InvalidInput(f"listen {text}: a port is missing: ADDR:PORT")
     return str(address), port
+
+
+@click.command("web")
+@click.option("--url", metavar="URL", default=PAGE, show_default=True, help="Where the browser reaches the daemon.")
+def web(url: str) -> None:
+    """Print a link that logs the web page in, once, within 5 minutes.
+
+    For a browser that reaches the daemon's Unix socket through ssh -L, where the page would ask for
+    a token. The session has full access, except for script health checks, and ends after 12 hours
+    or with the daemon.
+
+    \b
+    Examples:
+      # Logged in by ssh -L 8080:/run/xdp-lb/default/api.sock root@HOST
+      xdp-lb web
+    """
+    from lb.client.client import Client
+    from lb.client.connect import daemon_listens
+
+    path = Paths.here().socket
+    if not daemon_listens(path):
+        raise DaemonError("daemon: not running: start xdp-lb serve")
+    with Client.unix(path) as client:
+        click.echo(f"{url.rstrip('/')}/#code={client.web_code()}")
 
 
 @click.group()

@@ -361,7 +361,7 @@ ODD = ["..", "..%2f..", "%2e%2e%2fx", "%00", "%ff%fe", "10.0.0.1", "%0d%0aSet-Co
 @pytest.mark.parametrize("vip", ODD)
 def test_vips_in_paths_that_are_none(running: Running, http: httpx.Client, vip: str) -> None:
     """Sent as they are: clients would tidy them up."""
-    head = f"GET /v1/services/{vip}/backends HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    head = f"GET /v1/services/{vip}/backends HTTP/1.1\r\nHost: xdp-lb\r\nConnection: close\r\n\r\n"
     answer = raw(running, head.encode())
     status = int(answer.split()[1])
     assert status in (404, 422)

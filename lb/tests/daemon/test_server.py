@@ -445,7 +445,7 @@ def test_a_token_that_may_read_changes_nothing(remote: Remote) -> None:
 
 
 def test_programs_to_run_are_set_on_the_host_itself_alone(remote: Remote) -> None:
-    check = {"health": "script /usr/local/bin/check", "mss": 1400}
+    check = {"health": "script /bin/true", "mss": 1400}
     service = {"ring_size": 251, "options": check, "backends": [{"backend": "10.0.0.11"}]}
     path = "/v1/services/10.0.0.1:80"
     with remote.http(remote.tokens[Role.WRITE]) as far, get(remote.running) as near:
@@ -461,10 +461,47 @@ def test_programs_to_run_are_set_on_the_host_itself_alone(remote: Remote) -> Non
         ):
             answer = far.request(method, where, json=body)
             assert (answer.status_code, far.get(path).json()["options"]["health"]) == (403, ""), where
+        browser = {"Sec-Fetch-Site": "same-origin", "Authorization": f"Bearer {remote.tokens[Role.WRITE]}"}
+        assert near.put(path, json=service, headers=browser).status_code == 403
         assert near.put(path, json=service).status_code == 200
         assert far.put(path, json=service).json()["changes"] == []
         assert far.patch(path, json={"options": {"mss": 1300}}).status_code == 200
         assert far.patch(path, json={"options": {"health": "tcp"}}).status_code == 200
+
+
+def test_programs_to_run_are_set_by_root_alone(host: Host, root_directory: Path) -> None:
+    """Not by the group that may write to the socket."""
+    body = '{"options": {"health": "script /bin/true"}}'
+    with serving(host, root_directory) as daemon:
+        asked = ["curl", "-s", "-X", "PATCH", "-H", "Content-Type: application/json", "-d", body]
+        asked += ["--unix-socket", str(daemon.settings.socket), "http://xdp-lb/v1/services/10.0.0.1:80"]
+        by_group = ["setpriv", "--reuid=65534", "--regid=0", "--clear-groups", *asked]
+        for command, answer in (
+            (by_group, "can only be set by root on the balancer's host"),
+            (asked, '"dry_run":false'),
+        ):
+            assert answer in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_programs_that_others_can_change_are_refused(host: Host, root_directory: Path) -> None:
+    script = root_directory / "check"
+    script.write_text("#!/bin/sh\n")
+    words = ("vip", "set", WEB, "--health", f"script {script}")
+    told = f"xdp-lb: vip {WEB}: health check script {script}: "
+    assert host.error(*words) == f"{told}not executable: run chmod +x {script}"
+    script.chmod(0o777)
+    assert host.error(*words) == f"{told}writable by others than root: run chmod go-w {script}"
+    script.chmod(0o755)
+    host.lines(*words)
+    script.chmod(0o777)
+    host.lines("vip", "set", WEB, "--mss", "1400")  # nothing about the script
+    script.unlink()
+    with serving(host, root_directory) as daemon, get(daemon) as http:
+        answer = http.patch("/v1/services/10.0.0.1:80", json={"options": {"health": "script /nowhere/check"}})
+        assert (answer.status_code, answer.json()["detail"]) == (
+            422,
+            f"vip {WEB}: health check script /nowhere/check: not found",
+        )
 
 
 def test_a_revoked_token_is_worth_nothing_at_once(remote: Remote) -> None:
@@ -480,8 +517,8 @@ def test_who_guesses_is_made_to_wait(remote: Remote) -> None:
         answers = [http.get("/v1/status") for _ in range(12)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429] * 2
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
-    with remote.http(remote.tokens[Role.WRITE]) as http:
-        assert http.get("/v1/status").status_code == 429
+    with remote.http(remote.tokens[Role.WRITE]) as http:  # the right token is not locked out by wrong ones
+        assert http.get("/v1/status").status_code == 200
         assert http.get("/healthz").status_code == 200
     assert len(audit(remote)) == 10  # waiting fills no log
     assert stored_count(remote) == 1  # on the host itself all goes on
@@ -489,7 +526,7 @@ def test_who_guesses_is_made_to_wait(remote: Remote) -> None:
 
 def test_tcp_speaks_tls_and_nothing_else(remote: Remote) -> None:
     with closing(socket.create_connection(remote.address, timeout=DEADLINE_S)) as plain:
-        plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: xdp-lb\r\n\r\n")
         assert b"HTTP" not in plain.recv(1000)
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
@@ -584,7 +621,12 @@ def ends(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize(
     "beginning",
-    [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX:"],
+    [
+        b"",
+        b"G",
+        b"GET / HTTP/1.1\r\nHost: xdp-lb\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: xdp-lb\r\n\r\nGET / HTTP/1.1\r\nX:",
+    ],
 )
 def test_a_head_that_does_not_come_ends_the_connection(
     short_limits: None, host: Host, tmp_path: Path, beginning: bytes
@@ -617,7 +659,7 @@ def goes_on(connection: socket.socket) -> bool:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(short_limits: None, host: Host, tmp_path: Path) -> None:
-    head = b"PUT /v1/config HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    head = b"PUT /v1/config HTTP/1.1\r\nHost: xdp-lb\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     with serving(host, tmp_path) as daemon, local(daemon) as connection:
         connection.sendall(head)
         assert ends(connection).startswith(b"HTTP/1.1 408")
@@ -628,7 +670,7 @@ def test_a_reader_who_reads_nothing_is_cut_off(
     short_limits: None, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(host, tmp_path) as daemon, local(daemon) as connection:
-        connection.sendall(b"GET /v1/events HTTP/1.1\r\nHost: x\r\nLast-Event-ID: x-0\r\n\r\n")
+        connection.sendall(b"GET /v1/events HTTP/1.1\r\nHost: xdp-lb\r\nLast-Event-ID: x-0\r\n\r\n")
         connections = daemon.daemon._listeners[0].server_state.connections
         wait_for(lambda: connections, "connected")
         wait_for(lambda: has_gone(connections, daemon), "cut off")
@@ -692,7 +734,7 @@ def test_changes_of_many_at_once_are_all_made_one_after_the_other(host: Host, tm
 
         async def ask() -> list[int]:
             transport = httpx.AsyncHTTPTransport(uds=str(daemon.settings.socket))
-            async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=DEADLINE_S) as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://xdp-lb", timeout=DEADLINE_S) as http:
                 path = "/v1/services/10.0.0.1:80/backends"
                 bodies = [{"backends": [{"backend": f"10.0.0.{n}"}]} for n in range(100, 120)]
                 return [a.status_code for a in await asyncio.gather(*(http.post(path, json=b) for b in bodies))]

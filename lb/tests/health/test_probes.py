@@ -233,6 +233,23 @@ def test_udp_silence_is_a_success_where_no_answer_is_expected() -> None:
     assert asyncio.run(run()) == ""
 
 
+def test_no_pattern_takes_longer_than_the_answer_is_long() -> None:
+    """Backtracking would take 2**250000 steps."""
+    body = b"a" * 250_000 + b"!"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    assert why_of("http match='^(a+)+$' timeout=10s", answering(answer)) == "response body does not match ^(a+)+$"
+
+
+def test_an_answer_in_tiny_chunks_is_put_together() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000 + b"0\r\n\r\n"
+    assert why_of("http match='^x{1000}(x|y)*$' timeout=10s", answering(answer)) == ""
+
+
+def test_a_length_that_is_no_number_that_fits_ends_no_check() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nall good"
+    assert why_of("http body=good timeout=10s", answering(answer)) == ""
+
+
 # Scripts
 
 
@@ -245,28 +262,41 @@ def script(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "fault"), [("exit 0", ""), ("exit 3", "exit code 3"), ("kill -TERM $$", "killed by signal 15")]
 )
-def test_a_script_says_it_by_its_exit_code(tmp_path: Path, text: str, fault: str) -> None:
-    assert asyncio.run(why(script(tmp_path / "check", text), 0)) == fault
+def test_a_script_says_it_by_its_exit_code(root_directory: Path, text: str, fault: str) -> None:
+    assert asyncio.run(why(script(root_directory / "check", text), 0)) == fault
 
 
 def test_a_script_knows_backend_and_vip_and_nothing_of_this_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "x")
-    out = tmp_path / "out"
-    check = HealthCheck.parse(script(tmp_path / "check", f'echo "$XDP_LB_BACKEND $XDP_LB_VIP $SECRET $1 $2" > {out}'))
+    out = root_directory / "out"
+    check = HealthCheck.parse(
+        script(root_directory / "check", f'echo "$XDP_LB_BACKEND $XDP_LB_VIP $SECRET $1 $2" > {out}')
+    )
     names = (("XDP_LB_BACKEND", "10.0.0.11:80"), ("XDP_LB_VIP", "10.0.0.1:80/tcp"))
     asyncio.run(probe(Target(check, "10.0.0.11", 80, environment=names)))
     assert out.read_text() == "10.0.0.11:80 10.0.0.1:80/tcp  one two words\n"
 
 
-def test_a_script_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
-    assert asyncio.run(why(f"script {tmp_path}/missing", 0)) == f"{tmp_path}/missing: not found"
+def test_a_script_that_is_not_there_is_a_failure(root_directory: Path) -> None:
+    assert asyncio.run(why(f"script {root_directory}/missing", 0)) == f"{root_directory}/missing: not found"
 
 
-def test_a_script_is_killed_at_its_timeout_with_all_that_it_started(tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    check = script(tmp_path / "check", f"sleep 600 & echo $! $$ > {pids}; wait").replace("5s", "500ms")
+def test_a_script_that_others_have_become_able_to_change_is_not_run(root_directory: Path) -> None:
+    ran = root_directory / "ran"
+    check = script(root_directory / "check", f"touch {ran}")
+    assert asyncio.run(why(check, 0)) == ""
+    ran.unlink()
+    root_directory.chmod(0o777)
+    said = asyncio.run(why(check, 0))
+    assert said == f"{root_directory}: writable by others than root: run chmod go-w {root_directory}"
+    assert not ran.exists()
+
+
+def test_a_script_is_killed_at_its_timeout_with_all_that_it_started(root_directory: Path) -> None:
+    pids = root_directory / "pids"
+    check = script(root_directory / "check", f"sleep 600 & echo $! $$ > {pids}; wait").replace("5s", "500ms")
     assert asyncio.run(why(check, 0)) == "no response within 500ms"
     deadline = time.monotonic() + 5
     while not all(ended(int(pid)) for pid in pids.read_text().split()):

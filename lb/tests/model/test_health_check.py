@@ -92,7 +92,11 @@ def test_text_has_only_what_is_not_the_default() -> None:
         ("tcp interval=10ms", "health check: interval 0.01 s: out of range 0.1 to 3600 s"),
         ("tcp port=65536", "health check: port 65536: out of range 0 to 65535"),
         ("http status=20", "health check http: status: not from 100 to 599"),
-        ("http match=[", "health check http: match: not a regular expression"),
+        ("http match=[", "health check http: match: not a regular expression in RE2 syntax: missing ]: ["),
+        (
+            "http match='(?=x)'",
+            "health check http: match: not a regular expression in RE2 syntax: invalid perl operator: (?=",
+        ),
         ("http method=get", "health check http: method: not a method in capital letters"),
         ("https verify=no", "health check https: verify no: not on or off"),
         ("https", "health check https: host: missing: give the host name of the certificate, or verify=off"),
