@@ -217,7 +217,10 @@ def _checksum_warning(link: _Link) -> str | None:
     if link.kind != "veth":
         return None
     if link.peer is None:
-        return f"{link.name}: is a veth: its peer must send complete checksums: run ethtool -K DEV tx off on the peer"
+        return (
+            f"{link.name}: is a veth: its peer must send complete checksums and accept frames sent by XDP:"
+            " run ethtool -K DEV tx off gro on at the peer"
+        )
     from xdp import ethtool  # whose imports take their time
 
     try:

@@ -72,11 +72,6 @@ ring_size_option = click.option(
     metavar="N",
     help=f"Slots in the Maglev ring, a prime from 251 to 131071.  [default: {DEFAULT_RING_SIZE}]",
 )
-vip_address_option = click.option(
-    "--no-vip-address",
-    is_flag=True,
-    help="Do not configure the VIP on an interface (for VIPs routed to this host).",
-)
 server_id_option = click.option(
     "--server-id",
     "server_ids",
@@ -192,6 +187,11 @@ OPTIONS = (
         "--fail-closed/--no-fail-closed",
         default=None,
         help="Drop packets while all backends are down, instead of using all of them.",
+    ),
+    click.option(
+        "--vip-address/--no-vip-address",
+        default=None,
+        help="Configure the VIP on an interface; no: it is routed to this host.",
     ),
 )
 

@@ -16,7 +16,7 @@ from lb.control.contracts import Dataplane, FilterHandover, Network, NoFilters
 from lb.control.open_count import OpenCount
 from lb.control.prune import loss
 from lb.control.repair import Repairs
-from lb.control.vip_addresses import with_homes
+from lb.control.vip_addresses import wanted_addresses, with_homes
 from lb.control.writer import Writer
 from lb.errors import AlreadyExists, InvalidInput, NoRoute, NotFound, PruneRequired
 from lb.model.conditions import Condition, Conditions
@@ -79,18 +79,20 @@ class Balancer:
     ) -> Report:
         """Serve on `interfaces`, beside those attached already, `services` beside those stored.
 
-        Everything is written anew, which also repairs what others have changed. `own_addresses`
-        is about `services`; without them and False, about all that are stored.
+        Everything is written anew, which also repairs what others have changed. `own_addresses` False:
+        as with the option vip_address off in `services`; without them, in all that are stored.
         """
         goal = self.state
+        if not (services or own_addresses):
+            goal = replace(goal, services=_asking(goal.services, own_addresses))
+        services = _asking(services, own_addresses)
         for service in services:
             goal = _including(goal, service)
         for interface in interfaces:
             self._check_exists(interface)
             goal = goal.with_interface(interface)
         _check_something_to_serve(goal)
-        named = services or (() if own_addresses else goal.services)
-        goal = self._with_own_addresses(goal, named, own_addresses)
+        goal = self._with_own_addresses(goal, services)
         goal = with_homes(goal, self.network, [interface.name for interface in interfaces])
         upgraded = Report() if dry_run else self.upgrade()
         report = self.writer.change(goal, everything=True, dry_run=dry_run)
@@ -121,19 +123,18 @@ class Balancer:
         return self.writer.change(replace(goal, interfaces=()), dry_run=dry_run)
 
     def add_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
-        goal = self.state.with_service(service)
-        goal = self._with_own_addresses(goal, [service], own_address)
+        (service,) = _asking([service], own_address)
+        goal = self._with_own_addresses(self.state.with_service(service), [service])
         return self.writer.change(goal, dry_run=dry_run)
 
-    def put_service(self, service: Service, *, own_address: bool | None = None, dry_run: bool = False) -> Report:
-        """Have `service` served as it is given, also in the place of another at its VIP. `own_address` None: the VIP's
-        address stays on an interface if it is on one."""
+    def put_service(self, service: Service, *, own_address: bool = True, dry_run: bool = False) -> Report:
+        """Have `service` served as it is given, also in the place of another at its VIP."""
+        (service,) = _asking([service], own_address)
         others = tuple(s for s in self.state.services if s.vip != service.vip)
         goal = replace(self.state, services=(*others, service))
         if self.state.interfaces:
             _check_same_shape(self.state, goal)
-        if own_address is not None:
-            goal = self._with_own_addresses(goal, [service], own_address)
+        goal = self._with_own_addresses(goal, [service])
         return self.writer.change(goal, dry_run=dry_run)
 
     def remove_service(self, vip: Vip, *, dry_run: bool = False) -> Report:
@@ -177,9 +178,12 @@ class Balancer:
         return self.set_weights(vip, [backend], weight, dry_run=dry_run)
 
     def set_options(self, vip: Vip, options: Options, *, dry_run: bool = False) -> Report:
-        goal = self.state.replacing_service(replace(self.state.service(vip), options=options))
+        before = self.state.service(vip)
+        goal = self.state.replacing_service(replace(before, options=options))
         if self.state.interfaces:
             _check_same_shape(self.state, goal)
+        if options.vip_address != before.options.vip_address:
+            goal = self._with_own_addresses(goal, [goal.service(vip)])
         return self.writer.change(goal, dry_run=dry_run)
 
     def set_server_ids(
@@ -198,13 +202,13 @@ class Balancer:
     ) -> Report:
         """Make `services` all that is served. Raises PruneRequired where that removes more than half of the services
         or backends, unless told to `prune`."""
-        goal = replace(self.state, services=tuple(services))
+        goal = replace(self.state, services=_asking(services, own_addresses))
         if self.state.interfaces:
             _check_same_shape(self.state, goal)
         lost = "" if prune else loss(self.state.services, goal.services)
         if lost and not dry_run:
             raise PruneRequired(PRUNE.format(lost), lost)
-        goal = self._with_own_addresses(goal, goal.services, own_addresses)
+        goal = self._with_own_addresses(goal, goal.services)
         report = self.writer.change(goal, dry_run=dry_run)
         return replace(report, warnings=(PRUNE.format(lost), *report.warnings)) if lost else report
 
@@ -238,12 +242,9 @@ class Balancer:
     def _change_service(self, service: Service, dry_run: bool) -> Report:
         return self.writer.change(self.state.replacing_service(service), dry_run=dry_run)
 
-    def _with_own_addresses(self, goal: State, services: Sequence[Service], own: bool) -> State:
-        """Have the addresses of `services` put on an interface where nobody owns them, or not."""
-        named = {service.vip.address for service in services if service.vip.is_one_address}
-        if not own:
-            return replace(goal, own_addresses=tuple(o for o in goal.own_addresses if o.address not in named))
-        unknown = named - {o.address for o in goal.own_addresses}
+    def _with_own_addresses(self, goal: State, services: Sequence[Service]) -> State:
+        """Have the addresses that `services` want put on an interface where nobody owns them."""
+        unknown = wanted_addresses(services) - {own.address for own in goal.own_addresses}
         ours = (OwnAddress("", a) for a in unknown if self.network.owner(a) is None)
         return replace(goal, own_addresses=(*goal.own_addresses, *ours))
 
@@ -266,6 +267,13 @@ class Balancer:
 
 def _each_once(backends: Iterable[Backend]) -> Iterable[Backend]:
     return {str(backend): backend for backend in backends}.values()
+
+
+def _asking(services: Sequence[Service], own_address: bool) -> tuple[Service, ...]:
+    """With the option vip_address off, where there is to be no `own_address`."""
+    if own_address:
+        return tuple(services)
+    return tuple(replace(s, options=replace(s.options, vip_address=False)) for s in services)
 
 
 def _including(state: State, service: Service) -> State:

@@ -15,10 +15,15 @@ from ipaddress import IPv4Address
 from lb.control.contracts import Network
 from lb.errors import InvalidInput
 from lb.model.options import is_unicast
-from lb.model.state import OwnAddress, State
+from lb.model.state import OwnAddress, Service, State
 from lb.model.vip import Address, Subnet, Vip
 
 LIMITED_BROADCAST = IPv4Address("255.255.255.255")
+
+
+def wanted_addresses(services: Sequence[Service]) -> set[Address]:
+    """What these services want on an interface."""
+    return {s.vip.address for s in services if s.vip.is_one_address and s.options.vip_address}
 
 
 def with_homes(goal: State, network: Network, named: Sequence[str] = ()) -> State:
@@ -78,9 +83,9 @@ def _fault_in(vip: Vip, subnets: Mapping[str, Sequence[Subnet]]) -> str | None:
 
 
 def placed(before: State, goal: State, network: Network) -> State:
-    """`goal` with the own addresses that are still served, each with its home."""
-    served = {service.vip.address for service in goal.services}
-    goal = replace(goal, own_addresses=tuple(own for own in goal.own_addresses if own.address in served))
+    """`goal` with the own addresses that a service still wants, each with its home."""
+    wanted = wanted_addresses(goal.services)
+    goal = replace(goal, own_addresses=tuple(own for own in goal.own_addresses if own.address in wanted))
     if goal.interfaces == before.interfaces and all(own.interface for own in goal.own_addresses):
         return goal
     return with_homes(goal, network)

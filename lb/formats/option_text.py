@@ -51,6 +51,7 @@ WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "health": ("health", _check),
     "slow_start_s": ("slow start", _seconds),
     "fail_closed": ("fail closed", _switch),
+    "vip_address": ("vip address", _switch),
 }
 
 

@@ -66,7 +66,8 @@ class Options:
     second_chance: mode gue names the slot's other backend during transitions, for xdp-lb decap to ask.
     health: how backends are checked while the daemon runs; None: not at all.
     slow_start_s: so long a backend that has come back takes to get its whole share; 0: at once.
-    fail_closed: with all backends down packets are dropped, else served as if all were up."""
+    fail_closed: with all backends down packets are dropped, else served as if all were up.
+    vip_address: the VIP is put on an interface where no interface has it; off: it is routed to this host."""
 
     affinity_s: int = 0
     sources: tuple[Network, ...] = ()
@@ -81,6 +82,7 @@ class Options:
     health: HealthCheck | None = None
     slow_start_s: int = 0
     fail_closed: bool = False
+    vip_address: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", _ordered(self.sources))

@@ -230,7 +230,8 @@ def test_veth_whose_peer_is_out_of_sight_is_pointed_at(
 ) -> None:
     ipr.link("set", index=ipr.link_lookup(ifname="far")[0], net_ns_fd=elsewhere)
     assert attach(veth, program.fd, program.id).warning == (
-        "near: is a veth: its peer must send complete checksums: run ethtool -K DEV tx off on the peer"
+        "near: is a veth: its peer must send complete checksums and accept frames sent by XDP:"
+        " run ethtool -K DEV tx off gro on at the peer"
     )
 
 

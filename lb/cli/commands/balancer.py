@@ -20,7 +20,6 @@ from lb.cli.options import (
     parsed_vip,
     ring_size_option,
     split_list,
-    vip_address_option,
 )
 from lb.errors import InvalidInput
 from lb.formats import documents, text
@@ -53,7 +52,6 @@ DEFAULT_PORT = 80  # of a service that is given by nothing but its backends
 )
 @ring_size_option
 @option_words
-@vip_address_option
 @change_options
 def attach(
     interfaces: tuple[str, ...],
@@ -63,13 +61,13 @@ def attach(
     xdp_mode: str,
     ring_size: int | None,
     option_words: OptionWords,
-    no_vip_address: bool,
     request: Request,
 ) -> None:
     """Attach the XDP program to interfaces and load the stored services.
 
     With --backends, a service is added first. Without it, the stored configuration is loaded, as
-    after a reboot or after xdp-lb detach. All interfaces share one set of services.
+    after a reboot or after xdp-lb detach; --no-vip-address then applies to all stored services. All
+    interfaces share one set of services.
 
     \b
     Examples:
@@ -86,18 +84,19 @@ def attach(
       # Load the stored configuration again
       xdp-lb attach eth0
     """
-    if not backends and (vip or mode or ring_size is not None or option_words):
+    unaddressed = option_words == OptionWords({"vip_address": False})
+    if not backends and (vip or mode or ring_size is not None or (option_words and not unaddressed)):
         raise click.UsageError("--vip, --mode and other service options require --backends.")
     wanted = [Interface(name, XdpMode(xdp_mode)) for name in dict.fromkeys(interfaces)]
 
     def restore(balancer: BalancerLike) -> Report:
-        report = balancer.attach(wanted, own_addresses=not no_vip_address, dry_run=request.dry_run)
+        report = balancer.attach(wanted, own_addresses=not unaddressed, dry_run=request.dry_run)
         return with_note(report, text.extent(balancer.state.services))
 
     def serve(balancer: BalancerLike) -> Report:
         chosen = vip or default_vip(balancer, interfaces[0], split_list(backends)[0])
         service = make_service(chosen, backends, mode, ring_size, option_words)
-        report = balancer.attach(wanted, [service], own_addresses=not no_vip_address, dry_run=request.dry_run)
+        report = balancer.attach(wanted, [service], dry_run=request.dry_run)
         return report if vip else with_note(report, f"{chosen} is {interfaces[0]}'s own address")
 
     request.run(serve if backends else restore)
@@ -207,7 +206,7 @@ def status(vip: Vip | None, down: bool, as_json: bool) -> None:
     help="Configuration file, lb.toml(5).",
 )
 @click.option("--prune", is_flag=True, help="Allow removing more than half of the services or backends.")
-@vip_address_option
+@click.option("--no-vip-address", is_flag=True, help="As vip_address = false in each service.")
 @change_options
 def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> None:
     """Apply a configuration file and print the diff.
@@ -239,6 +238,7 @@ def apply(path: Path, prune: bool, no_vip_address: bool, request: Request) -> No
       health = "http /healthz interval=1s"
       slow_start = 30
       fail_closed = true
+      vip_address = false     # the VIP is routed to this host
     optional key of a backend table
       server_ids = ["0:0a1b"]
 

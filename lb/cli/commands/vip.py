@@ -17,7 +17,6 @@ from lb.cli.options import (
     option_words,
     parsed_vip,
     ring_size_option,
-    vip_address_option,
     vip_argument,
 )
 from lb.formats import documents, text
@@ -47,7 +46,6 @@ def vip() -> None:
     help="How long an idle connection stays in the flow table.",
 )
 @option_words
-@vip_address_option
 @change_options
 def vip_add(
     vip: Vip,
@@ -56,7 +54,6 @@ def vip_add(
     ring_size: int | None,
     flow_timeout: int,
     option_words: OptionWords,
-    no_vip_address: bool,
     request: Request,
 ) -> None:
     """Add a service at VIP.
@@ -80,7 +77,7 @@ def vip_add(
     service = make_service(vip, backends, mode, ring_size, option_words)
     with parsing_words():
         service = replace(service, flow_timeout_s=flow_timeout)
-    request.run(lambda balancer: balancer.add_service(service, own_address=not no_vip_address, dry_run=request.dry_run))
+    request.run(lambda balancer: balancer.add_service(service, dry_run=request.dry_run))
 
 
 @vip.command("set")
@@ -140,7 +137,7 @@ def vip_list(as_json: bool) -> None:
             ring_size, flow_timeout_s, options, backends}]
       options   {affinity_s, sources, syn_limit, syn_limit_of_source, mss,
                  echo, tunnel_sources, gue_port, outer_checksum,
-                 second_chance, health, slow_start_s, fail_closed}
+                 second_chance, health, slow_start_s, fail_closed, vip_address}
       backends  [{backend, address, port, weight, draining, server_ids}]
 
     \b

@@ -260,6 +260,7 @@ EVERY_OPTION = (
     ("--health", "http /healthz interval=1s", "health", "http /healthz interval=1s"),
     ("--slow-start", "30", "slow_start_s", 30),
     ("--fail-closed", None, "fail_closed", True),
+    ("--no-vip-address", None, "vip_address", False),
 )
 OPTION_WORDS = tuple(word for name, value, *_ in EVERY_OPTION for word in (name, value) if word is not None)
 OPTION_VALUES = {key: value for *_, key, value in EVERY_OPTION}
@@ -307,7 +308,7 @@ def test_every_option_is_switched_off_again(host: Host) -> None:
     assert options_of(host, TUNNEL) == OPTION_VALUES
     numbers = ("--affinity", "--syn-limit", "--syn-limit-of-source", "--mss", "--slow-start")
     off = [*(word for option in numbers for word in (option, "0")), "--health", "off"]
-    switches = ("--no-echo", "--no-outer-checksum", "--no-second-chance", "--no-fail-closed")
+    switches = ("--no-echo", "--no-outer-checksum", "--no-second-chance", "--no-fail-closed", "--vip-address")
     host.lines("vip", "set", TUNNEL, *off, *switches, "--allow", "any", "--tunnel-source", "own", "--gue-port", "6080")
     assert options_of(host, TUNNEL) == plain
 

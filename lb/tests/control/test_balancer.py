@@ -20,6 +20,7 @@ from lb.control.contracts import NoFilters
 from lb.control.open_count import OpenCount
 from lb.errors import AlreadyExists, Busy, DataplaneError, InvalidInput, NoRoute, NotFound, PruneRequired, StoreError
 from lb.model.forwarding import NONE_OPEN, UNKNOWN, Attachment, Counters, OpenConnections
+from lb.model.options import Options
 from lb.model.report import ChangeKind, Report
 from lb.model.state import Backend, Interface, Mode, OwnAddress, Service, State, XdpMode
 from lb.model.vip import Vip
@@ -335,6 +336,25 @@ def test_attach_can_take_the_addresses_of_stored_services_off(serving: Bed) -> N
     serving.run(lambda b: b.attach([ETH0], own_addresses=False))
     assert serving.extra_addresses() == set()
     assert serving.state.own_addresses == ()
+
+
+def test_whether_a_vip_has_an_address_is_an_option_of_the_service(serving: Bed) -> None:
+    without = Options(vip_address=False)
+    report = serving.run(lambda b: b.set_options(WEB, without))
+    assert report.notes == ("10.0.0.1: removed from eth0",)
+    serving.run(lambda b: b.detach())
+    serving.run(lambda b: b.attach([ETH0]))
+    serving.run(lambda b: b.apply(b.state.services))
+    assert serving.extra_addresses() == set()
+    serving.run(lambda b: b.set_options(WEB, Options()))
+    assert serving.extra_addresses() == {OwnAddress("eth0", WEB.address)}
+
+
+def test_an_address_stays_for_the_service_that_wants_it(serving: Bed) -> None:
+    serving.run(lambda b: b.add_service(service(TLS, A), own_address=False))
+    assert serving.extra_addresses() == {OwnAddress("eth0", WEB.address)}
+    serving.run(lambda b: b.remove_service(WEB))
+    assert serving.extra_addresses() == set()
 
 
 def test_an_address_goes_with_the_last_service_on_it(serving: Bed) -> None:

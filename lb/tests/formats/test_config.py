@@ -77,6 +77,7 @@ second_chance = true
 health = "http /healthz interval=1s"
 slow_start = 30
 fail_closed = true
+vip_address = false
 """).services
     assert service.mode is Mode.GUE
     assert service.options == Options(
@@ -93,6 +94,7 @@ fail_closed = true
         health=HealthCheck.parse("http /healthz interval=1s"),
         slow_start_s=30,
         fail_closed=True,
+        vip_address=False,
     )
 
 
@@ -165,7 +167,7 @@ HERE = "lb.toml: service 10.0.0.1:80/tcp"
             SERVICE + "ring = 251",
             f"{HERE}: ring: unknown key: known keys are vip, mode, ring_size, flow_timeout, affinity, sources,"
             " syn_limit, syn_limit_of_source, mss, echo, tunnel_source, gue_port, outer_checksum, second_chance,"
-            " health, slow_start, fail_closed, backends",
+            " health, slow_start, fail_closed, vip_address, backends",
         ),
         (SERVICE + 'mode = "tun"', f"{HERE}: mode tun: unknown: use nat, dr, ipip or gue"),
         (SERVICE + "mode = true", f"{HERE}: mode: expected a string, got true or false"),

@@ -462,6 +462,7 @@ PLAIN_OPTIONS = {
     "health": "",
     "slow_start_s": 0,
     "fail_closed": False,
+    "vip_address": True,
 }
 
 

@@ -44,6 +44,7 @@ EACH = st.builds(
     health=st.none() | CHECKS,
     slow_start_s=st.integers(0, 3600),
     fail_closed=st.booleans(),
+    vip_address=st.booleans(),
 )
 
 
@@ -75,6 +76,7 @@ def test_the_keys_in_json_are_these() -> None:
         "health": "",
         "slow_start_s": 0,
         "fail_closed": False,
+        "vip_address": True,
     }
     assert changed_values(DEFAULTS) == {}
 

@@ -62,6 +62,7 @@ RICH = State(
                 gue_port=6081,
                 outer_checksum=True,
                 second_chance=True,
+                vip_address=False,
             ),
         ),
         Service(
