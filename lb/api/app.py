@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
 from lb.api import explain, filters, page, page_session, services, stages, status
 from lb.api.common import ALWAYS, JSON, TheThread, problems
+from lb.api.description import described
 from lb.api.errors import HANDLERS
 from lb.api.models import balancer as models
-from lb.api.models.common import ProblemAnswer
 from lb.api.sessions import Sessions
 from lb.formats import json_bytes
 from lb.formats.problems import Problem
@@ -42,6 +41,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         exception_handlers=HANDLERS,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.thread, app.state.features, app.state.sessions = thread, features, sessions or Sessions()
     routers = [
@@ -54,20 +54,27 @@ def create_app(
     for each in routers:
         app.include_router(each)
     app.state.routes = [route for each in routers for route in each.routes]
-    app.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(_metrics)
-    app.get("/healthz", response_model=models.Health)(_healthz)
-    app.get("/readyz", response_model=models.Health, responses=problems(503))(_readyz(unready))
-    _describe_problems(app)
+    app.include_router(_daemon_routes(unready))
+    describe = app.openapi
+    app.openapi = lambda: described(describe())  # type: ignore[method-assign]
     return app
 
 
-async def _metrics(thread: TheThread) -> Response:
+def _daemon_routes(unready: Callable[[], str]) -> APIRouter:
+    router = APIRouter()
+    router.get("/metrics", response_class=PlainTextResponse, responses=ALWAYS)(metrics)
+    router.get("/healthz", response_model=models.Health)(healthz)
+    router.get("/readyz", response_model=models.Health, responses=problems(503))(_readyz(unready))
+    return router
+
+
+async def metrics(thread: TheThread) -> Response:
     """For Prometheus: what the kernel counts, and what the daemon does."""
     kernel = await thread.call(lambda balancer: exposition(balancer.status()))
     return Response(kernel + thread.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
-async def _healthz() -> Response:
+async def healthz() -> Response:
     """The daemon lives."""
     return Response(b'{"status":"ok"}', media_type=JSON)
 
@@ -81,15 +88,3 @@ def _readyz(unready: Callable[[], str]) -> Callable[[BalancerThread], Awaitable[
         return Response(json_bytes.encode({"status": "ready"} | problem), media_type=JSON)
 
     return readyz
-
-
-def _describe_problems(app: FastAPI) -> None:
-    """Add the schema that all problems refer to, when the description is first requested."""
-    describe = app.openapi
-
-    def described() -> dict[str, Any]:
-        document = describe()
-        document["components"]["schemas"]["ProblemAnswer"] = ProblemAnswer.model_json_schema()
-        return document
-
-    app.openapi = described  # type: ignore[method-assign]

@@ -89,8 +89,8 @@ class Sizes:
         return {
             "services": self.services,
             "syn_times": self.services,
-            "services4": 2 * self.services,  # each may have its address's echo requests answered
-            "services6": 2 * self.services,
+            "services4": 3 * self.services,  # each may have an address of its own, whose echo requests are answered
+            "services6": 3 * self.services,
             "rings": self.slots // _SLOTS_A_LINE,
             "members": self.members,
             "counters": self.members,

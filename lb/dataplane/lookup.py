@@ -18,6 +18,7 @@ from lb.model.vip import Address, Protocol, Vip
 
 ECHO = {4: socket.IPPROTO_ICMP, 6: socket.IPPROTO_ICMPV6}
 NO_SERVICE = 0xFFFFFFFF
+VIP_ADDRESS = 0xFFFFFFFE  # the value of a bare address, under port and protocol 0: no client has it
 PORT_BITS = 16
 
 
@@ -87,6 +88,8 @@ def entries(services: Iterable[Service], numbers: Mapping[Vip, int], members: Me
     own = [service.vip for service in wanted if not service.vip.set]
     for vip in (vip for vip in own if vip.is_exact):
         found[exact_table(vip)][service_key(vip)] = numbers[vip]
+    for vip in (vip for vip in own if vip.is_one_address):
+        found[exact_table(vip)][address_key(vip)] = VIP_ADDRESS
     _add_wide(found, [vip for vip in own if not vip.is_exact], numbers)
     for service in wanted:
         _add_sources(found, service, numbers)
@@ -101,6 +104,10 @@ def exact_table(vip: Vip) -> str:
 
 def service_key(vip: Vip) -> ServiceKey:
     return ServiceKey(vip.address, vip.port, vip.protocol)
+
+
+def address_key(vip: Vip) -> ServiceKey:
+    return ServiceKey(vip.address, 0, 0)
 
 
 def _add_echo(found: dict[str, Entries], service: Service) -> None:

@@ -7,18 +7,30 @@ the service that it had or the one that it gets.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from lb.dataplane.lookup import NO_SERVICE, TABLES, Key, Members, entries, exact_table, is_plain, service_key
+from lb.dataplane.lookup import (
+    NO_SERVICE,
+    TABLES,
+    VIP_ADDRESS,
+    Key,
+    Members,
+    address_key,
+    entries,
+    exact_table,
+    is_plain,
+    service_key,
+)
 from lb.dataplane.members import address_words
 from lb.model.state import Service
 from lb.model.vip import Vip
 
 MAX_EPOCHS = 2**32 - 1
+VIP_FILTER_BITS = 12  # as in xdp/bpf/lb/config.h
 
 
 class Table:
@@ -68,13 +80,24 @@ class Table:
             self.writes += 1
 
 
+def vip_filter(addresses: Iterable[bytes]) -> list[int]:
+    """What struct control has under this name: xdp/bpf/lb/source.h asks it before it looks a client's address up."""
+    bits = [0] * (1 << VIP_FILTER_BITS - 6)
+    for address in addresses:
+        words = [int.from_bytes(address[at : at + 4], sys.byteorder) for at in range(0, len(address), 4)]
+        word = words[0] if len(words) == 1 else words[1] ^ words[3]
+        bit = (word * 0x9E3779B1 & 0xFFFFFFFF) >> 32 - VIP_FILTER_BITS
+        bits[bit // 64] |= 1 << bit % 64
+    return bits
+
+
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A service that has but the one entry of its VIP."""
+    """A service that has but the entries of its VIP and of its address."""
 
     service: Service
     number: int
-    key: bytes
+    keys: frozenset[bytes]
 
 
 class LookupMaps:
@@ -105,9 +128,9 @@ class LookupMaps:
 
     def _add_plain(self, service: Service, number: int) -> Plain:
         table = self._tables[exact_table(service.vip)]
-        key = table.key(service_key(service.vip))
-        table.add({key: number})
-        return Plain(service, number, key)
+        entries = {table.key(service_key(service.vip)): number, table.key(address_key(service.vip)): VIP_ADDRESS}
+        table.add(entries)
+        return Plain(service, number, frozenset(entries))
 
     def _add_unusual(self, found: Mapping[str, Mapping[Key, int]]) -> None:
         for name, table in self._tables.items():
@@ -115,7 +138,7 @@ class LookupMaps:
             table.add(wanted)
             self._wanted[name] = set(wanted)
         for vip, plain in self._plain.items():
-            self._wanted[exact_table(vip)].add(plain.key)
+            self._wanted[exact_table(vip)] |= plain.keys
 
     def prune(self) -> None:
         """Takes away what the last `add` did not want."""
@@ -143,6 +166,7 @@ class LookupMaps:
         if self._exact_writes != self._announced_writes:
             self._announced_writes = self._exact_writes
             self._control.epoch = self._control.epoch % MAX_EPOCHS + 1
+            self._control.vip_filter[:] = vip_filter(self._addresses)
         self._control.wide_services = self._wide_services
         self._control.echo_addresses = self._echo_addresses
 
@@ -155,6 +179,13 @@ class LookupMaps:
     def _wide_services(self) -> int:
         """Whether a packet that no exact VIP fits may have a service all the same: nonzero."""
         return sum(len(self._tables[f"ranges{version}"].held) for version in (4, 6))
+
+    @property
+    def _addresses(self) -> Iterator[bytes]:
+        """Of VIPs, as packets have them."""
+        for version, size in ((4, 4), (6, 16)):
+            held = self._tables[f"services{version}"].held
+            yield from (key[:size] for key, value in held.items() if value == VIP_ADDRESS)
 
     @property
     def server_ids(self) -> int:

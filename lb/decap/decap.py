@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from lb.decap.kernel import KernelDecap
 
 
+NO_SOURCES = (
+    "no --from: any host may send tunnel packets, also ones that this host forwards to another backend: "
+    "pass --from with the balancers' addresses"
+)
+
+
 class Decap:
     """The decapsulation of one network namespace. Changes are to be made with its lock held."""
 
@@ -41,6 +47,7 @@ class Decap:
         self._host.commit(config.addresses)
         warnings = [
             *(each.warning for each in attached if each.warning),
+            *([] if config.sources else [NO_SOURCES]),
             *self._host.warnings(config.destinations, [each.interface for each in attached]),
         ]
         return DecapReport(tuple(attached), config=config, notes=tuple(notes), warnings=tuple(warnings))

@@ -232,7 +232,8 @@ def _read_ip6(data: bytes) -> Ip:
     payload = data[40 : 40 + _number(data, 4)]
     if protocol == FRAGMENT and len(payload) >= 8:
         bits = _number(payload, 2)
-        fragment = (_number(payload, 4, 4), bits & 0xFFF8, bool(bits & 1))
+        if bits & 0xFFF9:  # else it is all of its packet (RFC 6946)
+            fragment = (_number(payload, 4, 4), bits & 0xFFF8, bool(bits & 1))
         protocol, payload, size = payload[0], payload[8:], 48
     return Ip(6, protocol, ip_address(data[8:24]), ip_address(data[24:40]), data[7], size, payload, fragment, is_sound)
 

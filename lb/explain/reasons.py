@@ -451,6 +451,10 @@ REASON_TEXTS: dict[str, tuple[str, str | None]] = {
         "too big for the tunnel: answered with an ICMP error that gives the MTU",
         "raise the MTU on the path to the backends, or lower the service's --mss",
     ),
+    "answered_ttl_expired": (
+        "TTL or hop limit expired: answered with an ICMP error",
+        "traceroute sends such packets; if it is not one, look for a routing loop",
+    ),
     "pass_not_ip": ("passed to the host: neither IPv4 nor IPv6", None),
     "pass_not_tcp_or_udp": ("passed to the host: neither TCP nor UDP", None),
     "pass_not_a_service": (
@@ -465,6 +469,10 @@ REASON_TEXTS: dict[str, tuple[str, str | None]] = {
     "pass_ipv6_extension": ("passed to the host: IPv6 extension header", None),
     "pass_icmp": ("passed to the host: ICMP, not an error for a balanced flow", None),
     "pass_icmp_no_flow": ("passed to the host: ICMP error for an unknown flow", None),
+    "pass_group_mac": (
+        "passed to the host: sent to a multicast or broadcast MAC address",
+        "check which device floods it: the VIP should resolve to this host's MAC address",
+    ),
     "drop_malformed": (
         "dropped: inconsistent length fields",
         "find the device that corrupts it",
@@ -474,6 +482,10 @@ REASON_TEXTS: dict[str, tuple[str, str | None]] = {
         "send smaller packets: set --mss for TCP, the payload size for UDP",
     ),
     "drop_ip_options": ("dropped: IPv4 options in a packet to a service", "disable IP options on the sender"),
+    "drop_martian_source": (
+        "dropped: source address that no client can have: martian, or a VIP",
+        "spoofed: filter it where it enters the network (BCP 38)",
+    ),
     "drop_ttl_expired": ("dropped: TTL or hop limit expired", "look for a routing loop"),
     "drop_no_backend": (
         "dropped: no backend available",

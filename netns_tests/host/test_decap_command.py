@@ -169,12 +169,19 @@ def test_second_interface_that_refuses_leaves_the_first_as_it_was(bed: Bed, back
 
 
 def test_host_that_will_not_take_the_packets_is_warned_of(bed: Bed, backend: Host) -> None:
-    warnings = attach(bed, backend, "eth0", "--vip", f"{bed.vip4},10.7.0.0/16")["warnings"]
+    words = "eth0", "--vip", f"{bed.vip4},10.7.0.0/16", "--from", "10.99.2.0/24"
+    warnings = attach(bed, backend, *words)["warnings"]
     why = "not an address of this host, so its packets are not accepted"
     assert [line for line in warnings if "tx off" not in line] == [
         f"{bed.vip4}: {why}: use --setup-vip",
         f"10.7.0.0/16: {why}: ip route add local 10.7.0.0/16 dev lo",
     ]
+
+
+def test_host_that_takes_tunnel_packets_of_anybody_is_warned_of(bed: Bed, backend: Host) -> None:
+    words = "eth0", "--vip", bed.vip4, "--setup-vip"
+    assert any(line.startswith("no --from: any host") for line in attach(bed, backend, *words)["warnings"])
+    assert not any("--from" in line for line in attach(bed, backend, *words, "--from", "10.99.2.0/24")["warnings"])
 
 
 def test_host_that_answers_arp_for_the_vip_is_warned_of(bed: Bed, backend: Host) -> None:

@@ -48,7 +48,7 @@ from netns_tests.oracle.wire import (
 
 STEPS = 50
 # So few ports that flows meet on them, time out and take each other's over.
-SETTINGS = Settings(nat_port_first=1098, nat_port_count=4, recorded_syns_per_s=2, too_big_per_s=2)
+SETTINGS = Settings(nat_port_first=1098, nat_port_count=4, recorded_syns_per_s=2, icmp_errors_per_s=2)
 # About the refresh period, and just beyond each timeout.
 CLOCK_STEPS_MS = (500, 1000, 1001, 31_000, 61_000, 101_000, 121_000, 121_000)
 START_NS = 1_000_000 * SECOND_NS
@@ -57,6 +57,20 @@ PSH = 0x08
 ERROR_TYPES = {4: (3, 11, 12), 6: (1, 2, 3, 4)}
 
 CLIENTS = {4: ("192.0.2.1", "192.0.2.77", "192.0.2.255"), 6: ("2001:db8:1::1", "2001:db8:1::77", "2001:db8:1:ffff::")}
+# VIPs, which no client has, martians, and addresses beside them that a client may have.
+STRANGERS = {
+    4: (
+        "203.0.113.1",
+        "203.0.113.2",
+        "0.0.0.0",
+        "127.0.0.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "126.0.0.1",
+        "223.255.0.1",
+    ),
+    6: ("2001:db8:2::1", "2001:db8:2::2", "::", "::1", "fe80::1", "ff02::1", "::ffff:c000:201", "fec0::1", "fc00::1"),
+}
 CLIENT_PORTS = (1, 40000, 65535)
 SOURCES = {4: packets.LB4, 6: packets.LB6}
 # One of the services may be on the address that nat sends from, with a port that nat would otherwise use.
@@ -80,6 +94,7 @@ TAGS = {
     "two": bytes.fromhex("88a8000781000008"),
     "three": bytes.fromhex("88a800078100000881000009"),
 }
+GROUP_MAC = bytes.fromhex("01005e000001")
 CLIENT_MAC, LB_MAC, *BACKEND_MACS = (
     bytes.fromhex(mac.replace(":", "")) for mac in (packets.CLIENT_MAC, packets.LB_MAC, *packets.BACKEND_MACS)
 )
@@ -145,7 +160,9 @@ class Sent:
     payload: int
     ttl: int
     checksum: Literal["right", "none", "wrong"]
-    shape: Literal["plain", "error", "first fragment", "later fragment", "options", "other protocol", "echo"]
+    shape: Literal[
+        "plain", "error", "first fragment", "later fragment", "atomic fragment", "options", "other protocol", "echo"
+    ]
     quoted: int
     vip: int
     traffic_class: int
@@ -153,6 +170,8 @@ class Sent:
     tcp_options: int
     datagram: int
     tags: Literal["none", "one", "two", "three"]
+    stranger: int
+    to_group: bool
 
 
 @dataclass(frozen=True)
@@ -292,7 +311,7 @@ SENT = built(
         *["plain"] * 16,
         *["error"] * 4,
         *["first fragment", "later fragment"] * 3,
-        *["options", "other protocol", "echo"],
+        *["options", "other protocol", "echo", "atomic fragment"],
     ),
     quoted=one_of(0, 7, 8, 8, 12, 17, 18, 19, 20, 21, 1000),
     vip=INDEX,
@@ -301,6 +320,8 @@ SENT = built(
     tcp_options=one_of(*range(2 * len(TCP_OPTIONS))),
     datagram=one_of(0, 1),
     tags=one_of(*["none"] * 20, *["one"] * 3, "two", "two", "three"),
+    stranger=mostly(0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    to_group=mostly(False, True),
 )
 DAMAGE = built(Damage, what=mostly("none", "cut", "flip", "pad", "length"), at=INDEX, amount=BYTE)
 STEP = built(
@@ -334,7 +355,8 @@ def frame_of(sent: Sent, flow: Flow) -> bytes:
     version = version_of_address(flow.source)
     builders = {"error": error_about, "echo": echo_request}
     ip = builders.get(sent.shape, packet_of)(sent, flow)
-    return LB_MAC + CLIENT_MAC + TAGS[sent.tags] + ETHERTYPES[version] + ip
+    to = GROUP_MAC if sent.to_group else LB_MAC
+    return to + CLIENT_MAC + TAGS[sent.tags] + ETHERTYPES[version] + ip
 
 
 def packet_of(sent: Sent, flow: Flow) -> bytes:
@@ -360,6 +382,7 @@ def ip6_packet(flow: Flow, protocol: int, payload: bytes, sent: Sent) -> bytes:
     extensions = {
         "first fragment": (44, bytes([protocol, 0, 0, 1, 0, 0, 0, sent.datagram])),
         "later fragment": (44, bytes([protocol, 0, 0, 24, 0, 0, 0, sent.datagram])),
+        "atomic fragment": (44, bytes([protocol, 0, 0, 0, 0, 0, 0, sent.datagram])),
         "options": (60, bytes([protocol, 0, 1, 4, 0, 0, 0, 0])),
     }
     following, extension = extensions.get(sent.shape, (protocol, b""))
@@ -410,7 +433,8 @@ def error_about(sent: Sent, flow: Flow) -> bytes:
 
 def echo_request(sent: Sent, flow: Flow) -> bytes:
     version = version_of_address(flow.source)
-    kind, after, protocol = bytes([ECHO_REQUEST[version], 0]), b"\1\2\0\1" + bytes(sent.payload), ICMP_OF[version]
+    kind, after, protocol = bytes([ECHO_REQUEST[version], 0]), bytes(4 + sent.payload), ICMP_OF[version]
+    after = bytes([sent.datagram]) + after[1:]
     pseudo = pseudo_header(flow, protocol, 4 + len(after)) if version == 6 else b""
     return ip_packet(flow, protocol, kind + checksum(pseudo + kind + after) + after, sent)
 
@@ -474,7 +498,9 @@ class World:
         if sent.reply and self.model.replies:
             return list(self.model.replies)[(sent.service * 16 + sent.client) % len(self.model.replies)]
         service = self.services[sent.service % len(self.services)]
-        client = CLIENTS[4 if len(service.address) == 4 else 6][sent.client]
+        family = 4 if len(service.address) == 4 else 6
+        strangers = ("", *STRANGERS[family])
+        client = strangers[sent.stranger % len(strangers)] or CLIENTS[family][sent.client]
         is_apt = sent.service > 12 or sent.destination_port in service.ports
         port = sent.destination_port if is_apt else service.port
         return Flow(address(client), CLIENT_PORTS[sent.client_port], self._vip(service, sent), port, service.protocol)

@@ -24,10 +24,13 @@ from netns_tests.oracle.wire import (
     Hop,
     Packet,
     Tunnel,
+    addresses_at,
     clamp_mss,
     echo_reply,
     encapsulated,
+    is_atomic_fragment,
     is_echo_request,
+    is_martian,
     outer_size,
     packet_between,
     parse,
@@ -36,10 +39,12 @@ from netns_tests.oracle.wire import (
     send_to,
     set_ports,
     tags_and_frame,
+    time_exceeded_answer,
     too_big_answer,
     translate,
     ttl,
     version_of,
+    without_fragment_header,
 )
 
 SECOND_NS = 1_000_000_000
@@ -75,7 +80,7 @@ class Settings:
     nat_closed_timeout_s: int = 30
     udp_timeout_s: int = 120
     recorded_syns_per_s: int = 1 << 31
-    too_big_per_s: int = 1 << 31
+    icmp_errors_per_s: int = 1 << 31
     nat_port_first: int = 1024
     nat_port_count: int = 256
 
@@ -327,13 +332,34 @@ class Model:
         service = self._service_at(packet.flow.destination, packet.flow.destination_port, packet.flow.protocol)
         if service is None:
             return self._to_client(packet)
+        self._check_source(packet)
+        self._check_is_no_vip(packet)
         service = self._admit(service, packet)
-        self._check_ttl(packet)
         if service.mode == "nat":
             return self._to_member(service, packet, ingress_ifindex)
+        if ttl(packet) <= 1:
+            self._answer_expired(packet)
         return self._send_whole(self._way(service, packet), packet)
 
+    def _check_source(self, packet: Packet) -> None:
+        """Of a packet that the balancer would send on or answer."""
+        source, _ = addresses_at(packet.frame, ETHERNET_HEADER_SIZE, packet.version)
+        if packet.frame[0] & 1:
+            raise Ends("PASS_GROUP_MAC")
+        if is_martian(source) or packet.flow.source == packet.flow.destination:
+            raise Ends("DROP_MARTIAN_SOURCE")
+
+    def _check_is_no_vip(self, packet: Packet) -> None:
+        if addresses_at(packet.frame, ETHERNET_HEADER_SIZE, packet.version)[0] in self._vips():
+            raise Ends("DROP_MARTIAN_SOURCE")
+
+    def _vips(self) -> Iterator[bytes]:
+        """Those that are single addresses."""
+        yield from (s.address for s in self.services if s.prefix_length == 8 * len(s.address) and not s.is_set)
+
     def _parse(self, frame: bytearray) -> Packet:
+        if is_atomic_fragment(frame) and self._refused(frame, "DROP_FRAGMENT") == "DROP_FRAGMENT":
+            frame[:] = without_fragment_header(frame)
         try:
             return parse(frame)
         except Ends as end:
@@ -343,9 +369,15 @@ class Model:
 
     def _answer_echo(self, frame: bytearray) -> None:
         packet = parse_addresses(frame)
-        if packet.flow.destination in self.echo and is_echo_request(packet):
-            frame[:] = echo_reply(frame)
-            raise Ends("ANSWERED_ECHO")
+        if packet.flow.destination not in self.echo or not is_echo_request(packet):
+            return
+        try:
+            self._check_source(packet)
+            self._check_is_no_vip(packet)
+        except Ends:
+            return
+        frame[:] = echo_reply(frame)
+        raise Ends("ANSWERED_ECHO")
 
     def _refused(self, frame: bytearray, reason: str) -> str:
         """What cannot be balanced is dropped only where a service or a translated flow would have had it."""
@@ -515,6 +547,7 @@ class Model:
 
     def _forward_fragment(self, packet: Packet) -> int:
         first = self._first_fragment(packet)
+        self._check_source(packet)
         self._check_ttl(packet)
         member = first.service.recorded(first.number, first.uid)
         if member is None:
@@ -540,6 +573,7 @@ class Model:
         service = self._service_of_fragment(packet)
         if service is None:
             raise Ends(self._refused(packet.frame, "DROP_FRAGMENT"))
+        self._check_is_no_vip(packet)
         way = self._way(service, packet)
         return FirstFragment(service, service.number_of(way.member), way.member.uid, way.hash32)
 
@@ -597,12 +631,18 @@ class Model:
 
     def _answer_too_big(self, packet: Packet, mtu: int) -> None:
         """To what is no ICMP error itself (RFC 1122, section 3.2.2), and long enough to be quoted."""
-        if packet.is_error or not self._may("answer", self.settings.too_big_per_s):
+        if packet.is_error or not self._may("answer", self.settings.icmp_errors_per_s):
             raise Ends("DROP_TOO_BIG")
         if len(packet.frame) < ETHERNET_HEADER_SIZE + QUOTED[packet.version]:
             raise Ends("DROP_TOO_BIG")
         packet.frame[:] = too_big_answer(packet, mtu)
         raise Ends("ANSWERED_TOO_BIG")
+
+    def _answer_expired(self, packet: Packet) -> None:
+        if packet.is_error or not self._may("expired", self.settings.icmp_errors_per_s):
+            raise Ends("DROP_TTL_EXPIRED")
+        packet.frame[:] = time_exceeded_answer(packet)
+        raise Ends("ANSWERED_TTL_EXPIRED")
 
     # Mode nat, towards the member
 

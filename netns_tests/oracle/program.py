@@ -10,9 +10,11 @@ import itertools
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
+from random import Random
 from socket import AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6
 from typing import Any
 
+from lb.dataplane.lookup_maps import vip_filter
 from netns_tests.oracle.model import Count, Member, Outcome, Prefix, Service, Settings, Slot, narrowest
 from netns_tests.oracle.packets import Verdict
 from xdp.object import LB_OBJECT, BpfObject
@@ -22,15 +24,15 @@ SERVICES = 1 << 4
 PLACES = 1 << 4  # for the members of a service, the first of them for none
 FLOWS = 1 << 14  # far more than a test has: least-recently-used maps evict nothing
 PREVIOUS_SHIFT, TRACK = 15, 1 << 30
-NO_SERVICE = 0xFFFFFFFF
+NO_SERVICE, VIP_ADDRESS = 0xFFFFFFFF, 0xFFFFFFFE
 FLOW_TABLES = ("flows4", "flows6", "nat_flows4", "nat_flows6", "nat_replies4", "nat_replies6", "fragments")
 SERVICE_TABLES = (
     *("services4", "services6", "networks4", "networks6", "ranges4", "ranges6", "sources4", "sources6"),
     "quic_members",
 )
 MAP_SIZES = {
-    "services4": SERVICES,
-    "services6": SERVICES,
+    "services4": 3 * SERVICES,
+    "services6": 3 * SERVICES,
     "services": SERVICES,
     "syn_times": SERVICES,
     "quic_members": SERVICES * PLACES,
@@ -207,6 +209,17 @@ class LoadedProgram:
         for network in {(service.address, service.prefix_length) for service in wide.values()}:
             self._put_network(network, {n: s for n, s in wide.items() if covers(s, network)})
         self._control.wide_services = len(wide)
+        own = map(services.__getitem__, numbers)
+        self._put_own_addresses({service.address for service in own if has_one_address(service)})
+
+    def _put_own_addresses(self, addresses: Collection[bytes]) -> None:
+        """Half of the filter's bits are set at random: it only says which addresses are worth a look."""
+        for address in addresses:
+            table = self.bpf.map(f"services{version(address)}")
+            table[self._key(table, "address", address)] = VIP_ADDRESS
+        chance = Random(0)
+        for place, word in enumerate(vip_filter(addresses)):
+            self._control.vip_filter[place] = word | chance.getrandbits(64)
 
     def _put_network(self, network: Prefix, services: dict[int, Service]) -> None:
         """A prefix with all ports of the services under it; those of shorter prefixes have what it leaves free."""
@@ -256,6 +269,10 @@ def words(address: bytes) -> list[int]:
     """An address as a struct holds it: IPv4 in the first of four words."""
     padded = address.ljust(16, b"\0")
     return [int.from_bytes(padded[at : at + 4], "big") for at in range(0, 16, 4)]
+
+
+def has_one_address(service: Service) -> bool:
+    return service.prefix_length == 8 * len(service.address)
 
 
 def covers(service: Service, network: Prefix) -> bool:

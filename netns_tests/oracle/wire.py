@@ -11,7 +11,7 @@ import contextlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_IPIP, IPPROTO_IPV6, IPPROTO_TCP, IPPROTO_UDP
 from typing import NamedTuple
 
@@ -104,6 +104,18 @@ class Packet:
         return self.flow.protocol == IPPROTO_TCP and not self.opens
 
 
+NO_CLIENTS = [
+    *map(ip_network, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4")),
+    *map(ip_network, ("::/64", "fe80::/10", "ff00::/8")),
+]
+
+
+def is_martian(packed: bytes) -> bool:
+    """An address that no single host sends from."""
+    host = ip_address(packed)
+    return any(host in network for network in NO_CLIENTS)
+
+
 class Ends(Exception):
     """The packet's story ends early: the name of the reason."""
 
@@ -180,6 +192,19 @@ def parse_ip6(frame: bytearray) -> Packet:
         packet.fragment = Fragment(bytes(header[4:]), not number(header, 2) & 0xFFF8, packet.l4 + 8)
         packet.flow = packet.flow._replace(protocol=header[0])
     return packet
+
+
+def is_atomic_fragment(frame: bytes | bytearray) -> bool:
+    """A whole IPv6 packet behind a fragment header (RFC 6946)."""
+    ip = frame[ETHERNET_HEADER_SIZE:]
+    if number(frame, 12) != 0x86DD or len(ip) < 48 or ip[0] >> 4 != 6 or ip[6] != FRAGMENT:
+        return False
+    return 8 <= number(ip, 4) <= len(ip) - 40 and not number(ip, 42) & 0xFFF9
+
+
+def without_fragment_header(frame: bytes | bytearray) -> bytes:
+    ip, payload = frame[ETHERNET_HEADER_SIZE:], number(frame, ETHERNET_HEADER_SIZE + 4) - 8
+    return bytes(frame[:ETHERNET_HEADER_SIZE] + ip[:4] + payload.to_bytes(2, "big") + ip[40:41] + ip[7:40] + ip[48:])
 
 
 def tags_and_frame(tagged: bytes) -> tuple[bytes, bytearray]:
@@ -371,9 +396,9 @@ def translate_quote(packet: Packet, new: Flow) -> None:
 
 
 def send_to(packet: Packet, hop: Hop) -> None:
-    """One hop less to live, and the next link's addresses."""
+    """One hop less to live, where it has any left, and the next link's addresses."""
     with ip_checksum_follows(packet.frame, ETHERNET_HEADER_SIZE, packet.version):
-        packet.frame[ttl_at(packet)] -= 1
+        packet.frame[ttl_at(packet)] -= ttl(packet) > 1
     packet.frame[:12] = hop.destination + hop.source
 
 
@@ -531,19 +556,33 @@ def echo_reply(frame: bytearray) -> bytes:
         reply[ip + (8 if version == 4 else 7)] = ANSWER_TTL
     with checksum_follows(reply, l4 + 2, lambda: bytes(reply[l4 : l4 + 4])):
         reply[l4] = ECHO_REPLY[version]
+    if not number(reply, l4 + 2):  # a message of zeros would add up to zero
+        reply[l4 + 2 : l4 + 4] = b"\xff\xff"
     return bytes(reply)
 
 
 QUOTED = {4: 128, 6: 256}
+QUOTED_OF_EXPIRED = {4: 28, 6: 48}
 
 
 def too_big_answer(packet: Packet, mtu: int) -> bytes:
     """Fragmentation needed (RFC 1191) or packet too big (RFC 4443, section 3.2), from the VIP to the sender."""
+    kind = b"\x03\x04" if packet.version == 4 else b"\x02\x00"
+    return error_answer(packet, kind, mtu, QUOTED[packet.version])
+
+
+def time_exceeded_answer(packet: Packet) -> bytes:
+    """RFC 792; RFC 4443, section 3.3."""
+    kind = b"\x0b\x00" if packet.version == 4 else b"\x03\x00"
+    return error_answer(packet, kind, 0, QUOTED_OF_EXPIRED[packet.version])
+
+
+def error_answer(packet: Packet, kind: bytes, more: int, size: int) -> bytes:
+    """About the packet, of which `size` bytes are quoted."""
     version = packet.version
-    quoted = bytes(packet.frame[ETHERNET_HEADER_SIZE:][: QUOTED[version]])
+    quoted = bytes(packet.frame[ETHERNET_HEADER_SIZE:][:size])
     source, destination = addresses_at(quoted, 0, version)
-    kind = b"\x03\x04" if version == 4 else b"\x02\x00"
-    rest = struct.pack("!I", mtu) + quoted
+    rest = struct.pack("!I", more) + quoted
     header, pseudo = answer_header(destination, source, 4 + len(rest))
     ethernet = bytes(packet.frame[6:12] + packet.frame[:6]) + ETHERTYPES[version]
     return ethernet + header + kind + checksum(pseudo + kind + rest) + rest

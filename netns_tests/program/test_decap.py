@@ -277,6 +277,15 @@ def test_tunnel_packet_cut_off_anywhere_is_never_decapsulated(decap: Loaded, out
             assert decap.run(whole[:size]) == (Verdict.PASS, ["PASS_MALFORMED"], whole[:size])
 
 
+# The other member that a second chance names
+
+
+@pytest.mark.parametrize("other", ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::1", "fe80::1", "ff02::1"])
+def test_packet_for_another_member_that_is_no_host_is_dropped(decap: Loaded, other: str) -> None:
+    packet = in_gue(inner_packet(4), private=second_chance(other))
+    assert decap.run(packet)[:2] == (Verdict.DROP, ["DROP_OTHER_MEMBER_MARTIAN"])
+
+
 # Private data that look like a second chance and are none
 
 NO_SECOND_CHANCE = {

@@ -147,15 +147,6 @@ def test_replies_go_the_way_the_latest_request_came(balancer: Balancer) -> None:
 
 
 @both_families
-@pytest.mark.parametrize("mode", ["nat", "dr"])
-@pytest.mark.parametrize("hops", [0, 1])
-def test_a_request_that_has_no_hop_left_is_dropped(balancer: Balancer, family: Family, mode: str, hops: int) -> None:
-    balancer.serve(balancer.service(family, mode=mode))
-    request = family.request(from_client(), hops)
-    assert balancer.send(request) == dropped("DROP_TTL_EXPIRED", request)
-
-
-@both_families
 def test_a_reply_that_has_no_hop_left_is_dropped(balancer: Balancer, family: Family) -> None:
     balancer.serve(balancer.service(family))
     port = balancer.opened(family.request(from_client()))

@@ -235,15 +235,6 @@ def test_a_tunnels_packets_are_counted_as_the_client_sent_them(
     assert balancer.program.count(1) == Count(packets=2, bytes=sum(map(len, requests)), connections=1)
 
 
-@both_families
-@both_modes
-@pytest.mark.parametrize("hops", [0, 1])
-def test_what_has_no_hop_left_does_not_enter_a_tunnel(balancer: Balancer, family: Family, mode: str, hops: int) -> None:
-    balancer.serve(service(balancer, family, V4, mode))
-    request = family.request(from_client(), hops)
-    assert balancer.send(request) == dropped("DROP_TTL_EXPIRED", request)
-
-
 @outer_families
 @both_modes
 def test_a_tunnel_whose_next_hop_nobody_knows_takes_nothing(balancer: Balancer, outer: Family, mode: str) -> None:
@@ -338,7 +329,7 @@ def test_an_icmp_error_that_does_not_fit_is_not_answered_with_another(balancer: 
 
 @pytest.fixture
 def balancer_of_few_answers(interfaces: tuple[int, int]) -> Iterator[Balancer]:
-    with loaded_program(replace(SETTINGS, too_big_per_s=2)) as program, table.on_one_cpu():
+    with loaded_program(replace(SETTINGS, icmp_errors_per_s=2)) as program, table.on_one_cpu():
         yield Balancer(program, *interfaces)
 
 

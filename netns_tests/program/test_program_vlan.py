@@ -85,13 +85,24 @@ def test_what_is_dropped_or_left_to_the_host_is_the_frame_that_came(
     balancer.serve(balancer.service(family, mode=mode, slots=[Slot(0)]))
     for frame in (
         family.request(from_client()),
-        family.request(from_client(), hops=1),
         family.request(segment("tcp", packets.CLIENT_PORT, 81)),
         family.request(from_client())[:40],
     ):
         untagged = balancer.send(frame)
         assert untagged.verdict in (Verdict.DROP, Verdict.PASS)
         assert balancer.send(tagged(frame, tag)) == same_but_tagged(untagged, tag)
+
+
+@both_families
+@tags
+def test_the_answer_to_what_has_come_too_far_comes_back_on_the_senders_vlan(
+    balancer: Balancer, family: Family, tag: list[Packet]
+) -> None:
+    balancer.serve(balancer.service(family, mode="dr"))
+    request = family.request(from_client(), hops=1)
+    untagged = balancer.send(request)
+    assert untagged.reason == "ANSWERED_TTL_EXPIRED"
+    assert balancer.send(tagged(request, tag)) == same_but_tagged(untagged, tag)
 
 
 @both_families

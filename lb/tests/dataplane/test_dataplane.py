@@ -824,7 +824,7 @@ def test_next_process_finds_prefixes_ranges_and_sets_and_takes_them_away(kernel:
     assert kernel.reopen().vips() == {WEB, RANGE, EU}
     assert kernel.backend_of(WEB, 4000) == C.address
     kernel.serve(asked[0])
-    assert held_by_lookups(kernel) == {"services4": 1}
+    assert held_by_lookups(kernel) == {"services4": 2}
     assert kernel.backend_of(WEB, 4001) == A.address
 
 

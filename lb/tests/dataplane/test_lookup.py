@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lb.dataplane.lookup import (
     NO_SERVICE,
+    VIP_ADDRESS,
     Entries,
     NetworkKey,
     QuicKey,
@@ -121,9 +122,12 @@ def test_blocks_of_ports_make_up_the_range_and_nothing_else(one: int, other: int
     assert all(first % (1 << 16 - length) == 0 for first, length in blocks)
 
 
-def test_a_plain_service_has_one_entry() -> None:
+WEB = {ServiceKey(ip_address("10.0.0.1"), 80, 6): 0, ServiceKey(ip_address("10.0.0.1"), 0, 0): VIP_ADDRESS}
+
+
+def test_a_plain_service_has_the_entries_of_its_vip_and_of_its_address() -> None:
     made = tables(service("10.0.0.1:80/tcp"))
-    assert made.pop("services4") == {ServiceKey(ip_address("10.0.0.1"), 80, 6): 0}
+    assert made.pop("services4") == WEB
     assert not any(made.values())
 
 
@@ -132,7 +136,7 @@ def test_a_set_is_found_by_its_sources_alone_under_the_number_of_its_vip() -> No
         service("10.0.0.1:80/tcp", sources=(ip_network("192.0.2.0/24"),)),
         service("10.0.0.1:80/tcp@eu", sources=(ip_network("192.0.2.0/24"), ip_network("198.51.100.0/25"))),
     )
-    assert made["services4"] == {ServiceKey(ip_address("10.0.0.1"), 80, 6): 0}
+    assert made["services4"] == WEB
     assert made["sources4"] == {
         SourceKey(32 + 24, 0, ip_address("192.0.2.0")): 1,
         SourceKey(32 + 25, 0, ip_address("198.51.100.0")): 1,

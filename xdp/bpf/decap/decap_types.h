@@ -32,6 +32,7 @@ enum decap_reason {
 	DROP_SOURCE_LINK_LOCAL,
 	DROP_SOURCE_IS_DESTINATION,
 	DROP_SOURCE_IS_CONFIGURED, /* as a destination: the VIP's own packets do not come in through a tunnel */
+	DROP_OTHER_MEMBER_MARTIAN, /* the second chance names an address that no backend can have */
 	DROP_NOT_ECN_CAPABLE, /* RFC 6040: congestion was met on the way, and the sender cannot be told otherwise */
 	DROP_NO_ROOM, /* the driver refuses to move the start of the packet */
 	DROP_NO_OWN_ADDRESS, /* of the family in which it would have gone to the other member */

@@ -13,6 +13,7 @@
 #include <linux/pkt_cls.h>
 #include "decap.h"
 #include "encap.h"
+#include "martian.h"
 
 #define PACKET_HOST 0 /* <linux/if_packet.h> */
 
@@ -128,6 +129,8 @@ static __always_inline enum decap_reason read_old_headers(struct xdp_md *ctx, st
 	old->inner_protocol = gue->protocol;
 	family = ip->version == 4 ? AF_INET : AF_INET6;
 	read_outer_ip(old, ip, family);
+	if (is_martian(old->destination, old->family))
+		return DROP_OTHER_MEMBER_MARTIAN;
 	if (family != old->family)
 		set_own_address(old);
 	return old->source[0] | old->source[1] | old->source[2] | old->source[3] ? SENT_TO_OTHER_MEMBER : DROP_NO_OWN_ADDRESS;

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* What a service asks of a packet before it is balanced: where it comes from, how many connections are opened, its MSS. */
+/* What is asked of a packet before it is balanced: where it comes from, how many connections are opened, its MSS. */
 #pragma once
 
 #include "config.h"
 #include "mss.h"
 #include "packet.h"
 #include "service.h"
+#include "source.h"
 
 #define OPTIONS_OF_ADMISSION \
 	(OPTION_SOURCES | OPTION_ONLY_SOURCES | OPTION_SYN_LIMIT | OPTION_SYN_LIMIT_OF_SOURCE | OPTION_MSS)
@@ -92,6 +93,8 @@ SLOW_PATH int admit(struct xdp_md *ctx, const struct service *service, struct fl
 
 	if (!service || !flow)
 		return -DROP_NO_BACKEND;
+	if (source_is_vip(ctx, family))
+		return -DROP_MARTIAN_SOURCE;
 	number = service->number;
 	if (service->options & (OPTION_SOURCES | OPTION_ONLY_SOURCES))
 		number = service_of_source(service, flow, family);

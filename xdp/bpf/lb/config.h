@@ -6,6 +6,8 @@
 #include <linux/types.h>
 #include <bpf/bpf_helpers.h>
 
+#define VIP_FILTER_BITS 12 /* 512 bytes: of 100 VIPs, one client in 40 is looked up in vain */
+
 /* What is fixed when the program is loaded; the verifier drops the branches that are off. */
 struct config {
 	__u64 hash_seed; /* the same on every node */
@@ -14,7 +16,7 @@ struct config {
 	__u32 nat_closed_timeout_s;
 	__u32 udp_timeout_s;
 	__u32 recorded_syns_per_s; /* by each CPU */
-	__u32 too_big_per_s;	   /* ICMP errors, by each CPU */
+	__u32 icmp_errors_per_s;   /* of each kind, by each CPU */
 	__u16 nat_port_first;
 	__u16 nat_port_count;
 	__u8 test_clock;
@@ -30,6 +32,7 @@ struct control {
 	__u32 epoch;		 /* of services4 and services6: another one after each change; never 0 */
 	__u32 stages;		 /* enum stages_in_use */
 	__u64 nought;		 /* always 0, unknown to the verifier */
+	__u64 vip_filter[1 << (VIP_FILTER_BITS - 6)]; /* a bit for each hash of an address that may be a VIP's */
 	__u64 whole_ns;		 /* until then, flows of the program before may be missing in this one's tables; 0: none are */
 };
 
@@ -41,7 +44,7 @@ const volatile struct config config = {
 	.nat_closed_timeout_s = 60,
 	.udp_timeout_s = 120,
 	.recorded_syns_per_s = 10000,
-	.too_big_per_s = 1000,
+	.icmp_errors_per_s = 1000,
 	.nat_port_first = 1024,
 	.nat_port_count = 32768 - 1024,
 };

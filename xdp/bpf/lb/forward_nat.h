@@ -66,7 +66,8 @@ static __always_inline enum reason send_to_member(struct xdp_md *ctx, struct pac
 	};
 
 	rewrite(pkt, &new, family);
-	decrement_ttl(pkt, family);
+	if (!ttl_expired(pkt, family))
+		decrement_ttl(pkt, family);
 	set_hop(pkt, hop);
 	return forwarded_request(ctx, pkt, member, opens, 0, family);
 }

@@ -37,8 +37,8 @@ static __always_inline struct service *fragment_service(struct flow_key *flow, i
 	return service && service->mode != MODE_NAT ? service : NULL;
 }
 
-static __always_inline int send_first_fragment(struct flow_key *flow, const struct udphdr *udp, __be32 id, struct fragment *found,
-					       int family)
+static __always_inline int send_first_fragment(struct xdp_md *ctx, struct flow_key *flow, const struct udphdr *udp, __be32 id,
+					       struct fragment *found, int family)
 {
 	struct packet pkt = { .flow = flow, .l4_kind = L4_UDP };
 	struct member *member = NULL;
@@ -48,6 +48,8 @@ static __always_inline int send_first_fragment(struct flow_key *flow, const stru
 	service = fragment_service(flow, family);
 	if (!service)
 		return DROP_FRAGMENT;
+	if (source_is_vip(ctx, family))
+		return DROP_MARTIAN_SOURCE;
 	pkt.hash = flow_hash(flow, family);
 	if (service->options & OPTION_AFFINITY)
 		member = live_member(service, affine_member(service, flow, KIND(L4_UDP, 0), family));
@@ -76,7 +78,7 @@ static __always_inline int find_fragment4(struct xdp_md *ctx, struct flow_key *f
 		return follow_first_fragment(flow, ip->id, found);
 	if ((void *)(udp + 1) > frame_end(ctx))
 		return PASS_FRAGMENT;
-	return ip->protocol == IPPROTO_UDP ? send_first_fragment(flow, udp, ip->id, found, AF_INET) : DROP_FRAGMENT;
+	return ip->protocol == IPPROTO_UDP ? send_first_fragment(ctx, flow, udp, ip->id, found, AF_INET) : DROP_FRAGMENT;
 }
 
 static __always_inline int find_fragment6(struct xdp_md *ctx, struct flow_key *flow, struct fragment *found)
@@ -92,7 +94,7 @@ static __always_inline int find_fragment6(struct xdp_md *ctx, struct flow_key *f
 		return follow_first_fragment(flow, header->id, found);
 	if ((void *)(udp + 1) > frame_end(ctx))
 		return PASS_FRAGMENT;
-	return header->next == IPPROTO_UDP ? send_first_fragment(flow, udp, header->id, found, AF_INET6) : DROP_FRAGMENT;
+	return header->next == IPPROTO_UDP ? send_first_fragment(ctx, flow, udp, header->id, found, AF_INET6) : DROP_FRAGMENT;
 }
 
 /* Fills in where the fragment goes, and returns GO_ON, or the reason why it goes nowhere. flow: its addresses. */

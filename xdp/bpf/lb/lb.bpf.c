@@ -5,6 +5,7 @@
  * through verdict(). All of it is compiled once for each address family.
  */
 #include "admission.h"
+#include "atomic_fragment.h"
 #include "icmp_reply.h"
 #include "carry_counters.h"
 #include "forward_dr.h"
@@ -13,6 +14,7 @@
 #include "fragment.h"
 #include "names.h"
 #include "service_cache.h"
+#include "source.h"
 #include "vlan.h"
 
 /* The flow of a packet that parse() refused, found the slow way: behind IP options or a fragment header. */
@@ -67,17 +69,39 @@ SLOW_PATH int refuse(struct xdp_md *ctx, int why, int family)
 	return family == AF_INET ? refuse_in(ctx, why, AF_INET) : refuse_in(ctx, why, AF_INET6);
 }
 
+/* Of a fragment that is all of its packet (RFC 6946), where the packet is a service's. */
+static __always_inline void remove_fragment_header(struct xdp_md *ctx)
+{
+	if (is_atomic_fragment(ctx) && refuse(ctx, DROP_FRAGMENT, AF_INET6) == DROP_FRAGMENT)
+		cut_fragment_header(ctx);
+}
+
+/* In mode nat the packet has arrived, for all that its sender can know: what goes on to the member is another one. */
+static __always_inline enum reason end_of_ttl(struct xdp_md *ctx, const struct service *service, const struct packet *pkt,
+					      int family)
+{
+	if (service->mode == MODE_NAT)
+		return GO_ON;
+	if (pkt->l4_kind == L4_ICMP_ERROR || answer_ttl_expired(ctx, family) != ANSWERED_TTL_EXPIRED)
+		return DROP_TTL_EXPIRED;
+	return ANSWERED_TTL_EXPIRED;
+}
+
 /* GO_ON: it is for *service. Anything else: it is done with, as a reply of nat's or for this reason. */
 static __always_inline enum reason find_service_of_packet(struct xdp_md *ctx, struct packet *pkt, struct service **service,
 							  int family)
 {
+	enum reason why;
 	int number;
 
 	*service = find_service_cached(flow_destination(pkt->flow, family), pkt->flow->destination_port, pkt->flow->protocol,
 				       family);
 	if (!*service)
 		return forward_reply(pkt, family);
-	if ((*service)->options & OPTIONS_OF_ADMISSION) {
+	why = check_source(pkt, family);
+	if (why)
+		return why;
+	if ((*service)->options & OPTIONS_OF_ADMISSION || may_be_vip(ip_source(pkt->ip, family), family)) {
 		number = admit(ctx, *service, pkt->flow, opens_connection(pkt), family);
 		if (number < 0)
 			return -number;
@@ -85,7 +109,7 @@ static __always_inline enum reason find_service_of_packet(struct xdp_md *ctx, st
 		if (!*service)
 			return DROP_NO_BACKEND;
 	}
-	return ttl_expired(pkt, family) ? DROP_TTL_EXPIRED : GO_ON;
+	return ttl_expired(pkt, family) ? end_of_ttl(ctx, *service, pkt, family) : GO_ON;
 }
 
 /* GO_ON: it goes where the first fragment of its datagram went. */
@@ -97,6 +121,8 @@ static __always_inline enum reason find_member_of_fragment(struct xdp_md *ctx, s
 
 	if (why == DROP_FRAGMENT)
 		return refuse(ctx, why, family);
+	if (!why)
+		why = check_source(pkt, family);
 	if (why)
 		return why;
 	if (ttl_expired(pkt, family))
@@ -127,17 +153,20 @@ static __always_inline enum reason forward(struct xdp_md *ctx, const struct serv
 /* What belongs to no flow. */
 static __always_inline enum reason handle_without_flow(struct xdp_md *ctx, struct packet *pkt, enum reason why, int family)
 {
-	if (why == PASS_ICMP && control.echo_addresses)
+	if (why == PASS_ICMP && control.echo_addresses && !check_source(pkt, family))
 		return answer_echo(ctx, pkt->flow, family);
 	return why >= DROP_MALFORMED ? refuse(ctx, why, family) : why;
 }
 
 static __always_inline enum reason balance(struct xdp_md *ctx, struct packet *pkt, int family)
 {
-	enum reason why = parse(ctx, pkt, family);
 	struct service *service = NULL;
 	struct member *member = NULL;
+	enum reason why;
 
+	if (family == AF_INET6 && has_fragment_header(ctx))
+		remove_fragment_header(ctx);
+	why = parse(ctx, pkt, family);
 	if (!why)
 		why = find_service_of_packet(ctx, pkt, &service, family);
 	else if (why == PASS_FRAGMENT || why == DROP_FRAGMENT)

@@ -9,6 +9,7 @@
 enum paced {
 	PACED_RECORDS,
 	PACED_TOO_BIG,
+	PACED_TTL_EXPIRED,
 	PACED_COUNT,
 };
 

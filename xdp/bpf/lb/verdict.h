@@ -64,7 +64,7 @@ static __always_inline int action_of(struct xdp_md *ctx, const struct packet *pk
 {
 	if (why == FORWARDED)
 		return pkt->egress == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(pkt->egress, 0);
-	if (why == ANSWERED_ECHO || why == ANSWERED_TOO_BIG)
+	if (why >= ANSWERED_ECHO && why <= ANSWERED_TTL_EXPIRED)
 		return XDP_TX;
 	return why >= DROP_MALFORMED ? XDP_DROP : XDP_PASS;
 }
