@@ -24,7 +24,7 @@ CHROMIUM := $(if $(shell grep -x ID=ubuntu /etc/os-release),,chromium)
 PACKAGES := clang curl ethtool groff-base haproxy iproute2 libbpf-dev libfaketime linux-libc-dev llvm make mandoc nftables \
 	nginx python3-bpfcc python3-venv systemd tcpdump $(KERNEL_HEADERS) $(CHROMIUM)
 
-.PHONY: help setup system apt-install build lint test durations demo bench fuzz scale soak test-kernels man wheel clean
+.PHONY: help setup system apt-install build lint test durations demo bench fuzz scale soak attack test-kernels man wheel clean
 
 help: ## list the targets
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -112,6 +112,10 @@ scale: setup build ## a million connections through fifty changes: none may leav
 
 soak: setup build ## the daemon under load: killed 20 times, upgraded five times, 200 changes: no request may fail
 	$(SUDO) env SOAK_DEATHS=20 $(BIN)/python -m pytest netns_tests/daemon/test_upgrade.py
+
+# 5 minutes at most; `make test` has a small one of each kind.
+attack: setup build ## the daemon under floods, rebound names and patterns, short of descriptors
+	$(SUDO) env ATTACK=full timeout --kill-after=10 300 $(BIN)/python -m pytest netns_tests/attack
 
 # Debian's own kernels: 6.1 is bookworm's, 6.12 is trixie's. They are emulated, by qemu.
 test-kernels: PACKAGES += busybox-static debian-archive-keyring file kmod \

@@ -20,15 +20,16 @@ TAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "filters": ("Filter rules in front of the balancer", ("/v1/filter",)),
     "explain": ("Why a packet goes where it goes", ("/v1/explain",)),
     "stages": ("Your own programs in the packet's path", ("/v1/stages",)),
+    "sessions": ("How the web page logs in without a token", ("/v1/session-codes", "/v1/sessions")),
     "daemon": ("Health of the daemon, and Prometheus metrics", ("/metrics", "/healthz", "/readyz")),
 }
 BEARER = {
     "type": "http",
     "scheme": "bearer",
     "description": "Over TLS: a token of xdp-lb token create. Role read: GET and explain; write: everything. On the "
-    "Unix socket no token is needed: the mode of its file says who may connect.",
+    "Unix socket no token is needed, except by browsers and through ssh: the mode of its file says who may connect.",
 }
-WITHOUT_TOKEN = ("/healthz", "/readyz")
+WITHOUT_TOKEN = ("/healthz", "/readyz", "/v1/sessions")
 
 _VIP, _BACKEND = "10.0.0.100:443/tcp", "10.0.0.11:443"
 _SERVICE = {"vip": _VIP, "mode": "dr", "backends": [{"backend": _BACKEND, "weight": 1}]}
@@ -50,6 +51,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "bytes": ("Bytes: of frames from clients to backends, or of the frame", 64000),
     "change": ("add, change or remove", "add"),
     "changes": ("What changed, or in a dry run would change", []),
+    "code": ("Opens one session of the web page, once", "9Zk3v0yQe6pTn1sXb7uWcA"),
     "connections": ("TCP SYNs; in mode nat, new flows", 1000),
     "destination": ("ADDR:PORT; for protocol icmp, ADDR", "10.0.0.100:443"),
     "detached": ("Interfaces that the balancer was detached from", ["eth1"]),
@@ -65,6 +67,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "egress": ("Interface on which the packet leaves; null: it does not", "eth1"),
     "ended_by": ("The filter or stage that ended the packet's way", []),
     "expired": ("Whether the rule's lifetime is over", False),
+    "expires_in_s": ("Seconds until it is worth nothing", 300),
     "expression": ("tcpdump expression; empty: all packets", "udp port 53"),
     "fail_closed": ("Drop connections if health checks find all backends down, instead of using all", False),
     "field": ("JSON Pointer of the value at fault in the body; null: the request as a whole", "/backends/0/weight"),
@@ -153,6 +156,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "time": ("When it was read, RFC 3339", "2026-01-01T12:00:00+00:00"),
     "title": ("The kind of problem", "Not Found"),
     "tunnel_sources": ("Outer source addresses or prefixes of tunnels", ["198.18.0.0/16"]),
+    "token": ("Sent as Authorization: Bearer", "xls_1f0c..."),
     "type": ("URI of the kind of problem", "about:blank"),
     "untested": ("Packets too short or too long for a test run", 0),
     "until": ("Unix time in seconds at which the rule expires; null: never", 1767225600),

@@ -18,7 +18,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 @router.post("/v1/session-codes", response_model=CodeAnswer, responses=ALWAYS)
-async def offer(request: Request) -> Response:
+async def create_code(request: Request) -> Response:
     """A code that opens one session of the web page, for programs on the host alone."""
     caller: Caller = request.scope["state"]["caller"]
     if not caller.local:

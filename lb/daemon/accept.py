@@ -34,8 +34,8 @@ FORWARDERS = ("sshd", "sshd-session", "dropbear")  # by their name in /proc/PID/
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """connections: of the listener. of_address: of one IPv4 address or IPv6 /64, and of sockets forwarded by SSH.
-    reserved: descriptors that are left for others."""
+    """connections: of the listener. of_address: of one IPv4 address or IPv6 /64, of one user other than root, and of
+    sockets forwarded by SSH. reserved: descriptors that are left for others."""
 
     connections: int
     of_address: int
@@ -75,7 +75,7 @@ class Connections:
         if self._all >= limits.connections:
             return "connections", f"too many connections ({limits.connections})"
         if source and self._of[source] >= limits.of_address:
-            return "connections_of_address", f"too many connections of one address ({limits.of_address})"
+            return "connections_of_address", f"too many connections of one address or user ({limits.of_address})"
         return None
 
     def admit(self, source: str) -> Admission:
@@ -141,10 +141,12 @@ class Acceptor:
 
 
 def _source(peer: Peer) -> str:
-    """What counts as one address; empty: a local process, which the limit of the listener is enough for."""
-    if peer.address == UNIX:
-        return "forwarded" if peer.forwarded else ""
-    return network_of(peer.address)
+    """What counts as one address; empty: root's own, which the limit of the listener is enough for."""
+    if peer.uid is None:
+        return network_of(peer.address)
+    if peer.forwarded:
+        return "forwarded"
+    return f"uid {peer.uid}" if peer.uid else ""
 
 
 def _turn_away(sock: socket.socket, peer: Peer, why: str) -> None:

@@ -137,9 +137,9 @@ def test_tcp_leaves_descriptors_to_the_unix_socket(remote: Remote, monkeypatch: 
 def test_a_connection_is_counted_once_and_released_once() -> None:
     connections = Connections(Limits(connections=2, of_address=1, reserved=0))
     first = connections.admit("a")
-    assert connections.fault(3, "a") == ("connections_of_address", "too many connections of one address (1)")
+    assert connections.fault(3, "a") == ("connections_of_address", "too many connections of one address or user (1)")
     assert connections.fault(3, "b") is None
-    assert connections.fault(3, "") is None  # a local process
+    assert connections.fault(3, "") is None  # root
     connections.admit("b")
     assert connections.fault(3, "c") == ("connections", "too many connections (2)")
     first.release()
