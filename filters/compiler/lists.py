@@ -24,7 +24,7 @@ _NEAR = 0xFF // 3
 _OR, _AND = ("or", "||"), ("and", "&&")
 _TOKEN = re.compile(r"\(|\)|\|\||&&|[^\s()]+")
 _QUALIFIERS = {"ip", "tcp", "udp", "sctp", "src", "dst"}
-_ADDRESS = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})")
+_ADDRESS = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
 _PORT = re.compile(r"[1-9]\d{0,4}")
 
 Compile = Callable[[str], tuple[Instruction, ...]]
@@ -122,7 +122,7 @@ def _term(tokens: Sequence[str], at: int, before: _Term | None) -> tuple[_Term, 
     kind = tokens[end] if end < len(tokens) else ""
     if kind in ("host", "net", "port") and end + 1 < len(tokens):
         words, value, end = " ".join(tokens[at : end + 1]), tokens[end + 1], end + 2
-    elif end > at and _ADDRESS.match(kind):
+    elif end > at and kind.count(".") == 3 and _ADDRESS.match(kind):
         words, value, end = f"{' '.join(tokens[at:end])} {'net' if '/' in kind else 'host'}", kind, end + 1
     elif before and end == at:
         words, value, end = before.words, kind, at + 1
@@ -137,13 +137,17 @@ def _valued(words: str, text: str) -> _Term | None:
     if words.endswith("port"):
         return _Term(words, "", int(text)) if _PORT.fullmatch(text) and int(text) < 1 << 16 else None
     address, slash, length = text.partition("/")
-    bytes_ = _ADDRESS.fullmatch(address)
-    if bytes_ is None or any(int(each) > 255 for each in bytes_.groups()):
+    numbers = [int(each) for each in address.split(".")] if _ADDRESS.fullmatch(address) else [256]
+    if max(numbers) > 255:
         return None
-    value = int.from_bytes(bytes(map(int, bytes_.groups())), "big")
+    value = int.from_bytes(bytes(numbers).ljust(4, b"\0"), "big")
     if words.endswith("host"):
-        return None if slash else _Term(words, "", value)
-    if not slash or not length.isdecimal() or not 1 <= int(length) <= 32 or value & ((1 << 32 - int(length)) - 1):
+        return _Term(words, "", value) if len(numbers) == 4 and not slash else None
+    if not slash:  # `net 10.1` is 10.1.0.0/16
+        slash, length = "/", str(8 * len(numbers))
+    elif len(numbers) < 4:
+        return None
+    if not length.isdecimal() or not 1 <= int(length) <= 32 or value & ((1 << 32 - int(length)) - 1):
         return None
     return _Term(words, f"/{length}", value)
 

@@ -18,7 +18,8 @@ from typing import IO
 from filters.errors import DumpError
 from filters.records.pcap import Span
 
-_OPENING = "reading from file -"
+# What is about the pipe, not about what the user reads from. The names are right: they are those of this host.
+_ABOUT_THE_PIPE = ("reading from file -", "Warning: interface names might be incorrect")
 _NAME = re.compile("^tcpdump: ")
 
 
@@ -75,9 +76,9 @@ def _start_without_signals(thread: Thread) -> None:
 
 
 def _forward(errors: IO[bytes]) -> None:
-    """What it complains of, but for the line about the pipe, which is not what the user reads from."""
+    """What it complains of, but for lines about the pipe."""
     with errors:
         for line in errors:
             text = line.decode(errors="replace")
-            if not text.startswith(_OPENING):
+            if not text.startswith(_ABOUT_THE_PIPE):
                 print(_NAME.sub("xdp-dump: ", text), end="", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from filters.programs.sets import Prefixes
 from lb.errors import InvalidInput
 from lb.firewall.attach_points import HookKey
 from lb.firewall.kernel import KernelFilters
+from lb.firewall.text import shortened
 from lb.host.interfaces import NextHop, carriers, next_hop_to, own_mac
 from lb.host.resolution import End, resolution_frames, resolution_name
 from lb.host.ssh import Connection
@@ -116,5 +117,5 @@ def _number(rule: Rule, before: Rules, after: Rules) -> int:
 
 
 def _short(rule: Rule) -> str:
-    words = " ".join(filter(None, (str(rule.action), str(rule.rate or ""), rule.expression)))
+    words = " ".join(filter(None, (str(rule.action), str(rule.rate or ""), shortened(rule.expression))))
     return f"{words} --set {rule.set.path}" if rule.set else words

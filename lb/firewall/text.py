@@ -10,6 +10,7 @@ from lb.model.rule_report import FilterReport, FilterTestResult, RuleChange, Rul
 from lb.model.rules import Rule
 
 _NS = 1_000_000_000
+_LONGEST = 200  # characters of an expression
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 COLUMNS = (
@@ -40,9 +41,13 @@ def action_words(rule: Rule) -> str:
 
 
 def match_words(rule: Rule) -> str:
-    """What it is for: the set, then the expression."""
+    """What it is for: the set, then the expression, which may have thousands of words: --json has them all."""
     words = [f"{rule.set.side} in {rule.set.path} ({rule.set.prefixes})"] if rule.set else []
-    return " and ".join([*words, *([rule.expression] if rule.expression else [])]) or "all"
+    return " and ".join([*words, *([shortened(rule.expression)] if rule.expression else [])]) or "all"
+
+
+def shortened(expression: str) -> str:
+    return expression if len(expression) <= _LONGEST else f"{expression[: _LONGEST - 3]}..."
 
 
 def status_lines(rules: Sequence[RuleStatus], *, colour: bool) -> list[str]:

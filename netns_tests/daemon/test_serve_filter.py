@@ -339,7 +339,7 @@ def test_set_is_a_text_of_prefixes_and_is_replaced_in_place(http: httpx.Client, 
     assert http.put(f"{ETH0}/1/set", headers=text).json()["changes"][0]["detail"] == "0 added, 2 removed"
     assert arrived(bed, 53) == 5
     assert problem(http.put(f"{ETH0}/1/set", content=b"1.2.3.4\nnonsense", headers=text), 422)[0] == (
-        "bad:2: 'nonsense': not an IPv4 or IPv6 prefix"
+        "bad:2: 'nonsense': not an IPv4 or IPv6 prefix or range"
     )
     assert problem(http.put(f"{ETH0}/1/set", json=["1.2.3.4"]), 415)[0].startswith("unsupported content type")
     assert typed(bed, "filter", "reload", "eth0", "1")[2] == (

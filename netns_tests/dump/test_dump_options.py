@@ -166,8 +166,8 @@ def test_text_of_any_names_interface_and_direction_as_tcpdump_does(host: Host, o
     for program in ("tcpdump", XDP_DUMP):
         with running(host, program, "-i", "any", "-nt", "-l", "-c", "6", *options) as dump:
             send(host, [FRAMES["udp"], to_all, FRAMES["tcp syn"]])
-            status, out, _ = dump.end(None)
-        assert status == 0
+            status, out, errors = dump.end(None)
+        assert (status, "Warning" in errors) == (0, False)
         said.append(sorted(line for line in out.splitlines() if line[:1].isalpha()))
     theirs, ours = said
     assert ours == theirs

@@ -546,7 +546,10 @@ def test_filter_too_long_for_one_program_names_the_limit(wire: Wire) -> None:
 
 def test_list_of_3000_hosts_is_one_rule(wire: Wire) -> None:
     hosts = " or ".join(f"src host 10.{78 + number // 256}.{number % 256}.9" for number in range(3000))
-    wire.filter("add", FAR, "drop", hosts, SSH_CONNECTION=SSH)
+    (line,) = wire.filter("add", FAR, "drop", hosts, SSH_CONNECTION=SSH)
+    assert line == f"{FAR}: rule 1 added: drop at xdp: {hosts[:197]}..."
+    assert wire.filter("list")[-1].endswith(f"  {hosts[:197]}...")
+    assert wire.rules()[0]["expression"] == hosts
     assert wire.arrived(53) == 5
     wire.filter("add", FAR, "drop", f"({hosts} or src host {NEAR4}) and udp port 53")
     assert wire.arrived(53) == 0

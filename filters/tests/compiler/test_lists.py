@@ -38,6 +38,7 @@ LISTS = [
     "port " + " or ".join(str(3 * n + 1) for n in range(20)),
     " or ".join(f"net 10.0.{n}.0/24" for n in range(1, 90, 5)),
     " or ".join(f"src net 10.0.{n // 16}.{n % 16 & ~3}/{30 + n % 3}" for n in range(60)),
+    " or ".join(f"dst net 10.0.{n}" for n in range(0, 44, 2)),
     f"{hosts('src')} || {hosts('dst')}",
     f"{hosts('src host')} or {ports('udp port')} or icmp",
     f"tcp and ({hosts('src host')} or {ports('dst port')}) and not ({hosts('dst host', first=8)})",
@@ -54,7 +55,6 @@ LISTS_NEXT_TO_WORDS_THAT_BIND = [
 ]
 NO_LISTS = [
     hosts("host", 10),
-    " or ".join(f"net 10.0.{n}" for n in range(20)),
     " or ".join(f"ip6 host 2001:db8::{n:x}" for n in range(20)),
     " or ".join(f"ip proto {n}" for n in range(1, 20)),
     f"{hosts('src or dst host')}",
