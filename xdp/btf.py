@@ -72,6 +72,7 @@ class Btf:
         self._types = [_Type("void", 0, 0, ()), *self._read(raw[header_size + types_at :][:types_size])]
         self._classes: dict[int, CType] = {}
         self._sections: dict[str, CType] = {}
+        self._map_types: dict[str, tuple[CType, CType] | None] = {}
 
     def _string(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode()
@@ -125,6 +126,11 @@ class Btf:
 
     def map_types(self, name: str) -> tuple[CType, CType] | None:
         """(key, value) as the map's definition in .maps says; None for a map that is not defined there."""
+        if name not in self._map_types:
+            self._map_types[name] = self._read_map_types(name)
+        return self._map_types[name]
+
+    def _read_map_types(self, name: str) -> tuple[CType, CType] | None:
         if (VAR, name) not in self._ids or (DATASEC, ".maps") not in self._ids:
             return None
         definition = self._types[self._types[self._ids[VAR, name]].size_or_type]

@@ -121,7 +121,7 @@ class Map:
         """How many values an entry has: one for each CPU, in per-CPU maps."""
         return int(libbpf.possible_cpus()) if self.info.type in _PER_CPU_TYPES else 1
 
-    @property
+    @cached_property
     def value_stride(self) -> int:
         """Bytes of all values of an entry; those of per-CPU maps are padded to 8."""
         size = ctypes.sizeof(self.value_type)
@@ -136,10 +136,11 @@ class Map:
             raise self._failed("copy", error) from error
 
     def _batches(self, value_type: CType) -> Iterator[tuple[Any, Any]]:
-        size, token, first = _BATCH, (ctypes.c_uint8 * max(ctypes.sizeof(self.key_type), 8))(), True
+        size, token, first = 0, (ctypes.c_uint8 * max(ctypes.sizeof(self.key_type), 8))(), True
         while True:
-            keys, values, count = (self.key_type * size)(), (value_type * size)(), ctypes.c_uint32(size)
             try:
+                size = size or min(_BATCH, len(self))
+                keys, values, count = (self.key_type * size)(), (value_type * size)(), ctypes.c_uint32(size)
                 start = None if first else token
                 libbpf.lookup_batch(self.fd, start, token, keys, values, ctypes.byref(count), None)
             except OSError as error:
@@ -167,13 +168,13 @@ class Map:
 
     def per_cpu(self, index: int) -> list[Any]:
         """The values of one entry of a per-CPU map, by CPU."""
-        padded = ctypes.sizeof(self.value_type) + 7 & ~7
-        buffer = (ctypes.c_uint8 * (padded * libbpf.possible_cpus()))()
         try:
+            buffer = (ctypes.c_uint8 * self.value_stride)()
             libbpf.lookup(self.fd, ctypes.byref(self._key(index)), buffer)
         except OSError as error:
             raise self._failed("read", error) from error
-        return [self.value_type.from_buffer(buffer, at) for at in range(0, len(buffer), padded)]
+        each = self.value_stride // self.values_each
+        return [self.value_type.from_buffer(buffer, at) for at in range(0, self.value_stride, each)]
 
     def total(self, index: int) -> Any:
         """One entry of a per-CPU map, summed over CPUs field by field (all of them counters)."""
@@ -200,7 +201,9 @@ class Map:
                 raise self._failed("copy", error) from error
 
     def totals(self) -> list[Any]:
-        return [self.total(index) for index in range(len(self))]
+        """As total() gives them, of all entries of a per-CPU array."""
+        values = b"".join(values for _, values in self.raw_batches())
+        return [self.total_of(values[at : at + self.value_stride]) for at in range(0, len(values), self.value_stride)]
 
 
 def column(entries: Any, field: str) -> array[int]:

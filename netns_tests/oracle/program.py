@@ -247,9 +247,11 @@ class LoadedProgram:
             getattr(key, name)[:] = words(address)
         return key
 
-    def _read_reasons(self) -> list[int]:
-        totals: list[int] = self.bpf.map("reasons").totals()
-        return totals
+    def _read_reasons(self) -> list[bytes]:
+        """What each has counted, on all CPUs."""
+        reasons = self.bpf.map("reasons")
+        values, size = b"".join(values for _, values in reasons.raw_batches()), reasons.value_stride
+        return [values[at : at + size] for at in range(0, len(values), size)]
 
     def _reasons_counted(self) -> tuple[str, str]:
         """The packet's own, and what was noted beside it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -200,8 +201,13 @@ def test_closed_map_is_a_map_error() -> None:
         obj.load()
         services = obj.map("services4")
     broken = Map("services4", -1, services.key_type, services.value_type)
-    for act in (lambda: broken.get(key(broken, 1)), lambda: list(broken.items())):
-        with pytest.raises(MapError, match=r"^map services4: cannot read: Bad file descriptor$") as caught:
+    acts: dict[int, Callable[[], object]] = {
+        errno.EBADF: lambda: broken.get(key(broken, 1)),
+        errno.EBADFD: lambda: list(broken.items()),
+    }
+    for number, act in acts.items():
+        with pytest.raises(MapError) as caught:
             act()
+        assert str(caught.value) == f"map services4: cannot read: {os.strerror(number)}"
         assert isinstance(caught.value.__cause__, OSError)
-        assert caught.value.__cause__.errno == errno.EBADF
+        assert caught.value.__cause__.errno == number
