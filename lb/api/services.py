@@ -30,6 +30,7 @@ from lb.api.common import (
 from lb.api.middleware import Caller
 from lb.api.models import balancer as models
 from lb.api.models.balancer import backends_of, options_of, services_of
+from lb.api.paging import ThePage
 from lb.control.balancer import Balancer
 from lb.errors import AlreadyExists
 from lb.formats import json_bytes
@@ -102,10 +103,12 @@ def _check_scripts(request: Request, before: State, wanted: Iterable[Service]) -
 
 
 @router.get("/services", response_model=list[models.ServiceAnswer], responses=READS)
-async def list_services(thread: TheThread, if_none_match: IfNoneMatch = None) -> Response:
-    """All services, as they are desired."""
+async def list_services(thread: TheThread, page: ThePage, if_none_match: IfNoneMatch = None) -> Response:
+    """The services, as they are desired."""
     now = thread.snapshot
-    return content(lambda: now.body, now.etag, if_none_match)
+    every = list(now.services.values())
+    answer = content(lambda: json_bytes.array(each.body for each in page.of(every)), now.etag, if_none_match)
+    return page.link(answer, len(every))
 
 
 @router.get("/services/{vip}", response_model=models.ServiceAnswer, responses=READS)
@@ -180,9 +183,10 @@ async def delete_service(
 
 
 @router.get("/services/{vip}/backends", response_model=list[models.BackendAnswer], responses=ALWAYS)
-async def list_backends(vip: VipInPath, thread: TheThread) -> Response:
-    service = _rendered(thread, vip).service
-    return Response(json_bytes.encode([backend_document(b) for b in service.backends]), media_type=JSON)
+async def list_backends(vip: VipInPath, thread: TheThread, page: ThePage) -> Response:
+    every = _rendered(thread, vip).service.backends
+    answer = Response(json_bytes.encode([backend_document(b) for b in page.of(every)]), media_type=JSON)
+    return page.link(answer, len(every))
 
 
 @router.post("/services/{vip}/backends", response_model=models.ReportAnswer, responses=CHANGES)
@@ -326,9 +330,3 @@ async def detach(
 ) -> Response:
     """Serve there no longer. Services stay stored."""
     return await _change(request, lambda balancer: balancer.detach(name or (), dry_run=dry_run))
-
-
-# What is going on
-
-
-# The application

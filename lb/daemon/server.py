@@ -88,6 +88,7 @@ class Daemon:
         self._ending = asyncio.Event()
         self._reloading = asyncio.Event()
         self._tls = _tls(settings)
+        self._wanted: Desired | None = None  # by the configuration file, as it was last read
 
     def stop(self) -> None:
         """Requests in progress are finished first. Call it in the thread of the event loop."""
@@ -99,14 +100,14 @@ class Daemon:
 
     async def run(self) -> None:
         """Runs until `stop`. Raises LbError if it cannot start."""
-        wanted = config.read(self._settings.config) if self._settings.config else None
+        self._wanted = config.read(self._settings.config) if self._settings.config else None
         async with AsyncExitStack() as stack:
             self.thread = thread = await stack.enter_async_context(BalancerThread.open(self._opener))
             access = AccessThread(lambda: Access.open(self._settings.access))
             stack.callback(access.close)
             self._listen(thread, access, stack)
             running = [asyncio.create_task(each.run_until_exit()) for each in self._listeners]
-            background = asyncio.create_task(self._run_tasks(thread, wanted))
+            background = asyncio.create_task(self._run_tasks(thread))
             await self._ending.wait()
             notify("STOPPING=1")
             thread.events.close()
@@ -135,13 +136,13 @@ class Daemon:
             for each in listener.sockets:
                 log.info("listening", address=_name(each))
 
-    async def _run_tasks(self, thread: BalancerThread, wanted: Desired | None) -> None:
+    async def _run_tasks(self, thread: BalancerThread) -> None:
         await self._upgrade(thread)
-        await self._reconcile(thread, wanted)
+        await self._reconcile(thread)
         self._on_ready()
         notify("READY=1")
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._reconcile_again(thread, wanted))
+            group.create_task(self._reconcile_again(thread))
             group.create_task(self._reload_on_request(thread))
             group.create_task(feed_watchdog(thread))
             for task in self._tasks:
@@ -153,23 +154,23 @@ class Daemon:
         for note in notes:
             (log.error if thread.refused else log.info)(note)
 
-    async def _reconcile(self, thread: BalancerThread, wanted: Desired | None) -> None:
+    async def _reconcile(self, thread: BalancerThread) -> None:
         """Apply the store to the kernel, and the configuration file to the store."""
         try:
             _log_report("reconciled", (await thread.change(lambda balancer: balancer.repairs.reconcile())).report)
-            if wanted is not None:
-                await self._configure(thread, wanted, "configured")
+            if self._wanted is not None:
+                await self._configure(thread, self._wanted, "configured")
             self.unready = ""
         except LbError as error:
             if self.unready != str(error):
                 log.error("cannot apply the configuration to the kernel", reason=str(error), again_after_s=AGAIN_S)
             self.unready = str(error)
 
-    async def _reconcile_again(self, thread: BalancerThread, wanted: Desired | None) -> None:
+    async def _reconcile_again(self, thread: BalancerThread) -> None:
         """Until it succeeds."""
         while self.unready:
             await asyncio.sleep(AGAIN_S)
-            await self._reconcile(thread, wanted)
+            await self._reconcile(thread)
 
     async def _reload_on_request(self, thread: BalancerThread) -> None:
         while True:
@@ -184,7 +185,8 @@ class Daemon:
         self._reload_certificate()
         if self._settings.config:
             try:
-                await self._configure(thread, config.read(self._settings.config), "reloaded")
+                self._wanted = config.read(self._settings.config)
+                await self._configure(thread, self._wanted, "reloaded")
             except LbError as error:
                 _refuse_config(thread, str(error))
 

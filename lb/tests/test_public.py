@@ -40,11 +40,10 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert not imported_by(code) & HEAVY
 
 
-@pytest.mark.parametrize("words", [["vip", "list"], ["backend", "list"]])
-def test_lists_of_what_is_stored_need_neither_the_kernel_nor_the_daemon(words: list[str]) -> None:
+def test_the_list_of_what_is_stored_needs_neither_the_kernel_nor_the_daemon() -> None:
     code = (
         "from contextlib import suppress\nfrom lb.cli.main import cli\nfrom lb.client.connect import HostConnector\n"
-        f"with suppress(SystemExit): cli({words!r}, obj=HostConnector())"
+        "with suppress(SystemExit): cli(['vip', 'list'], obj=HostConnector())"
     )
     assert not imported_by(code) & (HEAVY - {"sqlite3"} | {"xdp.libbpf", "lb.dataplane.dataplane"})
 

@@ -73,6 +73,23 @@ def test_a_service_is_read_under_its_vip(http: httpx.Client) -> None:
     assert http.get("/v1/services/10.0.0.1:80").json() == document  # /tcp may be left out, as everywhere
 
 
+def test_lists_come_in_pages_that_make_up_the_whole(http: httpx.Client) -> None:
+    http.put("/v1/services/10.0.0.2:80", json=SERVICE)
+    http.put("/v1/services/10.0.0.3:80", json=SERVICE)
+    for url in ("/v1/services", f"{WEB}/backends"):
+        whole, found = http.get(url).json(), []
+        page: str | None = f"{url}?limit=1"
+        while page:
+            answer = http.get(page)
+            assert len(answer.json()) == 1
+            found += answer.json()
+            page = str(answer.url.join(answer.links["next"]["url"])) if "next" in answer.links else None
+        assert found == whole
+        assert http.get(url, params={"offset": len(whole) - 1}).json() == whole[-1:]
+        assert http.get(url, params={"offset": 99}).json() == []
+        assert http.get(url, params={"limit": 0}).status_code == 422
+
+
 def test_put_makes_a_service_and_making_it_again_changes_nothing(http: httpx.Client) -> None:
     made = http.put("/v1/services/10.0.0.100:443%2Fudp", json=SERVICE)
     assert [change["change"] for change in made.json()["changes"]] == ["add"]

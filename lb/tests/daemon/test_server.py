@@ -115,6 +115,23 @@ def test_a_daemon_that_the_kernel_refuses_is_up_but_not_ready_and_tries_again(
         assert host.dataplane.attachments()
 
 
+def test_a_daemon_that_is_not_ready_yet_goes_on_with_the_file_that_was_read_last(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "AGAIN_S", 0.01)
+    host.dataplane.forget()
+    host.dataplane.foreign.add("eth0")
+    file = tmp_path / "lb.toml"
+    file.write_text(TOML.format(vip=WEB))
+    with serving(host, tmp_path, config=file) as daemon, get(daemon) as http:
+        file.write_text(TOML.format(vip=WEB) + TOML.format(vip="10.0.0.51:80"))
+        daemon.call(daemon.daemon.reload)
+        wait_for(lambda: reload_failures(daemon), "the kernel's refusal")
+        host.dataplane.foreign.clear()
+        wait_for(lambda: http.get("/readyz").json() == {"status": "ready"}, "ready")
+        assert vips(host) == [WEB, "10.0.0.51:80/tcp"]
+
+
 def test_an_answer_on_its_way_is_finished_before_the_end(host: Host, tmp_path: Path) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
