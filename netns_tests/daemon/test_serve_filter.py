@@ -92,7 +92,7 @@ def commands(bed: Bed) -> list[tuple[str, ...]]:
     """One after the other; the last leaves nothing."""
     flow = ("tcp", f"{bed.client.ipv4}:40000", f"{bed.vip4}:80")
     (bed.directory / "bad.txt").write_text("192.0.2.0/24\n2001:db8::/32  # doc\n")
-    (bed.directory / "worse.txt").write_text("192.0.2.0/24\n192.0.2.1/24\n")
+    (bed.directory / "worse.txt").write_text("192.0.2.0/24\n192.0.2.1/33\n")
     (bed.directory / "in.pcap").write_bytes(capture([packet(bed, port) for port in (53, 54, 53)]))
     (bed.directory / "no.pcap").write_bytes(b"nothing of the kind")
     return [
@@ -364,7 +364,7 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"action": "limit"}, "/rate", "rate (empty): not a packet rate"),
     ({"action": "drop", "rate": "1/s"}, "/rate", "rate 1/s: requires action limit, not drop"),
     ({"action": "drop", "set": {"path": "bad"}}, "/set/list", "set bad: list: missing"),
-    ({"action": "drop", "set": {"path": "bad", "list": "1.2.3.4/8"}}, "/set/list", "bad:1: '1.2.3.4/8': has host"),
+    ({"action": "drop", "set": {"path": "bad", "list": "1.2.3.4/33"}}, "/set/list", "bad:1: '1.2.3.4/33': not an"),
     ({"action": "drop", "set": {"path": "bad", "side": "up", "list": ""}}, "/set/side", "set.side: "),
     ({"action": "drop", "until": 1}, "/until", "until 1: not within"),
     ({"action": "drop", "for_s": 5, "until": 2**33}, "/for_s", "for_s 5: "),
