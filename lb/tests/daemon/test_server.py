@@ -349,7 +349,7 @@ def test_the_unit_file_names_this_program(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("sys.argv", ["/opt/somewhere/xdp-lb"])
     printed = CliRunner().invoke(cli, ["serve", "--print-unit"]).stdout
     assert "ExecStart=/opt/somewhere/xdp-lb serve\n" in printed
-    assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_BPF CAP_PERFMON\n" in printed
+    assert "CapabilityBoundingSet=CAP_NET_ADMIN CAP_BPF CAP_PERFMON CAP_NET_RAW\n" in printed
 
 
 @pytest.mark.parametrize(("place", "homes"), [("/opt/xdp-lb", "yes"), ("/home/me/.venv", "read-only")])
