@@ -20,8 +20,8 @@ QUIET_S = 10.0
 
 @dataclass
 class Idleness:
-    """A backend is idle when no packet has passed it for QUIET_S, either way. Its connections cannot be counted: only
-    those that a change has touched are recorded."""
+    """A backend is idle when it has no open connection. Where their number is an estimate, or unknown, no packet must
+    have passed it for QUIET_S either: connections that have been silent since the drain are not in it."""
 
     _last: dict[str, tuple[int, float]] = field(default_factory=dict)  # backend -> packets, and since when so many
 
@@ -29,7 +29,10 @@ class Idleness:
         name, packets = str(status.backend), status.counters.packets + status.counters.reply_packets
         if name not in self._last or self._last[name][0] != packets:
             self._last[name] = packets, now_s
-        return now_s - self._last[name][1] >= QUIET_S
+        if status.open.number:
+            return False
+        is_exact = status.open.number == 0 and not status.open.estimated
+        return is_exact or now_s - self._last[name][1] >= QUIET_S
 
 
 def wait_until_idle(

@@ -96,7 +96,7 @@ def backend_remove(vip: Vip, backends: tuple[str, ...], request: Request) -> Non
     is_flag=False,
     flag_value=NO_LIMIT_S,
     metavar="[SECONDS]",
-    help="Wait until no packet has passed for 10 s; after SECONDS, exit with status 1.",
+    help="Wait until the backends have no open connections; after SECONDS, exit with status 1.",
 )
 @change_options
 def backend_drain(vip: Vip, backends: tuple[str, ...], timeout_s: int | None, request: Request) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lb.cli.drain import POLL_S, QUIET_S, wait_until_idle
 from lb.cli.failures import Failure
-from lb.model.forwarding import Counters
+from lb.model.forwarding import UNKNOWN, Counters, OpenConnections
 from lb.model.report import BackendStatus, ServiceStatus, Status
 from lb.model.state import Backend, Service
 from lb.model.vip import Vip
@@ -25,13 +25,15 @@ class Traffic:
     until_s: dict[Backend, float]
     removed: tuple[Backend, ...] = ()
     loaded: bool = True
+    open: OpenConnections = UNKNOWN
     now_s: float = 0.0
     idle: list[tuple[str, float]] = field(default_factory=list)
 
     def status(self) -> Status:
         there = [b for b in self.until_s if b not in self.removed or self.now_s < self.until_s[b]]
         backends = tuple(
-            BackendStatus(b, True, Counters(packets=int(min(self.now_s, self.until_s[b])) + 1)) for b in there
+            BackendStatus(b, True, Counters(packets=int(min(self.now_s, self.until_s[b])) + 1), open=self.open)
+            for b in there
         )
         services = (ServiceStatus(Service(VIP, backends=tuple(there)), 0, backends),)
         return Status("default", self.loaded, (), services, {}, {})
@@ -56,6 +58,23 @@ def test_the_timeout_names_those_still_in_use() -> None:
     assert traffic.idle == [(str(A), 5.0 + QUIET_S)]
     assert caught.value.message == "10.0.0.1:80/tcp: still in use after 30 s: 10.0.0.12:80: draining continues"
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("connections", "idle_at_s"),
+    [(OpenConnections(0), 0.0), (OpenConnections(0, estimated=True), QUIET_S), (UNKNOWN, QUIET_S)],
+    ids=["exact", "estimated", "unknown"],
+)
+def test_a_backend_without_open_connections_is_idle_at_once_where_they_are_counted(
+    connections: OpenConnections, idle_at_s: float
+) -> None:
+    assert Traffic({A: 0.0}, open=connections).wait([A]) == [(str(A), idle_at_s)]
+
+
+def test_a_silent_connection_is_waited_for() -> None:
+    traffic = Traffic({A: 0.0}, open=OpenConnections(1))
+    with pytest.raises(Failure, match="still in use after 100 s"):
+        traffic.wait([A], timeout_s=100)
 
 
 def test_a_backend_that_others_remove_is_not_waited_for() -> None:
