@@ -174,7 +174,7 @@ def apply(balancer: Balancer | Client, scale: Scale, directory: Path) -> float:
     file = directory / "lb.toml"
     file.write_text(scale.toml)
     start = time.perf_counter()
-    balancer.apply(config.read(file).services, own_addresses=False)
+    balancer.apply(config.read(file).services, own_addresses=False, prune=True)
     seconds = time.perf_counter() - start
     check(balancer, scale.services, scale.services * scale.backends)
     return seconds

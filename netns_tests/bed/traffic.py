@@ -95,8 +95,9 @@ def backend_list(bed: Bed, family: str) -> str:
 
 
 def service_toml(vip: str, mode: str, backends: Sequence[str]) -> str:
-    """A service as `xdp-lb apply` reads it; `vip` is written ADDR:PORT/PROTO."""
-    return f"[[service]]\nvip = {json.dumps(vip)}\nmode = {json.dumps(mode)}\nbackends = {json.dumps(backends)}\n"
+    """A service as `xdp-lb apply` reads it, whatever was done to its backends; `vip` is written ADDR:PORT/PROTO."""
+    given = ", ".join(f"{{address = {json.dumps(backend)}, weight = 1, drain = false}}" for backend in backends)
+    return f"[[service]]\nvip = {json.dumps(vip)}\nmode = {json.dumps(mode)}\nbackends = [{given}]\n"
 
 
 def apply(bed: Bed, *services: str) -> None:

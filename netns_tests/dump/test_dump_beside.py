@@ -146,15 +146,15 @@ def test_verdicts_are_the_comments_of_a_file(balanced: Bed, tmp_path: Path) -> N
 
 
 def test_dropped_packet_is_seen_with_the_reason(balanced: Bed) -> None:
-    ether = Ether(src="02:00:00:00:00:07", dst="ff:ff:ff:ff:ff:ff")
-    expired = ether / IP(src=balanced.client.ipv4, dst=balanced.vip4, ttl=1) / TCP(dport=80)
-    with dumping(balanced, "-i", "eth0", "--at", "xdp-exit", "--json", "ip[8] = 1") as dump:
+    mac = balanced.lb.run(["cat", "/sys/class/net/eth0/address"]).stdout.strip()
+    martian = Ether(src="02:00:00:00:00:07", dst=mac) / IP(src="127.0.0.1", dst=balanced.vip4, ttl=7) / TCP(dport=80)
+    with dumping(balanced, "-i", "eth0", "--at", "xdp-exit", "--json", "ip[8] = 7") as dump:
         with balanced.client.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
             sender.bind(("eth0", 0))
-            sender.send(bytes(expired))
+            sender.send(bytes(martian))
         out, _ = captured(dump, 1)
     (seen,) = objects(out)
-    assert (seen["verdict"], seen["reason"], seen["ip"]["ttl"]) == ("XDP_DROP", "drop_ttl_expired", 1)
+    assert (seen["verdict"], seen["reason"], seen["ip"]["ttl"]) == ("XDP_DROP", "drop_martian_source", 7)
 
 
 def test_killed_capture_stops_no_packet_and_the_next_one_clears_up(balanced: Bed, tmp_path: Path) -> None:

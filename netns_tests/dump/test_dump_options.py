@@ -26,8 +26,9 @@ def host() -> Iterator[Host]:
 @pytest.fixture
 def of_user(tmp_path: Path) -> Path:
     """A folder that USER may write to, below those of root that pytest makes."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(0o755)
     made = tmp_path / "captures"
     made.mkdir()
     os.chown(made, pwd.getpwnam(USER).pw_uid, -1)

@@ -18,6 +18,7 @@ import pytest
 from lb.control.balancer import Balancer
 from lb.control.open import open_balancer
 from lb.dataplane.dataplane import KernelDataplane
+from lb.dataplane.lookup import VIP_ADDRESS
 from lb.hashing.ring import current_member
 from lb.host.events import Changes, HostEvents
 from lb.model.forwarding import InstalledNextHop
@@ -98,7 +99,7 @@ def ways(bed: Bed) -> dict[str, tuple[int, str | None]]:
 
 
 def answering(bed: Bed) -> set[str]:
-    return {curl(bed.client, f"http://{WEB}/") for _ in range(12)}
+    return {curl(bed.client, f"http://{WEB}/") for _ in range(24)}
 
 
 # Maps
@@ -154,7 +155,7 @@ def delete_the_lookup(held: Any) -> None:
 
 def add_a_lookup(held: Any) -> None:
     table = held.maps.lookups._tables["services4"]
-    (key,) = table.held
+    key = next(key for key, value in table.held.items() if value != VIP_ADDRESS)
     table.add({key[:-4] + b"\x09\x09\x11\x00": 0})
 
 
@@ -168,7 +169,7 @@ TAMPERING: dict[Callable[[Any], None], str] = {
     erase_members: "vip 10.99.1.100:80/tcp: backend entries were modified: repaired",
     lead_a_member_elsewhere: "vip 10.99.1.100:80/tcp: backend entries were modified: repaired",
     forget_the_service: "vip 10.99.1.100:80/tcp: map entry was modified: repaired",
-    delete_the_lookup: "lookups: 1 entry changed by another process",
+    delete_the_lookup: "lookups: 2 entries changed by another process",
     take_the_balancer_out_of_its_stage: "stages: the balancer was missing at the end of the chain",
     add_a_lookup: "lookups: 1 entry changed by another process",
 }
@@ -226,7 +227,7 @@ def take_the_mount(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("take", "weight"), [(take_all, "2"), (take_a_map, "3"), (take_the_link, "4"), (take_the_mount, "5")]
+    ("take", "weight"), [(take_all, "2"), (take_a_map, "1"), (take_the_link, "2"), (take_the_mount, "1")]
 )
 def test_pins_that_are_taken_away_are_made_again(mended: Bed, take: Callable[[Path], None], weight: str) -> None:
     before = contents(mended)

@@ -167,7 +167,7 @@ def bpf() -> Iterator[BpfObject]:
             bpf.resize(name, entries)
         bpf.resize("flows4", 2 * CONNECTIONS)  # so that none is evicted
         bpf.resize("connections", CONNECTIONS)
-        bpf.load("prepare", "take_turn", "count_entries")
+        bpf.load("take_turn", "count_entries")
         yield bpf
 
 
