@@ -196,3 +196,13 @@ def test_atomic_fragment_of_no_service_is_left_as_it_is(balancer: Balancer) -> N
     other = packets.frame(packets.ip6(), IPv6ExtHdrFragment(offset=0, m=0, id=7), segment("tcp", 4000, 81))
     assert balancer.send(packet).reason == "FORWARDED"
     assert balancer.send(other).frame == other
+
+
+def test_atomic_fragment_whose_header_is_damaged_is_left_as_it_is(balancer: Balancer) -> None:
+    balancer.serve(balancer.service(V6, mode="dr"))
+    whole = packets.frame(packets.ip6(), IPv6ExtHdrFragment(offset=0, m=0, id=7), from_client())
+    ip = packets.ETHERNET_HEADER_SIZE
+    other_version = whole[:ip] + b"\x00" + whole[ip + 1 :]
+    assert balancer.send(other_version) == passed("PASS_MALFORMED", other_version)
+    too_long = whole[: ip + 4] + (len(whole)).to_bytes(2, "big") + whole[ip + 6 :]
+    assert balancer.send(too_long) == dropped("DROP_MALFORMED", too_long)

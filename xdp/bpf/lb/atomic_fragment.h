@@ -23,7 +23,8 @@ SLOW_PATH int is_atomic_fragment(struct xdp_md *ctx)
 
 	if ((void *)(fragment + 1) > frame_end(ctx) || (void *)(ip + 1) + bounded_length(ip->payload_len) > frame_end(ctx))
 		return 0;
-	return bpf_ntohs(ip->payload_len) >= sizeof(*fragment) && !(fragment->offset & (IP6_OFFSET | IP6_MORE));
+	return ip->version == 6 && bpf_ntohs(ip->payload_len) >= sizeof(*fragment) &&
+	       !(fragment->offset & (IP6_OFFSET | IP6_MORE));
 }
 
 /* Moves what is in front of it towards the end, the last word first. Nonzero: nothing has changed. */
